@@ -1,0 +1,24 @@
+# The commands of this project; each one sets up .venv first if that is needed.
+
+PYTHON_IN_VENV := .venv/bin/python
+
+.PHONY: help setup demo test lint
+
+help:
+	@echo 'make setup   create .venv with everything, mmcv compiled (about 10 minutes, once)'
+	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (12 minutes)'
+	@echo 'make test    all tests (set MMCONV2FORMER_SAMPLES to run those on real pictures too)'
+	@echo 'make lint    ruff: lint and format check'
+
+setup:
+	@tools/setup_env.sh
+
+demo: setup
+	@$(PYTHON_IN_VENV) tools/demo.py
+
+test: setup
+	@$(PYTHON_IN_VENV) -m pytest
+
+lint: setup
+	@$(PYTHON_IN_VENV) -m ruff check .
+	@$(PYTHON_IN_VENV) -m ruff format --check .

@@ -1,0 +1,22 @@
+"""Conv2Former (arXiv 2211.11943) as a backbone for OpenMMLab.
+
+Importing this package registers its classes; it imports none of mmdet, mmseg and mmpretrain.
+"""
+
+try:
+    import mmengine  # noqa: F401  (only to say what to do when it is missing)
+except ModuleNotFoundError as error:
+    if error.name != 'mmengine':
+        raise
+    raise ModuleNotFoundError(
+        'mmconv2former needs mmengine, which is not installed. Install one family of OpenMMLab '
+        "packages, never both: pip install 'mmconv2former[onedl]' (maintained, torch >= 2.6) or "
+        "'mmconv2former[openmmlab]' (the original releases); README, section Installation.",
+        name='mmengine',
+    ) from error
+
+from .backbone import Conv2Former
+from .layer_decay import LayerDecayOptimWrapperConstructor
+from .version import __version__
+
+__all__ = ['Conv2Former', 'LayerDecayOptimWrapperConstructor', '__version__']

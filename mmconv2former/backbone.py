@@ -1,0 +1,540 @@
+"""Conv2Former, a ConvNet in transformer style, as a multi-scale backbone.
+
+Paper: "Conv2Former: A Simple Transformer-Style ConvNet for Visual Recognition", arXiv 2211.11943,
+section 3. Parameter names and numerics are those of the published ImageNet checkpoints, which
+differ from the paper's text in one place: the feed-forward has a residual 3x3 depthwise
+convolution.
+
+The file reads in the order data flows: variants, stem, modulation, feed-forward, block,
+downsampling, network. Inside the stages, tensors are contiguous (N, H, W, C): then LayerNorm and
+1x1 convolutions work on the last axis without copies, and the same memory seen as (N, C, H, W) is
+`torch.channels_last`, the layout in which depthwise convolutions and their neighbours are fastest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule, PretrainedInit
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from .depthwise import DepthwiseConv, to_channels_first, to_channels_last
+from .registry import MODELS, register
+from .weights import load_pretrained
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One row of the table of variants."""
+
+    channels: tuple[int, ...]
+    depths: tuple[int, ...]
+    kernel_size: int | tuple[int, ...] = 11
+
+
+# Table 1 of arXiv 2211.11943; `nano` is from the official repository, whose code uses kernel 7.
+ARCHS = {
+    'nano': Arch(channels=(64, 128, 256, 512), depths=(2, 2, 8, 2), kernel_size=7),
+    'tiny': Arch(channels=(72, 144, 288, 576), depths=(3, 3, 12, 3)),
+    'small': Arch(channels=(72, 144, 288, 576), depths=(4, 4, 32, 4)),
+    'base': Arch(channels=(96, 192, 384, 768), depths=(4, 4, 34, 4)),
+    'large': Arch(channels=(128, 256, 512, 1024), depths=(4, 4, 48, 4)),
+}
+ARCH_LETTERS = {name[0]: name for name in ARCHS}
+
+LAYER_NORM_EPS = 1e-6  # of every LayerNorm in the published code
+STEM_STRIDE = 4
+
+
+class Stem(nn.Sequential):
+    """Three convolutions, of total stride 4: (N, in_channels, H, W) -> (N, out_channels, H/4, W/4).
+
+    In the published network the activation comes before the BatchNorm.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        hidden_channels = out_channels // 2
+        super().__init__(
+            nn.Conv2d(in_channels, hidden_channels, 3, stride=2, padding=1, bias=False),
+            nn.GELU(),
+            nn.BatchNorm2d(hidden_channels),
+            nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1, bias=False),
+            nn.GELU(),
+            nn.BatchNorm2d(hidden_channels),
+            nn.Conv2d(hidden_channels, out_channels, 2, stride=2, bias=False),
+        )
+
+
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution on the last axis: (N, H, W, C_in) -> (N, H, W, C_out)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class Modulation(nn.Module):
+    """Convolutional modulation, equation 5 of the paper, (N, H, W, C) in and out.
+
+    With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V).
+    """
+
+    def __init__(self, channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
+        self.att = nn.Sequential(
+            PointwiseConv(channels, channels),
+            nn.GELU(),
+            DepthwiseConv(channels, kernel_size),
+        )
+        self.v = PointwiseConv(channels, channels)
+        self.proj = PointwiseConv(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.proj(self.att(x) * self.v(x))
+
+
+class FeedForward(nn.Module):
+    """Feed-forward with a residual 3x3 depthwise convolution, (N, H, W, C) in and out.
+
+    With h = GELU(W1 LayerNorm(x)): result W2 (h + GELU(DW_3x3(h))). The paper's text does not
+    mention the depthwise convolution; the published code and weights have it.
+    """
+
+    def __init__(self, channels: int, mlp_ratio: float) -> None:
+        super().__init__()
+        hidden_channels = int(channels * mlp_ratio)
+        self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
+        self.fc1 = PointwiseConv(channels, hidden_channels)
+        self.pos = DepthwiseConv(hidden_channels, 3)
+        self.fc2 = PointwiseConv(hidden_channels, channels)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1(self.norm(x)))  # (N, H, W, mlp_ratio * C)
+        x = x + self.act(self.pos(x))
+        return self.fc2(x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): zeroes a residual branch per sample while training."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
+        return x * (mask / keep)
+
+    def extra_repr(self) -> str:
+        return f'rate={self.rate:.3f}'
+
+
+class Block(nn.Module):
+    """Modulation and feed-forward, each with layer scale and drop path, around two residuals."""
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        mlp_ratio: float,
+        drop_path_rate: float,
+        layer_scale_init_value: float,
+    ) -> None:
+        super().__init__()
+        self.attn = Modulation(channels, kernel_size)
+        self.mlp = FeedForward(channels, mlp_ratio)
+        self.layer_scale_1 = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
+        self.layer_scale_2 = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C)
+        x = x + self.drop_path(self.layer_scale_1 * self.attn(x))
+        return x + self.drop_path(self.layer_scale_2 * self.mlp(x))
+
+
+class Downsample(nn.Sequential):
+    """LayerNorm and 2x2 convolution of stride 2: (N, H, W, C_in) -> (N, H/2, W/2, C_out).
+
+    An odd last row or column is left out, as in the published code.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(
+            nn.LayerNorm(in_channels, eps=LAYER_NORM_EPS),
+            nn.Conv2d(in_channels, out_channels, 2, stride=2),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, conv = self
+        return to_channels_last(conv(to_channels_first(norm(x))))
+
+
+@register(MODELS)
+class Conv2Former(BaseModule):
+    """Conv2Former backbone with multi-scale outputs.
+
+    Stages after the last one asked for by `out_indices` are not built, so that no parameter is
+    unused in training.
+
+    Args:
+        arch: A name of `ARCHS`, its first letter, or a dict of `channels` and `depths` (one value
+            a stage, as many stages as wished, even channels in the first) and optionally
+            `kernel_size`.
+        in_channels: Channels of the input image.
+        kernel_size: Odd size of the depthwise convolutions of the modulation: None for the arch's
+            own, an int, or one int a stage.
+        mlp_ratio: Width of the feed-forward's hidden layer, as a multiple of the block's.
+        drop_path_rate: Drop path of the last block, in [0, 1); it grows linearly from 0 at the
+            first block.
+        layer_scale_init_value: Initial value of both layer scales of each block.
+        out_indices: Stages whose features are returned, in this order: an int or a sequence;
+            negatives count from the last stage.
+        out_norm: Whether a LayerNorm `norm{i}` is applied to each returned feature map. The paper
+            does not say; on by our choice, as in ConvNeXt's and Swin's dense prediction.
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with their
+            output norms. Frozen parameters get no gradient and frozen norms stay in eval mode.
+        norm_eval: Whether the stem's BatchNorms stay in eval mode while training.
+        with_cp: Whether each block is recomputed in the backward pass (activation checkpointing),
+            for less memory at the price of time.
+        init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
+            takes published files as they are; a file that does not fit is an error (see
+            `mmconv2former.weights.load_pretrained`).
+
+    Attributes:
+        channels: Channels of each returned feature map.
+        strides: Stride of each returned feature map with respect to the input.
+
+    Shapes:
+        Input (N, in_channels, H, W), H and W at least the largest stride built (32 for four
+        stages). Returns a tuple of contiguous (N, channels[i], h_i, w_i).
+        Sizes are H / strides[i] for multiples of the stride and are rounded as the published
+        convolutions do otherwise.
+
+    Raises:
+        ValueError, TypeError: An argument, or the shape of an input, is not as described above.
+
+    Source: arXiv 2211.11943; parameter names as in the published ImageNet checkpoints.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping = 'tiny',
+        in_channels: int = 3,
+        kernel_size: int | Sequence[int] | None = None,
+        mlp_ratio: float = 4,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
+        out_norm: bool = True,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        arch = parse_arch(arch)
+        num_stages = len(arch.depths)
+        kernel_sizes = parse_kernel_size(
+            arch.kernel_size if kernel_size is None else kernel_size, num_stages
+        )
+        check_int('in_channels', in_channels, minimum=1)
+        check_int('frozen_stages', frozen_stages, minimum=-1, maximum=num_stages)
+        check_number('mlp_ratio', mlp_ratio, above=0)
+        check_number('layer_scale_init_value', layer_scale_init_value)
+        check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
+
+        self.in_channels = in_channels
+        self.out_indices = parse_out_indices(out_indices, num_stages)
+        self.out_norm = out_norm
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+        self.depths = arch.depths[: max(self.out_indices) + 1]
+        self.channels = tuple(arch.channels[i] for i in self.out_indices)
+        self.strides = tuple(STEM_STRIDE * 2**i for i in self.out_indices)
+
+        self.downsample_layers = nn.ModuleList([Stem(in_channels, arch.channels[0])])
+        for i in range(1, len(self.depths)):
+            self.downsample_layers.append(Downsample(arch.channels[i - 1], arch.channels[i]))
+
+        # Over the arch's full depth, so that a network cut by `out_indices` is part of the whole.
+        last_block = max(1, sum(arch.depths) - 1)
+        drop_path_rates = (drop_path_rate * j / last_block for j in range(sum(arch.depths)))
+        self.stages = nn.ModuleList()
+        for i, depth in enumerate(self.depths):
+            blocks = [
+                Block(
+                    arch.channels[i],
+                    kernel_sizes[i],
+                    mlp_ratio,
+                    next(drop_path_rates),
+                    layer_scale_init_value,
+                )
+                for _ in range(depth)
+            ]
+            self.stages.append(nn.Sequential(*blocks))
+
+        if out_norm:
+            for i in self.out_indices:
+                self.add_module(f'norm{i}', nn.LayerNorm(arch.channels[i], eps=LAYER_NORM_EPS))
+
+        self.apply(init_layer)
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        self.train()  # applies `frozen_stages` and `norm_eval`
+
+    def init_weights(self) -> None:
+        """Applies `init_cfg`; pretrained weights are read safely and must fit.
+
+        Raises:
+            FileNotFoundError, ValueError: See `mmconv2former.weights.load_pretrained`.
+        """
+        if self.is_init:
+            return
+        init_cfg = self.init_cfg
+        configs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
+        is_pretrained = [cfg['type'] in ('Pretrained', PretrainedInit) for cfg in configs]
+        # mmengine loads with strict=False: a file of another model would be taken in silence.
+        self.init_cfg = [cfg for cfg, pretrained in zip(configs, is_pretrained) if not pretrained]
+        super().init_weights()
+        self.init_cfg = init_cfg
+        for cfg, pretrained in zip(configs, is_pretrained):
+            if pretrained:
+                load_pretrained(self, cfg['checkpoint'], cfg.get('prefix'))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
+        self._check_input(x)
+        outputs = {}
+        for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
+            if i == 0:
+                x = downsample(x.contiguous(memory_format=torch.channels_last))
+                x = to_channels_last(x)  # (N, H / 4, W / 4, C_0)
+            else:
+                x = downsample(x)
+            for block in stage:
+                if self.with_cp and self.training and torch.is_grad_enabled():
+                    x = checkpoint(block, x, use_reentrant=False)
+                else:
+                    x = block(x)
+            if i in self.out_indices:
+                output = getattr(self, f'norm{i}')(x) if self.out_norm else x
+                # (N, C_i, H / stride_i, W / stride_i), contiguous: convolutions would hand
+                # `torch.channels_last` on to mmcv's RoIAlign, which misreads it without a word.
+                outputs[i] = to_channels_first(output).contiguous()
+        return tuple(outputs[i] for i in self.out_indices)
+
+    def train(self, mode: bool = True) -> Conv2Former:
+        """Sets the mode, except of frozen norms and, with `norm_eval`, of the stem's BatchNorms."""
+        super().train(mode)
+        if mode:
+            for module in self._frozen_modules():
+                module.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Depth of a parameter for layer-wise learning-rate decay, as mmpretrain's backbones do.
+
+        The stem is layer 0. Each stage forms `num_groups(depth)` layers of consecutive blocks, a
+        downsampling counts with the first blocks behind it. What is not of the published
+        backbone, that is the output norms and any name without `prefix`, is the last layer, with
+        the heads.
+
+        Args:
+            param_name: Name of a parameter, in the backbone or in the model around it.
+            prefix: Prefix of the backbone's parameters in that name, such as `'backbone.'`.
+
+        Returns:
+            The layer, from 0, and the number of layers.
+        """
+        groups = [num_groups(depth) for depth in self.depths]
+        num_layers = 1 + sum(groups) + 1
+        stage, block = self._locate(param_name, prefix)
+        if stage is None:
+            return num_layers - 1, num_layers
+        if stage < 0:
+            return 0, num_layers
+        group = block * groups[stage] // self.depths[stage]
+        return 1 + sum(groups[:stage]) + group, num_layers
+
+    def get_stage_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """As `get_layer_depth`, for stage-wise decay: stem, stages one by one, all the rest."""
+        num_layers = 1 + len(self.depths) + 1
+        stage, _ = self._locate(param_name, prefix)
+        return (num_layers - 1 if stage is None else stage + 1), num_layers
+
+    def _locate(self, param_name: str, prefix: str) -> tuple[int | None, int]:
+        """Stage (-1 for the stem, None for no part of the stages) and block of a parameter."""
+        if param_name.startswith(prefix):
+            part, _, rest = param_name[len(prefix) :].partition('.')
+            if part == 'downsample_layers':
+                index = int(rest.split('.')[0])
+                return (index if index > 0 else -1), 0
+            if part == 'stages':
+                stage, block = rest.split('.')[:2]
+                return int(stage), int(block)
+        return None, 0
+
+    def _check_input(self, x: Tensor) -> None:
+        if torch.jit.is_tracing():  # sizes are tensors there, a comparison would be frozen
+            return
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'input must have shape (N, in_channels={self.in_channels}, H, W), '
+                f'got {tuple(x.shape)}'
+            )
+        minimum = STEM_STRIDE * 2 ** (len(self.depths) - 1)
+        if x.shape[2] < minimum or x.shape[3] < minimum:
+            raise ValueError(
+                f'input must be at least {minimum}x{minimum} pixels, '
+                f'got H={x.shape[2]}, W={x.shape[3]}'
+            )
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        last = self.frozen_stages
+        return [
+            *self.downsample_layers[: max(last, 1)],
+            *self.stages[:last],
+            *(getattr(self, f'norm{i}') for i in self.out_indices if self.out_norm and i < last),
+        ]
+
+
+def num_groups(depth: int) -> int:
+    """Layers that a stage of `depth` blocks counts for in layer-wise decay.
+
+    Our choice: groups of at least three blocks, at most nine, so that the rates published for
+    ConvNeXt (three blocks a group; 3 groups of its 9, 9 of its 27 blocks) keep their meaning at
+    Conv2Former's depths, 8 to 48.
+    """
+    return min(9, max(1, depth // 3))
+
+
+def init_layer(module: nn.Module) -> None:
+    """Truncated normal weights of deviation 0.02 and zero biases, as published."""
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def parse_arch(arch: str | Mapping) -> Arch:
+    """The `Arch` of a name, a letter or a dict; see `Conv2Former`."""
+    if isinstance(arch, str):
+        name = ARCH_LETTERS.get(arch.lower(), arch.lower())
+        if name not in ARCHS:
+            raise ValueError(
+                f'arch must be one of {", ".join(ARCHS)}, its first letter '
+                f'({", ".join(ARCH_LETTERS)}) or a dict, got {arch!r}'
+            )
+        return ARCHS[name]
+    if not isinstance(arch, Mapping):
+        raise TypeError(f'arch must be a str or a dict, got {arch!r}')
+    unknown = set(arch) - {'channels', 'depths', 'kernel_size'}
+    if unknown or not {'channels', 'depths'} <= set(arch):
+        raise ValueError(
+            "arch as a dict must have 'channels' and 'depths', and may have 'kernel_size', "
+            f'got {dict(arch)}'
+        )
+    values = {}
+    for key in ('channels', 'depths'):
+        if isinstance(arch[key], str) or not isinstance(arch[key], Sequence):
+            raise TypeError(f"arch['{key}'] must be a sequence of ints, got {arch[key]!r}")
+        for value in arch[key]:
+            check_int(f"arch['{key}']", value, minimum=1)
+        values[key] = tuple(arch[key])
+    if not values['channels'] or len(values['channels']) != len(values['depths']):
+        raise ValueError(
+            "arch['channels'] and arch['depths'] must have one value a stage, "
+            f'got channels={values["channels"]} and depths={values["depths"]}'
+        )
+    if values['channels'][0] % 2:
+        raise ValueError(
+            "arch['channels'] must begin with an even number, as the stem is half as wide, "
+            f'got {values["channels"]}'
+        )
+    kernel_size = arch.get('kernel_size')
+    return Arch(**values) if kernel_size is None else Arch(**values, kernel_size=kernel_size)
+
+
+def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """One odd kernel size a stage."""
+    if isinstance(kernel_size, Sequence) and not isinstance(kernel_size, str):
+        sizes = tuple(kernel_size)
+    else:
+        sizes = (kernel_size,) * num_stages
+    if len(sizes) != num_stages:
+        raise ValueError(
+            f'kernel_size must be an int or one int for each of {num_stages} stages, '
+            f'got {kernel_size!r}'
+        )
+    for size in sizes:
+        check_int('kernel_size', size, minimum=1)
+        if size % 2 == 0:
+            raise ValueError(f'kernel_size must be odd, got {size}')
+    return sizes
+
+
+def parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
+    """Stages from 0, none twice, in the given order."""
+    if isinstance(out_indices, Sequence) and not isinstance(out_indices, str):
+        indices = tuple(out_indices)
+    else:
+        indices = (out_indices,)
+    if not indices:
+        raise ValueError('out_indices must name at least one stage, got none')
+    for index in indices:
+        check_int('out_indices', index, minimum=-num_stages, maximum=num_stages - 1)
+    stages = tuple(index % num_stages for index in indices)
+    if len(set(stages)) != len(stages):
+        raise ValueError(f'out_indices must not name a stage twice, got {out_indices!r}')
+    return stages
+
+
+def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    """Raises TypeError or ValueError unless `value` is an int within the closed range."""
+    allowed = f'at least {minimum}' if maximum is None else f'from {minimum} to {maximum}'
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f'{name} must be an int {allowed}, got {value!r}')
+    if value < minimum or (maximum is not None and value > maximum):
+        raise ValueError(f'{name} must be {allowed}, got {value}')
+
+
+def check_number(
+    name: str,
+    value: object,
+    minimum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> None:
+    """Raises TypeError or ValueError unless `value` is a finite number within the given bounds."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f'{name} must be a number, got {value!r}')
+    bounds = [
+        (minimum is None or value >= minimum, f'at least {minimum}'),
+        (above is None or value > above, f'above {above}'),
+        (below is None or value < below, f'below {below}'),
+        (math.isfinite(value), 'finite'),
+    ]
+    broken = [text for holds, text in bounds if not holds]
+    if broken:
+        raise ValueError(f'{name} must be {" and ".join(broken)}, got {value}')

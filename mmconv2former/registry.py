@@ -1,0 +1,48 @@
+"""The scope `mmconv2former`: child registries of mmengine's.
+
+With the scope written out, `type='mmconv2former.Conv2Former'` is found from the registries of
+mmengine, mmdet, mmseg and mmpretrain without any import, because mmengine imports
+`<scope>.registry` when it meets an unknown scope. The short `type='Conv2Former'` is found once the
+package is imported, because `register` also enters the class in mmengine's root registry.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, TypeVar
+
+from mmengine.registry import MODELS as ROOT_MODELS
+from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import Registry
+
+Class = TypeVar('Class', bound=type)
+
+MODELS = Registry(
+    'model',
+    parent=ROOT_MODELS,
+    scope='mmconv2former',
+    locations=['mmconv2former.backbone'],
+)
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mmconv2former',
+    locations=['mmconv2former.layer_decay'],
+)
+
+
+def register(registry: Registry) -> Callable[[Class], Class]:
+    """Class decorator that enters a class in one of the registries above and in its root.
+
+    Args:
+        registry: A child registry of this module.
+
+    Raises:
+        KeyError: The name is taken already (raised by mmengine).
+    """
+
+    def enter(cls: Class) -> Class:
+        registry.register_module(module=cls)
+        registry.parent.register_module(module=cls)
+        return cls
+
+    return enter

@@ -1,0 +1,79 @@
+"""Conv2Former written a second time, straight from the published equations, to check the first.
+
+Deliberately plain: functions over a state dict with the published names, tensors (N, C, H, W)
+throughout, LayerNorm and GELU from elementary operations, convolutions by `conv2d` alone.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def layer_norm(x, weight, bias):
+    mean = x.mean(1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(1, keepdim=True)
+    x = (x - mean) / torch.sqrt(variance + 1e-6)
+    return weight[:, None, None] * x + bias[:, None, None]
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def batch_norm(x, p, name, training):
+    if training:
+        mean = x.mean((0, 2, 3))
+        variance = ((x - mean[:, None, None]) ** 2).mean((0, 2, 3))
+    else:
+        mean, variance = p[f'{name}.running_mean'], p[f'{name}.running_var']
+    x = (x - mean[:, None, None]) / torch.sqrt(variance + 1e-5)[:, None, None]
+    return p[f'{name}.weight'][:, None, None] * x + p[f'{name}.bias'][:, None, None]
+
+
+def conv(x, p, name, **kwargs):
+    return F.conv2d(x, p[f'{name}.weight'], p.get(f'{name}.bias'), **kwargs)
+
+
+def depthwise(x, p, name):
+    channels, _, kernel_size, _ = p[f'{name}.weight'].shape
+    return conv(x, p, name, padding=kernel_size // 2, groups=channels)
+
+
+def norm(x, p, name):
+    return layer_norm(x, p[f'{name}.weight'], p[f'{name}.bias'])
+
+
+def stem(x, p, training):
+    name = 'downsample_layers.0'
+    x = batch_norm(gelu(conv(x, p, f'{name}.0', stride=2, padding=1)), p, f'{name}.2', training)
+    x = batch_norm(gelu(conv(x, p, f'{name}.3', padding=1)), p, f'{name}.5', training)
+    return conv(x, p, f'{name}.6', stride=2)
+
+
+def modulation(x, p, name):
+    x = norm(x, p, f'{name}.norm')
+    a = depthwise(gelu(conv(x, p, f'{name}.att.0')), p, f'{name}.att.2')
+    return conv(a * conv(x, p, f'{name}.v'), p, f'{name}.proj')
+
+
+def feed_forward(x, p, name):
+    h = gelu(conv(norm(x, p, f'{name}.norm'), p, f'{name}.fc1'))
+    return conv(h + gelu(depthwise(h, p, f'{name}.pos')), p, f'{name}.fc2')
+
+
+def plain_conv2former(x, p, depths, training=False):
+    """Outputs of all stages, with the norms `norm{i}` where the state dict `p` has them."""
+    outputs = []
+    for i, depth in enumerate(depths):
+        if i == 0:
+            x = stem(x, p, training)
+        else:
+            name = f'downsample_layers.{i}'
+            x = conv(norm(x, p, f'{name}.0'), p, f'{name}.1', stride=2)
+        for j in range(depth):
+            name = f'stages.{i}.{j}'
+            x = x + p[f'{name}.layer_scale_1'][:, None, None] * modulation(x, p, f'{name}.attn')
+            x = x + p[f'{name}.layer_scale_2'][:, None, None] * feed_forward(x, p, f'{name}.mlp')
+        outputs.append(norm(x, p, f'norm{i}') if f'norm{i}.weight' in p else x)
+    return outputs

@@ -1,0 +1,168 @@
+"""Layer-wise decay: properties that hold for every size, both types, any optimizer."""
+
+import logging
+
+import pytest
+import torch
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+
+from mmconv2former import Conv2Former, LayerDecayOptimWrapperConstructor
+from mmconv2former.backbone import ARCHS, num_groups
+from mmconv2former.layer_decay import DEPTH_METHODS
+
+
+class Model(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(2, 3)
+
+
+def build(model, optimizer=None, **options):
+    optimizer = optimizer or dict(type='AdamW', lr=1e-4, weight_decay=0.05)
+    config = dict(optimizer=optimizer, constructor='mmconv2former.LayerDecayOptimWrapperConstructor')
+    return build_optim_wrapper(model, config | dict(paramwise_cfg=dict(options))).optimizer
+
+
+def by_name(model, optimizer):
+    """The optimizer's group of each parameter; fails if a parameter is in two groups."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [(names[id(p)], g) for g in optimizer.param_groups for p in g['params']]
+    assert len(dict(groups)) == len(groups)
+    return dict(groups)
+
+
+def in_order_of_data_flow(backbone):
+    """Names of the backbone's parameters from input to output, without output norms."""
+    for i in range(len(backbone.stages)):
+        for part in (f'downsample_layers.{i}', f'stages.{i}'):
+            for name, _ in backbone.get_submodule(part).named_parameters():
+                yield f'{part}.{name}'
+
+
+# Number of layers: stem, groups of blocks (max(1, depth // 3), at most 9, in each stage), the rest.
+NUM_LAYERS = {'nano': 7, 'tiny': 9, 'small': 14, 'base': 14, 'large': 14}
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+@pytest.mark.parametrize('decay_type', DEPTH_METHODS)
+def test_rates_rise_from_stem_to_head(arch, decay_type):
+    with torch.device('meta'):
+        model = Model(Conv2Former(arch))
+    groups = by_name(model, build(model, decay_rate=0.7, decay_type=decay_type))
+    assert set(groups) == {name for name, _ in model.named_parameters()}
+    scales = [groups[f'backbone.{n}']['lr'] / 1e-4 for n in in_order_of_data_flow(model.backbone)]
+    assert scales == sorted(scales)
+    assert all(0 < scale < 1 for scale in scales)
+    num_layers = NUM_LAYERS[arch] if decay_type == 'layer_wise' else 6
+    assert scales[0] == pytest.approx(0.7 ** (num_layers - 1))
+    assert scales[-1] == pytest.approx(0.7)
+    assert groups['backbone.downsample_layers.0.0.weight']['lr'] < min(
+        group['lr'] for name, group in groups.items() if 'downsample_layers.0' not in name
+    )
+    for name in ('head.weight', 'backbone.norm0.weight', 'backbone.norm3.bias'):
+        assert groups[name]['lr'] == pytest.approx(1e-4)
+    for name, parameter in model.named_parameters():
+        assert groups[name]['weight_decay'] == (0 if parameter.dim() == 1 else 0.05), name
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_layers_are_consecutive_and_even(arch):
+    with torch.device('meta'):
+        backbone = Conv2Former(arch)
+    depths = [backbone.get_layer_depth(n, '')[0] for n in in_order_of_data_flow(backbone)]
+    assert sorted(set(depths)) == list(range(NUM_LAYERS[arch] - 1))
+    for stage, depth in enumerate(backbone.depths):
+        layers = [
+            backbone.get_layer_depth(f'stages.{stage}.{j}.attn.v.weight')[0] for j in range(depth)
+        ]
+        sizes = [layers.count(layer) for layer in sorted(set(layers))]
+        assert len(sizes) == num_groups(depth)
+        assert max(sizes) - min(sizes) <= 1
+        assert min(sizes) >= min(depth, 3)
+
+
+def test_prefix():
+    backbone = Conv2Former('nano')
+    assert backbone.get_layer_depth('backbone.stages.0.1.mlp.fc1.bias', 'backbone.') == (1, 7)
+    assert backbone.get_layer_depth('neck.stages.0.1.mlp.fc1.bias', 'backbone.') == (6, 7)
+    assert backbone.get_stage_depth('backbone.downsample_layers.2.1.bias', 'backbone.') == (3, 6)
+
+
+def test_frozen_parameters_are_absent():
+    model = Model(Conv2Former('nano', frozen_stages=2))
+    groups = by_name(model, build(model, decay_rate=0.9))
+    assert set(groups) == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert not any('stages.1.' in name for name in groups)
+
+
+@pytest.mark.parametrize(
+    'optimizer',
+    [
+        dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=1e-4),
+        dict(type='SGD', lr=0.1),
+        dict(type='RMSprop', lr=0.1, weight_decay=0.0),
+    ],
+)
+def test_other_optimizers(optimizer):
+    model = Model(Conv2Former('nano', out_indices=(0, 1)))
+    groups = by_name(model, build(model, optimizer, decay_rate=0.5))
+    assert groups['backbone.downsample_layers.0.0.weight']['lr'] == pytest.approx(0.1 * 0.5**3)
+    before = model.backbone.stages[0][0].attn.v.weight.clone()
+    wrapper = LayerDecayOptimWrapperConstructor(
+        dict(optimizer=optimizer, accumulative_counts=2), dict(decay_rate=0.5)
+    )(model)
+    for _ in range(2):
+        loss = sum(out.square().mean() for out in model.backbone(torch.randn(1, 3, 32, 32)))
+        wrapper.update_params(loss)
+        is_unchanged = torch.equal(before, model.backbone.stages[0][0].attn.v.weight)
+        assert is_unchanged == (wrapper._inner_count == 1)
+
+
+def test_custom_keys_multiply_with_the_decay():
+    model = Model(Conv2Former('nano', out_indices=0))
+    options = dict(custom_keys={'att.2': dict(lr_mult=0.1, decay_mult=0.0)})
+    groups = by_name(model, build(model, decay_rate=0.5, **options))
+    kernel = groups['backbone.stages.0.0.attn.att.2.weight']
+    assert kernel['lr'] == pytest.approx(1e-4 * 0.1 * 0.5)
+    assert kernel['weight_decay'] == 0
+
+
+def test_one_table_is_logged(caplog, monkeypatch):
+    records = []
+    monkeypatch.setattr('mmconv2former.layer_decay.print_log', lambda text, **_: records.append(text))
+    with caplog.at_level(logging.INFO):
+        build(Model(Conv2Former('nano')), decay_rate=0.9)
+    assert not caplog.records
+    (text,) = records
+    assert len(text.splitlines()) < 25
+    assert '0.5314' in text  # 0.9 ** 6, the stem
+
+
+BAD = [
+    (dict(), 'decay_rate must be a number in \\(0, 1\\], got None'),
+    (dict(decay_rate=0), 'decay_rate .* got 0'),
+    (dict(decay_rate=1.1), 'decay_rate .* got 1.1'),
+    (dict(decay_rate='0.9'), "decay_rate .* got '0.9'"),
+    (dict(decay_rate=0.9, decay_type='block'), "decay_type .* 'stage_wise'.*got 'block'"),
+    (dict(decay_rate=0.9, num_layers=6), 'num_layers .* comes from the backbone'),
+]
+
+
+@pytest.mark.parametrize(('options', 'message'), BAD)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(Model(Conv2Former('nano')), **options)
+
+
+@pytest.mark.parametrize(
+    ('model', 'message'),
+    [
+        (Model(nn.Linear(1, 1)), r"method get_layer_depth.* got \{'backbone': 'Linear'\} in Model"),
+        (nn.Sequential(nn.Linear(1, 1)), 'got no module named backbone in Sequential'),
+    ],
+)
+def test_backbone_without_depths(model, message):
+    with pytest.raises(TypeError, match=message):
+        build(model, decay_rate=0.9)

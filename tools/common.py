@@ -1,0 +1,133 @@
+"""What `train.py` and `test.py` share: arguments, reading a config, checks before a long run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from mmengine.config import Config, ConfigDict, DictAction
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of both tools."""
+    parser.add_argument('--work-dir', help='for logs and checkpoints (default: work_dirs/CONFIG)')
+    parser.add_argument(
+        '--data-root', help="where the data lie, instead of the config's data_root"
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        default={},
+        metavar='KEY=VALUE',
+        help='change the config: a.b=1, a.0.b=x for an item of a list, "a=[(1,2),(3,4)]"',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed run are started',
+    )
+    # Launchers older than torchrun pass the rank as an argument.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config of the command line, ready for mmengine's runner.
+
+    Raises:
+        SystemExit: The config file or an option of `args` is not usable; the message says why.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if not Path(args.config).is_file():
+        raise SystemExit(f'error: config {args.config} does not exist')
+    config = Config.fromfile(args.config)
+    if args.data_root is not None:
+        set_data_root(config, args.data_root)
+    config.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        config.work_dir = args.work_dir
+    elif config.get('work_dir') is None:
+        config.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    config.launcher = args.launcher
+    if args.launcher == 'pytorch' and not torch.cuda.is_available():
+        # mmengine would select a CUDA device before it joins the process group.
+        torch.distributed.init_process_group('gloo')
+    return config
+
+
+def set_data_root(config: Config, data_root: str) -> None:
+    """Puts `data_root` in the place of `config.data_root`, wherever a path begins with that.
+
+    Raises:
+        SystemExit: The config has no `data_root` at its top.
+    """
+    old = config.get('data_root')
+    if old is None:
+        raise SystemExit(f'error: --data-root: {config.filename} has no data_root')
+    new = os.path.join(data_root, '')
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                value[key] = replace(item)
+        elif isinstance(value, (list, tuple)):
+            return type(value)(replace(item) for item in value)
+        elif isinstance(value, str) and value.startswith(old):
+            return new + value[len(old) :]
+        return value
+
+    replace(config._cfg_dict)
+
+
+def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> None:
+    """Checks that what a run reads is there, before anything is built.
+
+    Args:
+        config: A whole config.
+        dataloaders: Names of those to be used, such as `['train_dataloader']`.
+        check_weights: Whether the backbone's pretrained weights will be read.
+
+    Raises:
+        SystemExit: Files are missing; the message lists them and says what to do.
+    """
+    missing = [
+        f'{path} ({name})'
+        for name in dataloaders
+        for path in dataset_paths(config.get(name) or {})
+        if is_local(path) and not os.path.exists(path)
+    ]
+    if missing:
+        raise SystemExit(
+            'error: data are missing:\n  '
+            + '\n  '.join(dict.fromkeys(missing))
+            + '\nPut them there, or say where they lie with --data-root DIR (README, section Data).'
+        )
+    weights = (config.model.get('backbone', {}).get('init_cfg') or {}).get('checkpoint')
+    if check_weights and weights and is_local(weights) and not os.path.isfile(weights):
+        from mmconv2former.weights import HOW_TO_GET_WEIGHTS  # mmdet is slow to import
+
+        raise SystemExit(f'error: pretrained weights {weights} are missing. {HOW_TO_GET_WEIGHTS}')
+
+
+def dataset_paths(settings: ConfigDict) -> Iterator[str]:
+    """Annotation files and image folders of all datasets in the settings of a data loader."""
+    root = settings.get('data_root') or ''
+    if 'ann_file' in settings and settings['ann_file']:
+        yield os.path.join(root, settings['ann_file'])
+    prefixes = settings.get('data_prefix')
+    for prefix in prefixes.values() if isinstance(prefixes, dict) else ():
+        yield os.path.join(root, prefix)
+    for value in settings.values():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, dict):
+                yield from dataset_paths(item)
+
+
+def is_local(path: str) -> bool:
+    return '://' not in path

@@ -1,0 +1,144 @@
+"""The main job from nothing: Mask R-CNN with Conv2Former-T on the embedded sample.
+
+    python tools/demo.py
+
+Makes the sample, evaluates the untrained network, trains the COCO recipe with the overrides below,
+evaluates on held-out pictures, draws predictions and curves. Every command is printed as it can be
+pasted. docs/demo.md says what each override is for.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+CONFIG = 'configs/detection/mask_rcnn_conv2former_t.py'
+DATA = Path('data/sample')
+WORK_DIR = Path('work_dirs/demo')
+MODEL = [  # a smaller, faster model around the same backbone, from random weights
+    'model.backbone.init_cfg=None',
+    'model.backbone.layer_scale_init_value=0.1',
+    'model.backbone.drop_path_rate=0',
+    'model.neck.out_channels=96',
+    'model.rpn_head.in_channels=96',
+    'model.rpn_head.feat_channels=96',
+    'model.rpn_head.anchor_generator.scales=[4]',
+    'model.roi_head.bbox_roi_extractor.out_channels=96',
+    'model.roi_head.mask_roi_extractor.out_channels=96',
+    'model.roi_head.bbox_head.in_channels=96',
+    'model.roi_head.bbox_head.fc_out_channels=256',
+    'model.roi_head.mask_head.in_channels=96',
+    'model.roi_head.mask_head.conv_out_channels=96',
+    'model.roi_head.mask_head.num_convs=2',
+    'model.train_cfg.rpn_proposal.nms_pre=500',
+    'model.train_cfg.rpn_proposal.max_per_img=200',
+    'model.train_cfg.rcnn.sampler.num=64',
+    'model.test_cfg.rpn.nms_pre=300',
+    'model.test_cfg.rpn.max_per_img=100',
+]
+DATA_AND_SCHEDULE = [
+    'test_dataloader.dataset.pipeline.1.scale=(128,128)',
+    'val_dataloader.dataset.pipeline.1.scale=(128,128)',
+    'train_dataloader.dataset.pipeline.3.prob=[1.0,0.0]',
+    'train_dataloader.dataset.pipeline.3.transforms.0.0.scales=[(128,128)]',
+    'train_dataloader.batch_size=4',
+    'train_dataloader.num_workers=1',
+    'val_dataloader.num_workers=1',
+    'test_dataloader.num_workers=1',
+    'train_cfg.max_epochs=12',
+    'train_cfg.val_interval=3',
+    'param_scheduler.0.end=60',
+    'param_scheduler.1.end=12',
+    'param_scheduler.1.milestones=[9,11]',
+    'optim_wrapper.optimizer.lr=4e-4',
+    'optim_wrapper.optimizer.fused=True',
+    'optim_wrapper.paramwise_cfg.decay_rate=1.0',
+    'default_hooks.checkpoint.interval=3',
+    'default_hooks.logger.interval=20',
+]
+METRICS = {
+    'box AP': 'coco/bbox_mAP',
+    'box AP50': 'coco/bbox_mAP_50',
+    'mask AP': 'coco/segm_mAP',
+    'mask AP50': 'coco/segm_mAP_50',
+}
+PICTURES = 9  # in the sheet of predictions
+
+
+def main() -> None:
+    start = time.time()
+    common = ['--data-root', str(DATA / 'coco'), '--cfg-options', *MODEL, *DATA_AND_SCHEDULE]
+    run('make_sample.py', str(DATA))
+    run('test.py', CONFIG, 'none', '--work-dir', str(WORK_DIR / 'untrained'), *common)
+    untrained = read_metrics(WORK_DIR / 'untrained')
+    train_start = time.time()
+    run('train.py', CONFIG, '--work-dir', str(WORK_DIR / 'train'), *common)
+    train_minutes = (time.time() - train_start) / 60
+    checkpoint = (WORK_DIR / 'train/last_checkpoint').read_text()
+    test_options = ['--work-dir', str(WORK_DIR / 'trained'), '--show-dir', 'pictures']
+    run('test.py', CONFIG, checkpoint, *test_options, *common)
+    trained = read_metrics(WORK_DIR / 'trained')
+    run('plot_curves.py', str(WORK_DIR / 'train'), '--out', str(WORK_DIR / 'curves.png'))
+    pictures = newest(WORK_DIR / 'trained', '*/pictures')
+    write_sheet(sorted(pictures.iterdir())[:PICTURES], WORK_DIR / 'predictions.png')
+
+    print(f'\nHeld-out pictures, {train_minutes:.1f} minutes of training:')
+    print(f'{"":12}' + ''.join(f'{name:>12}' for name in METRICS))
+    for name, metrics in (('untrained', untrained), ('trained', trained)):
+        print(f'{name:12}' + ''.join(f'{metrics[key]:12.3f}' for key in METRICS.values()))
+    print(f'\npredictions beside the truth   {WORK_DIR}/predictions.png (all: {pictures})')
+    print(f'curves of loss and AP          {WORK_DIR}/curves.png')
+    print(f'checkpoint                     {checkpoint}')
+    print(f'{(time.time() - start) / 60:.1f} minutes in all')
+
+
+def run(tool: str, *args: str) -> None:
+    """Runs a tool; shows the lines of progress and results, keeps all of them in a log.
+
+    Raises:
+        SystemExit: The tool failed; its last lines are printed.
+    """
+    command = ['python', f'tools/{tool}', *args]
+    print(f'\n$ {shlex.join(command)}', flush=True)
+    WORK_DIR.mkdir(parents=True, exist_ok=True)
+    log = WORK_DIR / f'{Path(tool).stem}.log'
+    command[0] = sys.executable
+    with log.open('w') as file:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for line in process.stdout:
+            file.write(line)
+            if ' Epoch(' in line:  # mmengine's lines of progress and metrics
+                print(line[line.index('Epoch(') :].rstrip(), flush=True)
+    if process.wait() != 0:
+        print(''.join(log.read_text().splitlines(keepends=True)[-30:]))
+        raise SystemExit(f'error: tools/{tool} failed; all it printed is in {log}')
+
+
+def newest(folder: Path, pattern: str) -> Path:
+    return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+
+
+def read_metrics(work_dir: Path) -> dict[str, float]:
+    """The metrics of the newest evaluation in a work dir."""
+    return json.loads(newest(work_dir, '*/*.json').read_text())
+
+
+def write_sheet(paths: list[Path], out: Path, columns: int = 3) -> None:
+    """One picture of several of the same size, in rows."""
+    pictures = [cv2.imread(str(path)) for path in paths]
+    pictures += [np.zeros_like(pictures[0])] * (-len(pictures) % columns)
+    rows = [np.hstack(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
+    cv2.imwrite(str(out), np.vstack(rows))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,78 @@
+"""Draws the curves of a training run: losses against iterations, metrics of each validation.
+
+    python tools/plot_curves.py work_dirs/mask_rcnn_conv2former_t
+
+Reads the `vis_data/scalars.json` that mmengine writes; the parts of a run that was resumed are put
+together, the later ones first where they overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('work_dir', type=Path)
+    parser.add_argument('--out', type=Path, help='picture to write (default: WORK_DIR/curves.png)')
+    parser.add_argument(
+        '--metrics',
+        nargs='+',
+        default=['coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50', 'mIoU'],
+        help='those of them that the run has are drawn',
+    )
+    args = parser.parse_args()
+    losses, metrics = read_scalars(args.work_dir, args.metrics)
+    if not losses:
+        raise SystemExit(f'error: no training log (*/vis_data/scalars.json) in {args.work_dir}')
+    out = args.out or args.work_dir / 'curves.png'
+    draw(losses, metrics, out)
+    print(f'curves in {out}')
+
+
+Curves = dict[str, dict[int, float]]  # name -> {iteration or epoch: value}
+
+
+def read_scalars(work_dir: Path, metric_names: list[str]) -> tuple[Curves, Curves]:
+    """Losses by iteration and the named metrics by validation step, of all runs in a work dir."""
+    losses: Curves = {}
+    metrics: Curves = {}
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):  # named by time
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            is_training = 'loss' in record
+            for name, value in record.items():
+                if is_training and name.startswith('loss'):
+                    losses.setdefault(name, {})[record['step']] = value
+                elif not is_training and name in metric_names:
+                    metrics.setdefault(name, {})[record['step']] = value
+    return losses, metrics
+
+
+def draw(losses: Curves, metrics: Curves, out: Path) -> None:
+    figure, axes = plt.subplots(1, 2 if metrics else 1, figsize=(11, 4), squeeze=False)
+    for axis, curves, title, label in zip(
+        axes[0], (losses, metrics), ('Training loss', 'Validation'), ('iteration', 'epoch or step')
+    ):
+        for name, values in curves.items():
+            steps = sorted(values)
+            axis.plot(steps, [values[step] for step in steps], label=name, marker='.', ms=4)
+        axis.set(title=title, xlabel=label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
+if __name__ == '__main__':
+    main()

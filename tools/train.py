@@ -1,0 +1,68 @@
+"""Trains any recipe: detection, segmentation or classification.
+
+    python tools/train.py configs/detection/mask_rcnn_conv2former_t.py
+
+One script for all host libraries: `default_scope` in the config says which one builds the parts.
+For several processes see `dist_train.sh` and `slurm_train.sh`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import add_arguments, check_files, load_config
+from mmengine.runner import Runner
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', help='config file')
+    add_arguments(parser)
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help="scale the learning rate by the real batch over the recipe's",
+    )
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from a checkpoint; without a name, from the newest in the work dir',
+    )
+    args = parser.parse_args()
+    config = load_config(args)
+
+    if args.amp:
+        if not torch.cuda.is_available():
+            raise SystemExit("error: --amp: mmengine's AmpOptimWrapper needs a CUDA device")
+        if config.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
+            raise SystemExit(
+                'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, '
+                f'got {config.optim_wrapper.type}'
+            )
+        config.optim_wrapper.type = 'AmpOptimWrapper'
+        config.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.auto_scale_lr:
+        if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+            raise SystemExit(
+                f'error: --auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size'
+            )
+        config.auto_scale_lr.enable = True
+    if args.resume is not None:
+        if args.resume != 'auto' and not Path(args.resume).is_file():
+            raise SystemExit(f'error: --resume: checkpoint {args.resume} does not exist')
+        config.resume = True
+        config.load_from = None if args.resume == 'auto' else args.resume
+    check_files(config, ['train_dataloader', 'val_dataloader'], check_weights=True)
+
+    Runner.from_cfg(config).train()
+
+
+if __name__ == '__main__':
+    main()
