@@ -14,9 +14,9 @@ downsampling, network. Inside the stages, tensors are contiguous (N, H, W, C): t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F

@@ -21,9 +21,7 @@ class DepthwiseConv(nn.Conv2d):
     """Depthwise convolution of odd kernel with 'same' zero padding, (N, H, W, C) in and out."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
-        super().__init__(
-            channels, channels, kernel_size, padding=kernel_size // 2, groups=channels
-        )
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
         x = to_channels_first(x)

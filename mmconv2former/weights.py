@@ -9,17 +9,17 @@ nothing in a file is executed.
 from __future__ import annotations
 
 import argparse
-import io
 import logging
+import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pickle import UnpicklingError
-from typing import Mapping
 
 import numpy as np
 import torch
-from mmengine.fileio import get, get_file_backend
+from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
 from torch import Tensor, nn
 
@@ -64,13 +64,13 @@ def read_state_dict(checkpoint: str) -> dict[str, Tensor]:
         FileNotFoundError: There is no such file.
         ValueError: The file is not a checkpoint, or holds more than data.
     """
-    if not get_file_backend(checkpoint).isfile(checkpoint):
+    if '://' not in checkpoint and not os.path.isfile(checkpoint):
         raise FileNotFoundError(f'checkpoint {checkpoint!r} does not exist. {HOW_TO_GET_WEIGHTS}')
     # torch < 2.5 cannot be told what to admit; it refuses what is not plain.
     safe_globals = getattr(torch.serialization, 'safe_globals', lambda _: nullcontext())
     try:
-        with safe_globals(SAFE_GLOBALS):
-            content = torch.load(io.BytesIO(get(checkpoint)), 'cpu', weights_only=True)
+        with safe_globals(SAFE_GLOBALS), get_local_path(checkpoint) as path:
+            content = torch.load(path, 'cpu', weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
             f'checkpoint {checkpoint!r} is not a file of tensors that can be read safely: {error}'

@@ -25,7 +25,9 @@ def real_samples():
     folder = os.environ.get('MMCONV2FORMER_SAMPLES')
     if folder is None:
         pytest.skip('MMCONV2FORMER_SAMPLES names no folder with real samples')
-    assert Path(folder, 'coco_sample').is_dir(), f'MMCONV2FORMER_SAMPLES={folder} has no coco_sample'
+    assert Path(folder, 'coco_sample').is_dir(), (
+        f'MMCONV2FORMER_SAMPLES={folder} has no coco_sample'
+    )
     return Path(folder).resolve()
 
 

@@ -206,8 +206,23 @@ def test_every_parameter_gets_a_gradient(out_indices, with_cp, out_norm):
 def test_out_norm_normalises():
     model = small().eval()
     for output in model(torch.randn(1, 3, 64, 64)):
-        torch.testing.assert_close(output.mean(1), torch.zeros_like(output.mean(1)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            output.mean(1), torch.zeros_like(output.mean(1)), atol=1e-5, rtol=0
+        )
     assert not any(name.startswith('norm') for name in small(out_norm=False).state_dict())
+
+
+def kept_for_backward(model, x):
+    """Outputs, and the number of values that autograd keeps until the backward pass."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = model(x)
+    return outputs, sum(kept)
 
 
 def test_activation_checkpointing_changes_nothing_but_memory():
@@ -215,12 +230,10 @@ def test_activation_checkpointing_changes_nothing_but_memory():
     results = []
     for with_cp in (False, True):
         model = randomized(small(with_cp=with_cp, drop_path_rate=0.3))
-        saved = []
         torch.manual_seed(3)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-            outputs = model(x)
+        outputs, kept = kept_for_backward(model, x)
         loss_of(outputs).backward()
-        results.append((outputs, [p.grad for p in model.parameters()], sum(saved)))
+        results.append((outputs, [p.grad for p in model.parameters()], kept))
     (outputs, gradients, kept), (outputs_cp, gradients_cp, kept_cp) = results
     torch.testing.assert_close(outputs, outputs_cp, rtol=0, atol=0)
     torch.testing.assert_close(gradients, gradients_cp)
@@ -245,7 +258,9 @@ def test_frozen_stages(frozen_stages):
             assert not any(module.training and mode is False for module in model.modules())
             assert not any(m.training for m in model.get_submodule(name).modules()), name
     before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)], 0.1)
+    optimizer = torch.optim.SGD(
+        [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)], 0.1
+    )
     outputs = model(torch.randn(2, 3, 64, 64))
     if frozen_stages < 4:
         loss_of(outputs).backward()
@@ -287,7 +302,9 @@ def test_autocast(dtype, with_cp):
         outputs = model(x)
     loss_of([output.float() for output in outputs]).backward()
     for output, reference in zip(outputs, expected):
-        assert relative_error(output.float(), reference) < (0.05 if dtype == torch.bfloat16 else 0.01)
+        assert relative_error(output.float(), reference) < (
+            0.05 if dtype == torch.bfloat16 else 0.01
+        )
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
@@ -355,7 +372,7 @@ BAD_ARGUMENTS = [
     (dict(arch=dict(depths=[1], channels=[8], width=3)), ValueError, "arch .* got .*'width'"),
     (dict(arch=dict(depths=[1, 1], channels=[8])), ValueError, 'one value a stage'),
     (dict(arch=dict(depths=[], channels=[])), ValueError, 'one value a stage'),
-    (dict(arch=dict(depths=[0], channels=[8])), ValueError, r"arch\['depths'\] .* at least 1, got 0"),
+    (dict(arch=dict(depths=[0], channels=[8])), ValueError, r"\['depths'\] .* at least 1, got 0"),
     (dict(arch=dict(depths=[1.5], channels=[8])), TypeError, r"arch\['depths'\] .* got 1.5"),
     (dict(arch=dict(depths=3, channels=[8])), TypeError, r"arch\['depths'\] .* sequence .* got 3"),
     (dict(arch=dict(depths=[1], channels=[7])), ValueError, 'even number'),

@@ -10,9 +10,7 @@ from mmengine.hub import get_config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
-LEAVES = sorted(
-    path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts
-)
+LEAVES = sorted(path for path in (ROOT / 'configs').rglob('*.py') if '_base_' not in path.parts)
 NAMES = [path.stem for path in LEAVES]
 
 
@@ -43,7 +41,9 @@ def test_parts_fit_together(path):
     assert model.backbone.strides == tuple(config.model.rpn_head.anchor_generator.strides[:4])
     assert (model.data_preprocessor.mean.flatten() > 100).all()  # of pixels from 0 to 255
     optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
-    assert all(0 < group['lr'] <= config.optim_wrapper.optimizer.lr for group in optimizer.param_groups)
+    assert all(
+        0 < group['lr'] <= config.optim_wrapper.optimizer.lr for group in optimizer.param_groups
+    )
 
 
 @pytest.mark.parametrize('path', LEAVES, ids=NAMES)

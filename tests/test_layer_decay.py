@@ -21,7 +21,9 @@ class Model(nn.Module):
 
 def build(model, optimizer=None, **options):
     optimizer = optimizer or dict(type='AdamW', lr=1e-4, weight_decay=0.05)
-    config = dict(optimizer=optimizer, constructor='mmconv2former.LayerDecayOptimWrapperConstructor')
+    config = dict(
+        optimizer=optimizer, constructor='mmconv2former.LayerDecayOptimWrapperConstructor'
+    )
     return build_optim_wrapper(model, config | dict(paramwise_cfg=dict(options))).optimizer
 
 
@@ -131,7 +133,9 @@ def test_custom_keys_multiply_with_the_decay():
 
 def test_one_table_is_logged(caplog, monkeypatch):
     records = []
-    monkeypatch.setattr('mmconv2former.layer_decay.print_log', lambda text, **_: records.append(text))
+    monkeypatch.setattr(
+        'mmconv2former.layer_decay.print_log', lambda text, **_: records.append(text)
+    )
     with caplog.at_level(logging.INFO):
         build(Model(Conv2Former('nano')), decay_rate=0.9)
     assert not caplog.records

@@ -16,9 +16,7 @@ from mmengine.config import Config, ConfigDict, DictAction
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of both tools."""
     parser.add_argument('--work-dir', help='for logs and checkpoints (default: work_dirs/CONFIG)')
-    parser.add_argument(
-        '--data-root', help="where the data lie, instead of the config's data_root"
-    )
+    parser.add_argument('--data-root', help="where the data lie, instead of the config's data_root")
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -118,7 +116,7 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
 def dataset_paths(settings: ConfigDict) -> Iterator[str]:
     """Annotation files and image folders of all datasets in the settings of a data loader."""
     root = settings.get('data_root') or ''
-    if 'ann_file' in settings and settings['ann_file']:
+    if settings.get('ann_file'):
         yield os.path.join(root, settings['ann_file'])
     prefixes = settings.get('data_prefix')
     for prefix in prefixes.values() if isinstance(prefixes, dict) else ():

@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import cv2
 import numpy as np
@@ -25,16 +25,24 @@ from pycocotools import mask as coco_mask
 
 SPLITS = {'train': ('train2017', 'training'), 'val': ('val2017', 'validation')}
 
-# name: (COCO category id, ADE20K label)
-OBJECTS = {
-    'sports ball': (37, 120),  # ADE20K: ball
-    'stop sign': (13, 44),  # signboard
-    'kite': (38, 150),  # flag
-    'donut': (60, 143),  # plate
-    'pizza': (59, 121),  # food
-}
+# All of COCO's categories stand in the annotation files, as evaluation maps 80 labels to their ids.
+COCO_NAMES = (
+    'person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire '
+    'hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, '
+    'bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, '
+    'snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, '
+    'tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, '
+    'sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted '
+    'plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, '
+    'microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, '
+    'hair drier, toothbrush'
+).split(', ')
+UNUSED_COCO_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
+COCO_IDS = dict(zip(COCO_NAMES, (id_ for id_ in range(1, 91) if id_ not in UNUSED_COCO_IDS)))
+
+# ADE20K's labels: of the objects (there called ball, signboard, flag, plate, food), of the regions
+OBJECTS = {'sports ball': 120, 'stop sign': 44, 'kite': 150, 'donut': 143, 'pizza': 121}
 BACKGROUNDS = {'wall': 1, 'sky': 3, 'grass': 10, 'sea': 27, 'sand': 47}
-CATEGORY_IDS = {name: ids[0] for name, ids in OBJECTS.items()}
 
 SMALLEST_OBJECT, LARGEST_OBJECT = 0.14, 0.55  # side, as a share of the picture's
 MOST_OBJECTS = 6
@@ -113,12 +121,12 @@ def write_split(folder: Path, split: str, count: int, size: int, rng: Generator)
                 dict(
                     id=len(annotations) + 1,
                     image_id=image_id,
-                    category_id=CATEGORY_IDS[category],
+                    category_id=COCO_IDS[category],
                     iscrowd=int(is_crowd),
                     **describe_mask(mask),
                 )
             )
-    categories = [dict(id=id_, name=name) for name, id_ in CATEGORY_IDS.items()]
+    categories = [dict(id=id_, name=name) for name, id_ in COCO_IDS.items()]
     content = dict(images=images, annotations=annotations, categories=categories)
     path = folder / f'coco/annotations/instances_{coco_name}.json'
     path.write_text(json.dumps(content))
@@ -160,7 +168,7 @@ def draw_picture(
     for category, mask, is_crowd in reversed(painted):  # from front to back
         visible = mask & ~hidden
         hidden |= mask
-        labels[visible] = OBJECTS[category][1]
+        labels[visible] = OBJECTS[category]
         if visible.sum() > LEAST_VISIBLE * mask.sum():
             objects.append((category, visible, is_crowd))
     if empty:

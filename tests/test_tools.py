@@ -1,0 +1,320 @@
+"""The tools, run as a user runs them, and what they refuse."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run_tool
+from demo import CONFIG, DATA_AND_SCHEDULE, MODEL
+
+# Eight pictures in batches of two: four iterations an epoch, of a small model on small pictures.
+QUICK = [
+    *MODEL,
+    *DATA_AND_SCHEDULE,
+    'model.backbone.arch=nano',
+    'model.neck.in_channels=[64,128,256,512]',
+    'train_dataloader.batch_size=2',
+    'train_dataloader.dataset.indices=8',
+    'train_cfg.max_epochs=3',
+    'train_cfg.val_interval=3',
+    'param_scheduler.1.end=3',
+    'param_scheduler.1.milestones=[2]',
+    'default_hooks.checkpoint.interval=1',
+    'default_hooks.logger.interval=1',
+    'randomness.seed=0',
+]
+
+
+def quick(data_root, work_dir, *options):
+    return ['--data-root', data_root, '--work-dir', work_dir, '--cfg-options', *QUICK, *options]
+
+
+def metrics_of(work_dir):
+    (path,) = work_dir.glob('*/*.json')
+    return json.loads(path.read_text())
+
+
+@pytest.fixture(scope='module')
+def trained(sample, tmp_path_factory):
+    """Work dir of a short run that was killed in its second epoch and then resumed."""
+    work_dir = tmp_path_factory.mktemp('trained')
+    arguments = quick(sample / 'coco', work_dir)
+    command = [sys.executable, 'tools/train.py', CONFIG, *map(str, arguments)]
+    with (work_dir / 'killed.log').open('w') as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
+        )
+        deadline = time.time() + 300
+        while not (work_dir / 'last_checkpoint').exists() and process.poll() is None:
+            assert time.time() < deadline, 'no checkpoint after 300 s'
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert (work_dir / 'epoch_1.pth').exists(), (work_dir / 'killed.log').read_text()
+    assert not (work_dir / 'epoch_3.pth').exists()
+    output = run_tool('train.py', CONFIG, '--resume', *arguments)
+    assert 'resumed epoch: ' in output
+    return work_dir
+
+
+def test_resumed_run_is_complete(trained):
+    checkpoint = torch.load(trained / 'epoch_3.pth', weights_only=False)
+    assert (checkpoint['meta']['epoch'], checkpoint['meta']['iter']) == (3, 12)
+    steps = {int(state['step']) for state in checkpoint['optimizer']['state'].values()}
+    assert steps == {12}
+    assert all(torch.isfinite(value).all() for value in checkpoint['state_dict'].values())
+    assert (trained / 'last_checkpoint').read_text().endswith('epoch_3.pth')
+
+
+def test_validation_is_logged_and_the_best_model_kept(trained):
+    lines = [
+        json.loads(line)
+        for path in trained.glob('*/vis_data/scalars.json')
+        for line in path.read_text().splitlines()
+    ]
+    (validation,) = [line for line in lines if 'coco/bbox_mAP' in line]
+    assert validation['step'] == 3
+    assert 0 <= validation['coco/segm_mAP_50'] <= 1
+    assert {'loss_rpn_cls', 'loss_bbox', 'loss_mask'} <= {key for line in lines for key in line}
+    assert len(list(trained.glob('best_coco_bbox_mAP_epoch_*.pth'))) == 1
+
+
+def test_evaluates_draws_and_dumps(trained, sample, tmp_path):
+    checkpoint = trained / 'epoch_3.pth'
+    out = tmp_path / 'predictions.pkl'
+    options = ['--out', out, '--show-dir', 'pictures']
+    run_tool('test.py', CONFIG, checkpoint, *options, *quick(sample / 'coco', tmp_path))
+    metrics = metrics_of(tmp_path)
+    assert {f'coco/{kind}_mAP{at}' for kind in ('bbox', 'segm') for at in ('', '_50')} <= set(
+        metrics
+    )
+    assert len(list(tmp_path.glob('*/pictures/*.jpg'))) == 6
+    predictions = pickle.loads(out.read_bytes())
+    assert len(predictions) == 6
+    assert {'bboxes', 'scores', 'labels', 'masks'} <= set(predictions[0]['pred_instances'])
+
+
+def test_two_processes_train_and_evaluate(sample, tmp_path):
+    arguments = quick(sample / 'coco', tmp_path / 'train', 'train_cfg.max_epochs=1')
+    environment = os.environ | {
+        'MASTER_PORT': '29617',
+        'OMP_NUM_THREADS': '1',
+        'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
+    }
+
+    def run(script, *args):
+        command = [f'tools/{script}', *map(str, args)]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+    run('dist_train.sh', CONFIG, 2, *arguments)
+    checkpoint = torch.load(tmp_path / 'train/epoch_1.pth', weights_only=False)
+    assert checkpoint['meta']['iter'] == 2  # 8 pictures in 2 processes with batches of 2
+    run('dist_test.sh', CONFIG, tmp_path / 'train/epoch_1.pth', 2,
+        *quick(sample / 'coco', tmp_path / 'two'))  # fmt: skip
+    run_tool('test.py', CONFIG, tmp_path / 'train/epoch_1.pth',
+             *quick(sample / 'coco', tmp_path / 'one'))  # fmt: skip
+    two, one = metrics_of(tmp_path / 'two'), metrics_of(tmp_path / 'one')
+    for name in one:
+        if name.startswith('coco/'):
+            assert two[name] == pytest.approx(one[name], abs=1e-3), name
+
+
+def test_curves(trained, tmp_path):
+    run_tool('plot_curves.py', trained, '--out', tmp_path / 'curves.png')
+    assert (tmp_path / 'curves.png').stat().st_size > 10_000
+    assert 'no training log' in run_tool('plot_curves.py', tmp_path, succeeds=False)
+
+
+def test_real_pictures(real_samples, tmp_path):
+    """A greyscale one, some without objects, crowd regions: only the data root changes."""
+    options = ['train_dataloader.dataset.indices=40', 'train_cfg.max_epochs=1',
+               'train_cfg.val_interval=1']  # fmt: skip
+    arguments = quick(real_samples / 'coco_sample', tmp_path, *options)
+    output = run_tool('train.py', CONFIG, *arguments)
+    assert 'Epoch(val) [1][31/31]' in output
+    checkpoint = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
+    assert all(torch.isfinite(value).all() for value in checkpoint['state_dict'].values())
+    arguments[arguments.index('train_cfg.max_epochs=1')] = 'train_cfg.max_epochs=2'
+    assert 'resumed epoch: 1' in run_tool('train.py', CONFIG, '--resume', *arguments)
+    assert (tmp_path / 'epoch_2.pth').exists()
+
+
+def test_true_input_size(real_samples, tmp_path):
+    """The recipe as it is, short side 800, for one iteration and one picture."""
+    data = tmp_path / 'coco'
+    subset = run_tool(
+        'subset_coco.py', real_samples / 'coco_sample', data, '--train', 2, '--val', 1
+    )
+    assert 'train2017: 2 images' in subset
+    output = run_tool(
+        'train.py', CONFIG, '--data-root', data, '--work-dir', tmp_path / 'work', '--cfg-options',
+        'model.backbone.init_cfg=None', 'train_cfg.max_epochs=1', 'param_scheduler.1.end=1',
+        'param_scheduler.1.milestones=[1]', 'default_hooks.logger.interval=1',
+        'train_dataloader.dataset.pipeline.3.prob=[1.0,0.0]',
+        'train_dataloader.dataset.pipeline.3.transforms.0.0.scales=[(1333,800)]',
+    )  # fmt: skip
+    assert 'Epoch(train) [1][1/1]' in ' '.join(output.split())
+    assert 'Epoch(val) [1][1/1]' in ' '.join(output.split())
+    checkpoint = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
+    assert checkpoint['state_dict']['roi_head.mask_head.convs.3.conv.weight'].shape[0] == 256
+
+
+def test_subset(sample, tmp_path):
+    run_tool('subset_coco.py', sample / 'coco', tmp_path / 'fit', '--train', 3, '--val-is-train')
+    contents = [
+        json.loads((tmp_path / f'fit/annotations/instances_{split}.json').read_text())
+        for split in ('train2017', 'val2017')
+    ]
+    assert contents[0] == contents[1]
+    ids = {image['id'] for image in contents[0]['images']}
+    assert len(ids) == 3
+    assert {annotation['image_id'] for annotation in contents[0]['annotations']} == ids
+    for image in contents[0]['images']:
+        assert (tmp_path / 'fit/val2017' / image['file_name']).exists()
+    arguments = ['subset_coco.py', sample / 'coco', tmp_path / 'more', '--train', 1, '--val', 99]
+    assert '99 were asked for' in run_tool(*arguments, succeeds=False)
+    arguments[2] = tmp_path / 'fit'
+    assert 'exists already' in run_tool(*arguments, succeeds=False)
+
+
+MISSING = '/nowhere/else'
+NO_WEIGHTS = ['--cfg-options', 'model.backbone.init_cfg=None']
+REFUSALS = {
+    'config': (['train.py', 'configs/none.py'], 'config configs/none.py does not exist'),
+    'data': (
+        ['train.py', CONFIG, '--data-root', MISSING, *NO_WEIGHTS],
+        f'{MISSING}/annotations/instances_train2017.json (train_dataloader)',
+    ),
+    'data to evaluate': (
+        ['test.py', CONFIG, 'none', '--data-root', MISSING, *NO_WEIGHTS],
+        'say where they lie with --data-root DIR',
+    ),
+    'weights': (
+        ['train.py', CONFIG, '--data-root', 'SAMPLE'],
+        'pretrained weights pretrain/conv2former_t.pth are missing. The published weights',
+    ),
+    'checkpoint': (['test.py', CONFIG, 'none.pth'], 'checkpoint none.pth does not exist'),
+    'resume': (
+        ['train.py', CONFIG, '--resume', 'none.pth'],
+        '--resume: checkpoint none.pth does not exist',
+    ),
+    'amp': (['train.py', CONFIG, '--amp'], '--amp: mmengine'),
+    'out': (['test.py', CONFIG, 'none', '--out', 'a.json'], '--out must end with .pkl'),
+    'scaling': (
+        ['train.py', CONFIG, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr._delete_=True'],
+        'has no auto_scale_lr.base_batch_size',
+    ),
+}
+
+
+@pytest.mark.parametrize('case', REFUSALS)
+def test_refuses_with_one_message(case, sample):
+    if case == 'amp' and torch.cuda.is_available():
+        pytest.skip('mixed precision works here: CUDA is available')
+    arguments, message = REFUSALS[case]
+    arguments = [sample / 'coco' if argument == 'SAMPLE' else argument for argument in arguments]
+    output = run_tool(*arguments, succeeds=False)
+    assert message in output
+    assert 'Traceback' not in output
+
+
+@pytest.mark.parametrize(
+    ('script', 'positional', 'expected'),
+    [
+        ('slurm_train.sh', [CONFIG], f'train.py {CONFIG} --launcher slurm'),
+        ('slurm_test.sh', [CONFIG, 'a b.pth'], f'test.py {CONFIG} a b.pth --launcher slurm'),
+    ],
+)
+def test_slurm_scripts(script, positional, expected, tmp_path):
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$#" "$*"\n')
+    srun.chmod(0o755)
+    environment = os.environ | {
+        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+        'GPUS': '16',
+        'SRUN_ARGS': '--time=3-0 --qos=high',
+    }
+    command = [f'tools/{script}', 'gpu', 'my job', *positional, '--work-dir', 'a b']
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    count, words = result.stdout.splitlines()
+    assert int(count) == 8 + 2 + 3 + len(positional) + 2 + 2
+    assert f'{expected} --work-dir a b' in words
+    assert '--job-name=my job' in words
+    assert '--ntasks=16 --ntasks-per-node=8' in words
+    assert '--time=3-0 --qos=high' in words
+
+
+@pytest.mark.parametrize('script', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])
+def test_scripts_explain_themselves(script):
+    result = subprocess.run([f'tools/{script}.sh'], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert f'tools/{script}.sh ' in result.stderr
+
+
+def make_machine(folder, without=()):
+    """A folder for PATH with the commands that set-up asks for, without some."""
+    folder.mkdir()
+    commands = [
+        'bash',
+        'cat',
+        'cksum',
+        'df',
+        'awk',
+        'nproc',
+        'dirname',
+        'ls',
+        'rm',
+        'mv',
+        'touch',
+        'c++',
+    ]
+    for name in set(commands) - set(without):
+        (folder / name).symlink_to(shutil.which(name))
+    if 'python3' not in without:
+        (folder / 'python3').symlink_to(os.path.realpath(sys.executable))
+    return folder
+
+
+def write_command(path, text):
+    path.unlink(missing_ok=True)
+    path.write_text(f'#!/bin/sh\n{text}\n')
+    path.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ('without', 'message'),
+    [(['python3'], 'Python 3.10, 3.11 or 3.12 is needed'), (['c++'], 'apt-get install g++')],
+)
+def test_setup_says_what_the_machine_lacks_before_it_starts(without, message, tmp_path):
+    output = run_setup(tmp_path, make_machine(tmp_path / 'bin', without))
+    assert message in output
+    assert not (tmp_path / 'project/.venv').exists()
+
+
+def test_setup_says_when_the_disk_is_full(tmp_path):
+    machine = make_machine(tmp_path / 'bin')
+    write_command(machine / 'df', 'echo; echo /dev/sda 9 9 1048576 9% /')
+    assert 'MiB of disk are needed' in run_setup(tmp_path, machine)
+
+
+def run_setup(tmp_path, machine):
+    project = tmp_path / 'project'
+    (project / 'tools').mkdir(parents=True)
+    for name in ('constraints.txt', 'setup.py', 'pyproject.toml', 'tools/setup_env.sh'):
+        shutil.copy(ROOT / name, project / name)
+    environment = {'PATH': str(machine), 'HOME': str(tmp_path)}
+    result = subprocess.run(
+        ['bash', 'tools/setup_env.sh'], cwd=project, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    return result.stderr
