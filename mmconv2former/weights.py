@@ -23,11 +23,13 @@ from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
 from torch import Tensor, nn
 
-# What checkpoints of timm and mmengine hold beside tensors and plain containers. None of these
-# does anything but hold values when it is rebuilt.
+# What checkpoints of timm and mmengine hold beside tensors and plain containers. None of these does
+# anything but hold values when it is rebuilt; `getattr` finds the methods that mmengine's
+# HistoryBuffer keeps, and torch calls nothing that is not in this list itself.
 SAFE_GLOBALS = [
     argparse.Namespace,
     HistoryBuffer,
+    getattr,
     np.ndarray,
     np.dtype,
     type(np.dtype(np.float64)),
@@ -71,7 +73,7 @@ def read_state_dict(checkpoint: str) -> dict[str, Tensor]:
     try:
         with safe_globals(SAFE_GLOBALS), get_local_path(checkpoint) as path:
             content = torch.load(path, 'cpu', weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise ValueError(
             f'checkpoint {checkpoint!r} is not a file of tensors that can be read safely: {error}'
         ) from error

@@ -111,14 +111,14 @@ def test_other_optimizers(optimizer):
     model = Model(Conv2Former('nano', out_indices=(0, 1)))
     groups = by_name(model, build(model, optimizer, decay_rate=0.5))
     assert groups['backbone.downsample_layers.0.0.weight']['lr'] == pytest.approx(0.1 * 0.5**3)
-    before = model.backbone.stages[0][0].attn.v.weight.clone()
+    before = model.backbone.norm0.weight.clone()
     wrapper = LayerDecayOptimWrapperConstructor(
         dict(optimizer=optimizer, accumulative_counts=2), dict(decay_rate=0.5)
     )(model)
     for _ in range(2):
         loss = sum(out.square().mean() for out in model.backbone(torch.randn(1, 3, 32, 32)))
         wrapper.update_params(loss)
-        is_unchanged = torch.equal(before, model.backbone.stages[0][0].attn.v.weight)
+        is_unchanged = torch.equal(before, model.backbone.norm0.weight)
         assert is_unchanged == (wrapper._inner_count == 1)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, run_tool
 from demo import CONFIG, DATA_AND_SCHEDULE, MODEL
+from plot_curves import read_scalars
 
 # Eight pictures in batches of two: four iterations an epoch, of a small model on small pictures.
 QUICK = [
@@ -29,6 +30,7 @@ QUICK = [
     'default_hooks.checkpoint.interval=1',
     'default_hooks.logger.interval=1',
     'randomness.seed=0',
+    'model.test_cfg.rcnn.score_thr=0.0',  # else hardly trained weights predict nothing
 ]
 
 
@@ -113,8 +115,10 @@ def test_two_processes_train_and_evaluate(sample, tmp_path):
         command = [f'tools/{script}', *map(str, args)]
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout + result.stderr
 
-    run('dist_train.sh', CONFIG, 2, *arguments)
+    output = run('dist_train.sh', CONFIG, 2, '--auto-scale-lr', *arguments)
+    assert 'Scaling the original LR by 0.25' in output  # 2 processes x 2 pictures of batch 16
     checkpoint = torch.load(tmp_path / 'train/epoch_1.pth', weights_only=False)
     assert checkpoint['meta']['iter'] == 2  # 8 pictures in 2 processes with batches of 2
     run('dist_test.sh', CONFIG, tmp_path / 'train/epoch_1.pth', 2,
@@ -130,6 +134,9 @@ def test_two_processes_train_and_evaluate(sample, tmp_path):
 def test_curves(trained, tmp_path):
     run_tool('plot_curves.py', trained, '--out', tmp_path / 'curves.png')
     assert (tmp_path / 'curves.png').stat().st_size > 10_000
+    losses, metrics = read_scalars(trained, ['coco/bbox_mAP'])
+    assert sorted(losses['loss']) == list(range(1, 13))  # the killed run and the resumed one
+    assert list(metrics['coco/bbox_mAP']) == [3]
     assert 'no training log' in run_tool('plot_curves.py', tmp_path, succeeds=False)
 
 

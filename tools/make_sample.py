@@ -4,8 +4,8 @@
 
 Real COCO and ADE20K category names and ids are used, so that a recipe reads the sample by changing
 nothing but its data root: `data/sample/coco` and `data/sample/ade/ADEChallengeData2016`. Every
-picture has two textured background regions and clutter (lines, specks, blobs), and up to six
-textured, rotated objects between a seventh and more than half of the picture's side, which may
+picture has two textured background regions and clutter (lines, specks, blobs), and up to seven
+textured, rotated objects between an eighth and more than half of the picture's side, which may
 hide each other. As in the real data there are pictures without objects, greyscale JPEGs and crowd
 regions. The same seed gives the same files with the same versions of numpy and OpenCV.
 """
@@ -44,8 +44,8 @@ COCO_IDS = dict(zip(COCO_NAMES, (id_ for id_ in range(1, 91) if id_ not in UNUSE
 OBJECTS = {'sports ball': 120, 'stop sign': 44, 'kite': 150, 'donut': 143, 'pizza': 121}
 BACKGROUNDS = {'wall': 1, 'sky': 3, 'grass': 10, 'sea': 27, 'sand': 47}
 
-SMALLEST_OBJECT, LARGEST_OBJECT = 0.14, 0.55  # side, as a share of the picture's
-MOST_OBJECTS = 6
+SMALLEST_OBJECT, LARGEST_OBJECT = 0.12, 0.55  # side, as a share of the picture's
+MOST_OBJECTS = 7
 CROWD_SIZE = 12  # objects in a crowd region
 LEAST_VISIBLE = 0.25  # an object hidden by more than this is painted over, not annotated
 EMPTY_EVERY, GREY_EVERY, CROWD_EVERY = 25, 20, 16  # one picture in so many
@@ -297,11 +297,9 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-# First and second colour (BGR) about which an object's own colours vary. The kite's second is free.
+# First and second colour (BGR) about which an object's own vary; balls and kites have any colours.
 COLORS = {
-    'sports ball': ((70, 225, 190), (60, 60, 60)),
     'stop sign': ((50, 40, 190), (235, 235, 235)),
-    'kite': ((200, 70, 60), None),
     'donut': ((150, 120, 225), (240, 240, 120)),
     'pizza': ((90, 190, 240), (45, 70, 170)),
 }
@@ -309,8 +307,7 @@ COLORS = {
 
 def object_colors(category: str, rng: Generator) -> tuple[np.ndarray, np.ndarray]:
     """First and second colour (BGR) of one object."""
-    first, second = COLORS[category]
-    second = second or random_color(rng)
+    first, second = COLORS.get(category) or (random_color(rng), random_color(rng))
     return np.array(first) + rng.normal(0, 20, 3), np.array(second) + rng.normal(0, 20, 3)
 
 

@@ -3,7 +3,7 @@
     python tools/plot_curves.py work_dirs/mask_rcnn_conv2former_t
 
 Reads the `vis_data/scalars.json` that mmengine writes; the parts of a run that was resumed are put
-together, the later ones first where they overlap.
+together; a run from the start in the same folder replaces those before it.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ Curves = dict[str, dict[int, float]]  # name -> {iteration or epoch: value}
 
 
 def read_scalars(work_dir: Path, metric_names: list[str]) -> tuple[Curves, Curves]:
-    """Losses by iteration and the named metrics by validation step, of all runs in a work dir."""
+    """Losses by iteration and the named metrics by validation step, of the runs in a work dir."""
     losses: Curves = {}
     metrics: Curves = {}
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):  # named by time
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        first_step = min((record['step'] for record in records if 'loss' in record), default=None)
+        if losses and first_step is not None and first_step <= min(losses['loss']):
+            losses, metrics = {}, {}  # a run from the start, not one that was resumed
+        for record in records:
             is_training = 'loss' in record
             for name, value in record.items():
                 if is_training and name.startswith('loss'):
@@ -61,7 +64,10 @@ def read_scalars(work_dir: Path, metric_names: list[str]) -> tuple[Curves, Curve
 def draw(losses: Curves, metrics: Curves, out: Path) -> None:
     figure, axes = plt.subplots(1, 2 if metrics else 1, figsize=(11, 4), squeeze=False)
     for axis, curves, title, label in zip(
-        axes[0], (losses, metrics), ('Training loss', 'Validation'), ('iteration', 'epoch or step')
+        axes[0],
+        (losses, metrics),
+        ('Training loss', 'Validation'),
+        ('iteration', 'epoch (or iteration)'),
     ):
         for name, values in curves.items():
             steps = sorted(values)

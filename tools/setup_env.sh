@@ -12,24 +12,26 @@ VENV=.venv
 WHEELS=$VENV/wheels           # mmcv's wheel, once it is built
 INSTALLING=$VENV/.installing  # there while pip writes: an environment left so is made anew
 STAMP=$VENV/.complete         # holds the fingerprint of what was installed
-PIP_PACKAGES=(pip setuptools wheel ninja packaging numpy)  # mmcv's build needs them beside torch
+# what mmcv and the other source distributions need to be built without isolation, beside torch
+BUILD_PACKAGES=(pip setuptools wheel ninja packaging numpy click)
 
 say() { printf '[setup %4ds] %s\n' "$SECONDS" "$*"; }
 die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 
 # One fingerprint of all that decides what is installed.
-fingerprint() { cat constraints.txt setup.py pyproject.toml tools/setup_env.sh | cksum; }
+fingerprint() { cat constraints.txt setup.py tools/setup_env.sh | cksum; }
 
 find_python() {
-  local candidate
-  for candidate in ${PYTHON:-python3.11 python3.12 python3.10 python3}; do
+  local candidate candidates=(python3.11 python3.12 python3.10 python3)
+  [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+  for candidate in "${candidates[@]}"; do
     if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
         2>/dev/null; then
       command -v "$candidate"
       return
     fi
   done
-  die "Python 3.10, 3.11 or 3.12 is needed, none found as ${PYTHON:-python3.11, python3.12, python3.10 or python3}. Install one, or name it: PYTHON=/path/to/python make setup"
+  die "Python 3.10, 3.11 or 3.12 is needed, none found as: ${candidates[*]}. Install one, or name it: PYTHON=/path/to/python make setup"
 }
 
 check_machine() {
@@ -94,7 +96,7 @@ if [ -e $STAMP ]; then  # made from other pins
   rm -rf $WHEELS $STAMP
 fi
 say 'installing torch (about 1 minute, 2.5 GB of downloads the first time)'
-pip_install "${PIP_PACKAGES[@]}"
+pip_install "${BUILD_PACKAGES[@]}"
 pip_install torch torchvision
 
 if ! ls $WHEELS/*.whl >/dev/null 2>&1; then
