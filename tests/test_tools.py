@@ -254,7 +254,7 @@ def test_slurm_scripts(script, positional, expected, tmp_path):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     count, words = result.stdout.splitlines()
-    assert int(count) == 8 + 2 + 3 + len(positional) + 2 + 2
+    assert int(count) == 7 + 2 + 3 + len(positional) + 2 + 2
     assert f'{expected} --work-dir a b' in words
     assert '--job-name=my job' in words
     assert '--ntasks=16 --ntasks-per-node=8' in words

@@ -54,9 +54,22 @@ def load_config(args: argparse.Namespace) -> Config:
         config.work_dir = str(Path('work_dirs') / Path(args.config).stem)
     config.launcher = args.launcher
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
-        # mmengine would select a CUDA device before it joins the process group.
-        torch.distributed.init_process_group('gloo')
+        use_gloo(config)
     return config
+
+
+def use_gloo(config: Config) -> None:
+    """Joins a process group without CUDA, for which mmengine would select a CUDA device."""
+    torch.distributed.init_process_group('gloo')
+    config.setdefault(
+        'model_wrapper_cfg',
+        dict(
+            type='MMDistributedDataParallel',
+            device_ids=None,  # else mmengine passes the local rank
+            broadcast_buffers=False,  # as mmengine does by default
+            find_unused_parameters=config.get('find_unused_parameters', False),
+        ),
+    )
 
 
 def set_data_root(config: Config, data_root: str) -> None:
