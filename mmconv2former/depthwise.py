@@ -60,8 +60,8 @@ def has_fast_weight_gradient(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == 'cpu'
         and x.dtype == torch.float32
         and not is_cpu_autocast()
-        and weight.shape[-1] >= 7
-        and x.shape[2] * x.shape[3] <= 4 * x.shape[1]
+        and weight.shape[-1] >= 9
+        and x.shape[2] * x.shape[3] <= x.shape[1]
     )
 
 
