@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import cv2
 import pytest
 import torch
 from conftest import ROOT, run_tool
@@ -172,6 +173,21 @@ def test_true_input_size(real_samples, tmp_path):
     assert 'Epoch(val) [1][1/1]' in ' '.join(output.split())
     checkpoint = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
     assert checkpoint['state_dict']['roi_head.mask_head.convs.3.conv.weight'].shape[0] == 256
+
+
+def test_demo_in_small(tmp_path):
+    work_dir = tmp_path / 'work'
+    options = ['--train', 16, '--val', 3, '--epochs', 2]
+    output = run_tool('demo.py', '--data', tmp_path / 'data', '--work-dir', work_dir, *options)
+    *_, untrained, trained, _, predictions, _, checkpoint, _ = output.splitlines()
+    assert untrained.split()[0] == 'untrained'
+    assert [0 <= float(value) <= 1 for value in trained.split()[1:]] == [True] * 4
+    assert str(work_dir / 'predictions.png') in predictions
+    assert cv2.imread(str(work_dir / 'predictions.png')).shape == (256, 3 * 512, 3)
+    assert cv2.imread(str(work_dir / 'curves.png')) is not None
+    assert (work_dir / 'train/epoch_2.pth').samefile(checkpoint.split()[-1])
+    command = next(line for line in output.splitlines() if line.startswith('$ python tools/train'))
+    assert f'{CONFIG} --work-dir {work_dir}/train' in command
 
 
 def test_subset(sample, tmp_path):

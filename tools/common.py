@@ -12,6 +12,8 @@ import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 
+from mmconv2former.weights import HOW_TO_GET_WEIGHTS
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of both tools."""
@@ -85,15 +87,15 @@ def set_data_root(config: Config, data_root: str) -> None:
 
     def replace(value: Any) -> Any:
         if isinstance(value, dict):
-            for key, item in value.items():
-                value[key] = replace(item)
-        elif isinstance(value, (list, tuple)):
+            return type(value)((key, replace(item)) for key, item in value.items())
+        if isinstance(value, (list, tuple)):
             return type(value)(replace(item) for item in value)
-        elif isinstance(value, str) and value.startswith(old):
+        if isinstance(value, str) and value.startswith(old):
             return new + value[len(old) :]
         return value
 
-    replace(config._cfg_dict)
+    for key, value in list(config.items()):
+        config[key] = replace(value)
 
 
 def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> None:
@@ -119,10 +121,9 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
             + '\n  '.join(dict.fromkeys(missing))
             + '\nPut them there, or say where they lie with --data-root DIR (README, section Data).'
         )
-    weights = (config.model.get('backbone', {}).get('init_cfg') or {}).get('checkpoint')
+    init_cfg = config.model.get('backbone', {}).get('init_cfg')
+    weights = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
     if check_weights and weights and is_local(weights) and not os.path.isfile(weights):
-        from mmconv2former.weights import HOW_TO_GET_WEIGHTS  # mmdet is slow to import
-
         raise SystemExit(f'error: pretrained weights {weights} are missing. {HOW_TO_GET_WEIGHTS}')
 
 

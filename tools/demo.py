@@ -4,11 +4,13 @@
 
 Makes the sample, evaluates the untrained network, trains the COCO recipe with the overrides below,
 evaluates on held-out pictures, draws predictions and curves. Every command is printed as it can be
-pasted. docs/demo.md says what each override is for. Replaces data/sample and work_dirs/demo.
+pasted. docs/demo.md says what each override is for. Replaces data/sample and work_dirs/demo, unless
+told to write elsewhere.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import shutil
@@ -20,9 +22,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-CONFIG = 'configs/detection/mask_rcnn_conv2former_t.py'
-DATA = Path('data/sample')
 WORK_DIR = Path('work_dirs/demo')
+CONFIG = 'configs/detection/mask_rcnn_conv2former_t.py'
 MODEL = [  # a smaller, faster model around the same backbone, from random weights
     'model.backbone.init_cfg=None',
     'model.backbone.layer_scale_init_value=0.1',
@@ -53,15 +54,10 @@ DATA_AND_SCHEDULE = [
     'train_dataloader.num_workers=1',
     'val_dataloader.num_workers=1',
     'test_dataloader.num_workers=1',
-    'train_cfg.max_epochs=10',
-    'train_cfg.val_interval=2',
     'param_scheduler.0.end=60',
-    'param_scheduler.1.end=10',
-    'param_scheduler.1.milestones=[8,9]',
     'optim_wrapper.optimizer.lr=4e-4',
     'optim_wrapper.optimizer.fused=True',
     'optim_wrapper.paramwise_cfg.decay_rate=1.0',
-    'default_hooks.checkpoint.interval=2',
     'default_hooks.logger.interval=20',
 ]
 METRICS = {
@@ -74,34 +70,67 @@ PICTURES = 9  # in the sheet of predictions
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--data', type=Path, default='data/sample', help='for the sample')
+    parser.add_argument('--work-dir', type=Path, default=WORK_DIR)
+    parser.add_argument('--train', type=int, default=240, help='training pictures')
+    parser.add_argument('--val', type=int, default=60, help='held-out pictures')
+    parser.add_argument('--epochs', type=int, default=10)
+    args = parser.parse_args()
     start = time.time()
-    shutil.rmtree(WORK_DIR, ignore_errors=True)
-    common = ['--data-root', str(DATA / 'coco'), '--cfg-options', *MODEL, *DATA_AND_SCHEDULE]
-    run('make_sample.py', str(DATA))
-    run('test.py', CONFIG, 'none', '--work-dir', str(WORK_DIR / 'untrained'), *common)
-    untrained = read_metrics(WORK_DIR / 'untrained')
+    work_dir = args.work_dir
+    if work_dir == WORK_DIR:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    elif work_dir.exists():
+        parser.error(f'--work-dir {work_dir} exists already')
+    work_dir.mkdir(parents=True)
+    overrides = [*MODEL, *DATA_AND_SCHEDULE, *schedule(args.epochs)]
+    common = ['--data-root', str(args.data / 'coco'), '--cfg-options', *overrides]
+
+    def run(tool: str, *arguments: str) -> None:
+        run_tool(tool, *arguments, log=work_dir / f'{Path(tool).stem}.log')
+
+    counts = ['--train', str(args.train), '--val', str(args.val)]
+    run('make_sample.py', str(args.data), *counts)
+    run('test.py', CONFIG, 'none', '--work-dir', str(work_dir / 'untrained'), *common)
+    untrained = read_metrics(work_dir / 'untrained')
     train_start = time.time()
-    run('train.py', CONFIG, '--work-dir', str(WORK_DIR / 'train'), *common)
+    run('train.py', CONFIG, '--work-dir', str(work_dir / 'train'), *common)
     train_minutes = (time.time() - train_start) / 60
-    checkpoint = (WORK_DIR / 'train/last_checkpoint').read_text()
-    test_options = ['--work-dir', str(WORK_DIR / 'trained'), '--show-dir', 'pictures']
+    checkpoint = (work_dir / 'train/last_checkpoint').read_text()
+    test_options = ['--work-dir', str(work_dir / 'trained'), '--show-dir', 'pictures']
     run('test.py', CONFIG, checkpoint, *test_options, *common)
-    trained = read_metrics(WORK_DIR / 'trained')
-    run('plot_curves.py', str(WORK_DIR / 'train'), '--out', str(WORK_DIR / 'curves.png'))
-    pictures = newest(WORK_DIR / 'trained', '*/pictures')
-    write_sheet(sorted(pictures.iterdir())[:PICTURES], WORK_DIR / 'predictions.png')
+    trained = read_metrics(work_dir / 'trained')
+    run('plot_curves.py', str(work_dir / 'train'), '--out', str(work_dir / 'curves.png'))
+    pictures = newest(work_dir / 'trained', '*/pictures')
+    write_sheet(sorted(pictures.iterdir())[:PICTURES], work_dir / 'predictions.png')
 
     print(f'\nHeld-out pictures, {train_minutes:.1f} minutes of training:')
     print(f'{"":12}' + ''.join(f'{name:>12}' for name in METRICS))
     for name, metrics in (('untrained', untrained), ('trained', trained)):
-        print(f'{name:12}' + ''.join(f'{metrics[key]:12.3f}' for key in METRICS.values()))
-    print(f'\npredictions beside the truth   {WORK_DIR}/predictions.png (all: {pictures})')
-    print(f'curves of loss and AP          {WORK_DIR}/curves.png')
+        values = (metrics.get(key, 0.0) for key in METRICS.values())  # absent without detections
+        print(f'{name:12}' + ''.join(f'{value:12.3f}' for value in values))
+    print(f'\npredictions beside the truth   {work_dir}/predictions.png (all: {pictures})')
+    print(f'curves of loss and AP          {work_dir}/curves.png')
     print(f'checkpoint                     {checkpoint}')
     print(f'{(time.time() - start) / 60:.1f} minutes in all')
 
 
-def run(tool: str, *args: str) -> None:
+def schedule(epochs: int) -> list[str]:
+    """Overrides for a training of `epochs`, with the rate's steps after 80% and 90% of it."""
+    every = max(1, epochs // 5)
+    return [
+        f'train_cfg.max_epochs={epochs}',
+        f'train_cfg.val_interval={every}',
+        f'default_hooks.checkpoint.interval={every}',
+        f'param_scheduler.1.end={epochs}',
+        f'param_scheduler.1.milestones=[{epochs * 8 // 10},{epochs * 9 // 10}]',
+    ]
+
+
+def run_tool(tool: str, *args: str, log: Path) -> None:
     """Runs a tool; shows the lines of progress and results, keeps all of them in a log.
 
     Raises:
@@ -109,8 +138,6 @@ def run(tool: str, *args: str) -> None:
     """
     command = ['python', f'tools/{tool}', *args]
     print(f'\n$ {shlex.join(command)}', flush=True)
-    WORK_DIR.mkdir(parents=True, exist_ok=True)
-    log = WORK_DIR / f'{Path(tool).stem}.log'
     command[0] = sys.executable
     with log.open('w') as file:
         process = subprocess.Popen(

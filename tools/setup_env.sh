@@ -53,7 +53,8 @@ int main() { return std::optional<int>(0).value(); }' |
 
 pip_install() {
   touch $INSTALLING
-  $VENV/bin/python -m pip install --quiet --constraint constraints.txt "$@"
+  $VENV/bin/python -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt "$@"
   rm $INSTALLING
 }
 
@@ -62,7 +63,7 @@ build_mmcv() {  # further arguments for pip
   # -g0 -O2 compiles in half the time to a twentieth of the size. With build isolation, mmcv would
   # not see torch and would be built without its ops.
   CFLAGS="${CFLAGS:--g0 -O2}" MAX_JOBS="${MAX_JOBS:-$(nproc)}" $VENV/bin/python -m pip wheel \
-    --quiet --no-deps --no-build-isolation --constraint constraints.txt \
+    --quiet --disable-pip-version-check --no-deps --no-build-isolation --constraint constraints.txt \
     --wheel-dir $WHEELS.new "$@" onedl-mmcv
   mv $WHEELS.new $WHEELS
 }
