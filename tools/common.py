@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,12 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def use_gloo(config: Config) -> None:
-    """Joins a process group without CUDA, for which mmengine would select a CUDA device."""
+    """Joins a process group without CUDA, for which mmengine would select a CUDA device.
+
+    SyncBN works on CUDA only: it becomes BN, with statistics of each process alone.
+    """
     torch.distributed.init_process_group('gloo')
+    config.model = replace_values(config.model, lambda value: 'BN' if value == 'SyncBN' else value)
     config.setdefault(
         'model_wrapper_cfg',
         dict(
@@ -86,16 +90,20 @@ def set_data_root(config: Config, data_root: str) -> None:
     new = os.path.join(data_root, '')
 
     def replace(value: Any) -> Any:
-        if isinstance(value, dict):
-            return type(value)((key, replace(item)) for key, item in value.items())
-        if isinstance(value, (list, tuple)):
-            return type(value)(replace(item) for item in value)
-        if isinstance(value, str) and value.startswith(old):
-            return new + value[len(old) :]
-        return value
+        is_inside = isinstance(value, str) and value.startswith(old)
+        return new + value[len(old) :] if is_inside else value
 
     for key, value in list(config.items()):
-        config[key] = replace(value)
+        config[key] = replace_values(value, replace)
+
+
+def replace_values(settings: Any, replace: Callable[[Any], Any]) -> Any:
+    """A copy of nested dicts and lists with every innermost value replaced."""
+    if isinstance(settings, dict):
+        return type(settings)((k, replace_values(v, replace)) for k, v in settings.items())
+    if isinstance(settings, (list, tuple)):
+        return type(settings)(replace_values(item, replace) for item in settings)
+    return replace(settings)
 
 
 def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> None:

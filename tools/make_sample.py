@@ -20,25 +20,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from datasets import ADE_SPLITS, COCO_IDS, COCO_SPLITS
 from numpy.random import Generator
 from pycocotools import mask as coco_mask
-
-SPLITS = {'train': ('train2017', 'training'), 'val': ('val2017', 'validation')}
-
-# All of COCO's categories stand in the annotation files, as evaluation maps 80 labels to their ids.
-COCO_NAMES = (
-    'person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire '
-    'hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, '
-    'bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, '
-    'snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, '
-    'tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, '
-    'sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted '
-    'plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, '
-    'microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, '
-    'hair drier, toothbrush'
-).split(', ')
-UNUSED_COCO_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-COCO_IDS = dict(zip(COCO_NAMES, (id_ for id_ in range(1, 91) if id_ not in UNUSED_COCO_IDS)))
 
 # ADE20K's labels: of the objects (there called ball, signboard, flag, plate, food), of the regions
 OBJECTS = {'sports ball': 120, 'stop sign': 44, 'kite': 150, 'donut': 143, 'pizza': 121}
@@ -94,7 +78,7 @@ def make_sample(folder: Path, train: int, val: int, size: int, seed: int) -> Non
 
 
 def write_split(folder: Path, split: str, count: int, size: int, rng: Generator) -> None:
-    coco_name, ade_name = SPLITS[split]
+    coco_name, ade_name = COCO_SPLITS[split], ADE_SPLITS[split]
     coco_images = folder / 'coco' / coco_name
     ade_images = folder / 'ade/ADEChallengeData2016/images' / ade_name
     ade_labels = folder / 'ade/ADEChallengeData2016/annotations' / ade_name
@@ -126,6 +110,7 @@ def write_split(folder: Path, split: str, count: int, size: int, rng: Generator)
                     **describe_mask(mask),
                 )
             )
+    # All 80 of them: evaluation maps the labels from 0 to 79 to the ids that stand here.
     categories = [dict(id=id_, name=name) for name, id_ in COCO_IDS.items()]
     content = dict(images=images, annotations=annotations, categories=categories)
     path = folder / f'coco/annotations/instances_{coco_name}.json'

@@ -23,6 +23,9 @@ def main() -> None:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file, or none')
     add_arguments(parser)
+    parser.add_argument(
+        '--tta', action='store_true', help="augment at test time, as the config's tta_pipeline says"
+    )
     parser.add_argument('--out', metavar='FILE.pkl', help='where to write the predictions')
     parser.add_argument(
         '--show-dir', help='draw predictions beside the truth into WORK_DIR/TIME/SHOW_DIR'
@@ -44,6 +47,8 @@ def main() -> None:
     check_files(config, ['test_dataloader'], check_weights=args.checkpoint == 'none')
     if args.show or args.show_dir:
         draw_predictions(config, args)
+    if args.tta:
+        augment_at_test_time(config)
 
     runner = Runner.from_cfg(config)
     if args.out is not None:
@@ -52,6 +57,18 @@ def main() -> None:
         metric = METRICS.build(dict(type=name, out_file_path=args.out))
         runner.test_evaluator.metrics.append(metric)
     runner.test()
+
+
+def augment_at_test_time(config: Config) -> None:
+    """Wraps the model and exchanges the pipeline for the test.
+
+    Raises:
+        SystemExit: The config does not say how.
+    """
+    if 'tta_model' not in config or 'tta_pipeline' not in config:
+        raise SystemExit(f'error: --tta: {config.filename} has no tta_model and tta_pipeline')
+    config.model = dict(**config.tta_model, module=config.model)
+    config.test_dataloader.dataset.pipeline = config.tta_pipeline
 
 
 def draw_predictions(config: Config, args: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ For several processes see `dist_train.sh` and `slurm_train.sh`.
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ def main() -> None:
         metavar='CHECKPOINT',
         help='go on from a checkpoint; without a name, from the newest in the work dir',
     )
+    parser.add_argument(
+        '--tensorboard', action='store_true', help='log for TensorBoard too (in WORK_DIR/TIME)'
+    )
     args = parser.parse_args()
     config = load_config(args)
 
@@ -54,6 +58,12 @@ def main() -> None:
                 f'error: --auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size'
             )
         config.auto_scale_lr.enable = True
+    if args.tensorboard:
+        if find_spec('tensorboard') is None:
+            raise SystemExit(
+                'error: --tensorboard: tensorboard is missing: pip install tensorboard'
+            )
+        config.visualizer.vis_backends.append(dict(type='TensorboardVisBackend'))
     if args.resume is not None:
         if args.resume != 'auto' and not Path(args.resume).is_file():
             raise SystemExit(f'error: --resume: checkpoint {args.resume} does not exist')

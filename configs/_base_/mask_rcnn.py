@@ -1,48 +1,10 @@
-"""Mask R-CNN with FPN on COCO, 3x schedule with multi-scale training, for any size of Conv2Former.
+"""Mask R-CNN with FPN on COCO, for any size of Conv2Former.
 
-The paper (arXiv 2211.11943, section 4.2) trains with ConvNeXt's strategy; values it does not give
-are those of ConvNeXt's published recipe (arXiv 2201.03545, appendix A.3) and marked "our choice".
-A leaf gives the backbone's arch, drop path and weights, the neck's channels and the decay rate.
+A leaf gives the backbone's arch, drop path and weights, and the neck's channels.
 """
 
-_base_ = [
-    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
-    'mmdet::_base_/datasets/coco_instance.py',
-    'mmdet::_base_/default_runtime.py',
-]
-custom_imports = dict(imports=['mmconv2former'], allow_failed_imports=False)
+_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', './coco_3x.py']
 
-# --------------------------------------------------------------------------------------- schedule
-# 118,287 training images, of which 117,266 have objects; batch 16 = 8 GPUs x 2 images:
-# 7,330 iterations an epoch, 263,880 in 36 epochs ("3x"); the rate falls after epochs 27 and 33.
-batch_size_per_gpu = 2
-max_epochs = 36
-learning_rate = 1e-4  # at batch 16; our choice (ConvNeXt's)
-warmup_iterations = 1000  # our choice (ConvNeXt's)
-
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=warmup_iterations),
-    dict(
-        type='MultiStepLR',
-        begin=0,
-        end=max_epochs,
-        by_epoch=True,
-        milestones=[27, 33],
-        gamma=0.1,
-    ),
-]
-optim_wrapper = dict(
-    type='OptimWrapper',
-    constructor='mmconv2former.LayerDecayOptimWrapperConstructor',
-    paramwise_cfg=dict(decay_type='layer_wise'),
-    optimizer=dict(type='AdamW', lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.05),
-)
-auto_scale_lr = dict(enable=False, base_batch_size=16)
-
-# ------------------------------------------------------------------------------------------ model
 model = dict(
     backbone=dict(
         _delete_=True,  # else ResNet's arguments would remain
@@ -50,44 +12,7 @@ model = dict(
         out_indices=(0, 1, 2, 3),
     )
 )
-
-# ------------------------------------------------------------------------------------------- data
-# Short side 480 to 800, or a crop of a smaller rendering enlarged to that: DETR's augmentation,
-# which ConvNeXt took over.
-short_sides = [(size, 1333) for size in range(480, 801, 32)]
-train_pipeline = [
-    dict(type='LoadImageFromFile', backend_args=None),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='RandomFlip', prob=0.5),
-    dict(
-        type='RandomChoice',
-        transforms=[
-            [dict(type='RandomChoiceResize', scales=short_sides, keep_ratio=True)],
-            [
-                dict(
-                    type='RandomChoiceResize',
-                    scales=[(400, 1333), (500, 1333), (600, 1333)],
-                    keep_ratio=True,
-                ),
-                dict(
-                    type='RandomCrop',
-                    crop_type='absolute_range',
-                    crop_size=(384, 600),
-                    allow_negative_crop=True,
-                ),
-                dict(type='RandomChoiceResize', scales=short_sides, keep_ratio=True),
-            ],
-        ],
-    ),
-    dict(type='PackDetInputs'),
-]
-train_dataloader = dict(
-    batch_size=batch_size_per_gpu, num_workers=2, dataset=dict(pipeline=train_pipeline)
-)
-
-# ---------------------------------------------------------------------------------------- runtime
-default_hooks = dict(
-    checkpoint=dict(
-        type='CheckpointHook', interval=1, max_keep_ckpts=3, save_best='auto', rule='greater'
-    )
+optim_wrapper = dict(
+    optimizer=dict(lr=1e-4),  # at batch 16; our choice (ConvNeXt-T's)
+    paramwise_cfg=dict(decay_rate=0.95),  # our choice (ConvNeXt-T's)
 )

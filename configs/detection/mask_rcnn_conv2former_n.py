@@ -1,0 +1,12 @@
+"""Mask R-CNN, Conv2Former-N; no published result, not trained here."""
+
+_base_ = '../_base_/mask_rcnn.py'
+
+model = dict(
+    backbone=dict(
+        arch='nano',
+        drop_path_rate=0.1,  # our choice: half of T's
+        init_cfg=dict(type='Pretrained', checkpoint='pretrain/conv2former_n.pth'),
+    ),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)
