@@ -40,6 +40,8 @@ class InstanceTTAModel(DetTTAModel):
             [sample.metainfo for sample in data_samples],
         )
         labels = torch.cat([view.labels for view in views])
+        if len(labels) == 0:  # which mmcv's suppression does not take
+            return data_samples[0]
         kept_bboxes, kept = batched_nms(bboxes, scores, labels, self.tta_cfg['nms'])
         kept = kept[: self.tta_cfg['max_per_img']]
         merged = InstanceData(

@@ -159,7 +159,7 @@ def test_true_input_size(real_samples, tmp_path):
     """The recipe as it is, short side 800, for one iteration and one picture."""
     data = tmp_path / 'coco'
     subset = run_tool(
-        'subset_coco.py', real_samples / 'coco_sample', data, '--train', 2, '--val', 1
+        'subset_data.py', real_samples / 'coco_sample', data, '--train', 2, '--val', 1
     )
     assert 'train2017: 2 images' in subset
     output = run_tool(
@@ -190,8 +190,8 @@ def test_demo_in_small(tmp_path):
     assert f'{CONFIG} --work-dir {work_dir}/train' in command
 
 
-def test_subset(sample, tmp_path):
-    run_tool('subset_coco.py', sample / 'coco', tmp_path / 'fit', '--train', 3, '--val-is-train')
+def test_subset_of_coco(sample, tmp_path):
+    run_tool('subset_data.py', sample / 'coco', tmp_path / 'fit', '--train', 3, '--val-is-train')
     contents = [
         json.loads((tmp_path / f'fit/annotations/instances_{split}.json').read_text())
         for split in ('train2017', 'val2017')
@@ -199,13 +199,33 @@ def test_subset(sample, tmp_path):
     assert contents[0] == contents[1]
     ids = {image['id'] for image in contents[0]['images']}
     assert len(ids) == 3
+    assert max(ids) - min(ids) > 20  # of 40: spread over the split
     assert {annotation['image_id'] for annotation in contents[0]['annotations']} == ids
     for image in contents[0]['images']:
         assert (tmp_path / 'fit/val2017' / image['file_name']).exists()
-    arguments = ['subset_coco.py', sample / 'coco', tmp_path / 'more', '--train', 1, '--val', 99]
-    assert '99 were asked for' in run_tool(*arguments, succeeds=False)
-    arguments[2] = tmp_path / 'fit'
+
+
+def test_subset_of_ade(sample, tmp_path):
+    source, folder = sample / 'ade/ADEChallengeData2016', tmp_path / 'pilot'
+    output = run_tool('subset_data.py', source, folder, '--train', 0.25, '--val', 2)
+    assert 'training: 10 images' in output
+    for split, count in (('training', 10), ('validation', 2)):
+        images = sorted((folder / 'images' / split).iterdir())
+        labels = sorted((folder / 'annotations' / split).iterdir())
+        assert [path.stem for path in images] == [path.stem for path in labels]
+        assert len(images) == count
+        for path in (*images, *labels):
+            assert path.read_bytes() == (source / path.relative_to(folder)).read_bytes()
+
+
+def test_subset_refuses(sample, tmp_path):
+    arguments = ['subset_data.py', sample / 'coco', tmp_path, '--train', 1, '--val', 99]
     assert 'exists already' in run_tool(*arguments, succeeds=False)
+    arguments[2] = tmp_path / 'new'
+    assert '99 were asked for' in run_tool(*arguments, succeeds=False)
+    arguments[-1] = '1.5'
+    assert 'must be a share in (0, 1) or a count' in run_tool(*arguments, succeeds=False)
+    assert not (tmp_path / 'new').exists()
 
 
 MISSING = '/nowhere/else'

@@ -1,0 +1,48 @@
+"""Several processes compute what one does."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from gradients_worker import VARIANTS
+
+ENVIRONMENT = os.environ | {
+    'PYTHONPATH': f'{ROOT}/tests:{ROOT}/tools',
+    'OMP_NUM_THREADS': '1',
+}
+
+
+@pytest.fixture(scope='module', params=['detection', 'segmentation'])
+def gradients(request, tmp_path_factory):
+    """Gradients by variant and parameter, of one process and of two."""
+    folder = tmp_path_factory.mktemp('gradients')
+    launchers = {'one': [], 'two': ['-m', 'torch.distributed.run', '--nproc_per_node=2',
+                                    '--master_port=29631']}  # fmt: skip
+    for name, launcher in launchers.items():
+        command = [sys.executable, *launcher, 'tests/gradients_worker.py']
+        result = subprocess.run(
+            [*command, request.param, folder / name],
+            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+    return torch.load(folder / 'one'), torch.load(folder / 'two')
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_gradients_equal_those_of_one_process(gradients, variant):
+    one, two = (result[variant] for result in gradients)
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        assert expected is not None, f'{name} is unused'
+        torch.testing.assert_close(two[name], expected, rtol=1e-7, atol=1e-9, msg=name)
+    assert sum(gradient.abs().sum() for gradient in one.values()) > 1
+    assert any('stages.0' in name for name in one) == (variant != 'frozen stages')
+
+
+def test_checkpointing_changes_no_gradient(gradients):
+    one = gradients[0]
+    for name, expected in one['plain'].items():
+        torch.testing.assert_close(one['checkpointing'][name], expected, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,337 @@
+"""Runs the recipes on real samples and keeps what came of it, for the tables in README and docs.
+
+    export MMCONV2FORMER_SAMPLES=DIR     # with coco_sample, ade_sample, semantic_sample
+    python tools/evidence.py steps       # every recipe: two training iterations, one evaluation
+    python tools/evidence.py fit         # one recipe of each kind: fits eight images
+    python tools/evidence.py cost        # every recipe: parameters and FLOPs at the paper's size
+
+Each takes names of recipes to do only those. Results go to docs/evidence.json after each recipe,
+tables are written by tools/make_tables.py. Models are whole, but inputs small: on two CPU cores an
+iteration at the recipes' own sizes takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from make_tables import (
+    COMPARATORS,
+    EVIDENCE,
+    ROOT,
+    is_segmentation,
+    read_evidence,
+    recipes,
+    write_tables,
+)
+from mmengine.analysis import get_model_complexity_info
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+FROM_RANDOM_WEIGHTS = ['model.backbone.init_cfg=None']
+
+# ------------------------------------------------------------- two iterations, input made smaller
+STEP_SIZE = 320  # pixels of the longest side of images in detection
+STEP_CROP = 256  # pixels of the crop's side in segmentation
+STEPS_DETECTION = [
+    'train_cfg.max_epochs=1',
+    'param_scheduler.1.end=1',
+    'default_hooks.logger.interval=1',
+    'train_dataloader.num_workers=1',
+    'train_dataloader.dataset.pipeline.3.prob=[1.0,0.0]',
+    f'train_dataloader.dataset.pipeline.3.transforms.0.0.scales=[({STEP_SIZE},{STEP_SIZE})]',
+    f'val_dataloader.dataset.pipeline.1.scale=({STEP_SIZE},{STEP_SIZE})',
+    f'test_dataloader.dataset.pipeline.1.scale=({STEP_SIZE},{STEP_SIZE})',
+]
+
+
+def segmentation_size(crop: int) -> list[str]:
+    """Overrides of an UperNet recipe for a crop of another size, all else in proportion."""
+    return [
+        f'model.data_preprocessor.size=({crop},{crop})',
+        f'model.test_cfg.crop_size=({crop},{crop})',
+        f'model.test_cfg.stride=({crop * 2 // 3},{crop * 2 // 3})',
+        f'train_dataloader.dataset.pipeline.2.scale=({4 * crop},{crop})',
+        f'train_dataloader.dataset.pipeline.3.crop_size=({crop},{crop})',
+        f'val_dataloader.dataset.pipeline.1.scale=({4 * crop},{crop})',
+        f'test_dataloader.dataset.pipeline.1.scale=({4 * crop},{crop})',
+        'train_dataloader.num_workers=1',
+        'val_dataloader.num_workers=1',
+        'test_dataloader.num_workers=1',
+    ]
+
+
+STEPS_SEGMENTATION = [
+    'train_cfg.max_iters=2',
+    'train_cfg.val_interval=2',
+    'default_hooks.checkpoint.interval=2',
+    'default_hooks.logger.interval=1',
+    *segmentation_size(STEP_CROP),
+]
+
+# ------------------------------------- fitting eight images: narrower heads, no regularisation
+FIT_IMAGES = 8
+FIT = [
+    'model.backbone.layer_scale_init_value=0.1',
+    'model.backbone.drop_path_rate=0',
+    'optim_wrapper.optimizer.lr=3e-4',
+    'optim_wrapper.optimizer.weight_decay=0',
+    'optim_wrapper.optimizer.fused=True',
+    'optim_wrapper.paramwise_cfg.decay_rate=1.0',
+    'default_hooks.checkpoint.max_keep_ckpts=1',
+]
+FIT_EPOCHS = 60
+FIT_DETECTION = [
+    *STEPS_DETECTION,
+    *FIT,
+    f'train_cfg.max_epochs={FIT_EPOCHS}',
+    'train_cfg.val_interval=20',
+    'default_hooks.checkpoint.interval=20',
+    'default_hooks.logger.interval=4',
+    'param_scheduler.0.end=40',
+    f'param_scheduler.1.end={FIT_EPOCHS}',
+    'param_scheduler.1.milestones=[45,55]',
+    'train_dataloader.dataset.pipeline.2.prob=0.0',
+    'model.neck.out_channels=128',
+    'model.rpn_head.in_channels=128',
+    'model.rpn_head.feat_channels=128',
+    'model.rpn_head.anchor_generator.scales=[4]',
+    'model.roi_head.bbox_roi_extractor.out_channels=128',
+    'model.roi_head.mask_roi_extractor.out_channels=128',
+    'model.roi_head.mask_head.num_convs=2',
+    'model.train_cfg.rpn_proposal.max_per_img=300',
+    'model.test_cfg.rpn.max_per_img=200',
+]
+FIT_MASK = [
+    *FIT_DETECTION,
+    'model.roi_head.bbox_head.in_channels=128',
+    'model.roi_head.bbox_head.fc_out_channels=512',
+    'model.roi_head.mask_head.in_channels=128',
+    'model.roi_head.mask_head.conv_out_channels=128',
+    'model.train_cfg.rcnn.sampler.num=64',
+]
+FIT_CASCADE = [
+    *FIT_DETECTION,
+    *(
+        f'model.roi_head.bbox_head.{stage}.{option}'
+        for stage in range(3)
+        for option in ('in_channels=128', 'conv_out_channels=128', 'fc_out_channels=512')
+    ),
+    'model.roi_head.mask_head.in_channels=128',
+    'model.roi_head.mask_head.conv_out_channels=128',
+    *(f'model.train_cfg.rcnn.{stage}.sampler.num=64' for stage in range(3)),
+]
+FIT_ITERATIONS = 240
+FIT_SEGMENTATION = [
+    *segmentation_size(192),
+    *FIT,
+    f'train_cfg.max_iters={FIT_ITERATIONS}',
+    f'train_cfg.val_interval={FIT_ITERATIONS // 3}',
+    f'default_hooks.checkpoint.interval={FIT_ITERATIONS // 3}',
+    'default_hooks.logger.interval=10',
+    'param_scheduler.0.end=20',
+    'param_scheduler.1.begin=20',
+    f'param_scheduler.1.end={FIT_ITERATIONS}',
+    'train_dataloader.batch_size=4',
+    'train_dataloader.dataset.pipeline.2.ratio_range=(1.0,1.0)',
+    'model.decode_head.channels=128',
+    'model.auxiliary_head.channels=64',
+]
+# recipe: overrides, sample, metric, value that counts as "fits"
+FITS = {
+    'mask_rcnn_conv2former_t': (FIT_MASK, 'coco_sample', 'coco/bbox_mAP', 0.4),
+    'cascade_mask_rcnn_conv2former_t': (FIT_CASCADE, 'coco_sample', 'coco/bbox_mAP', 0.4),
+    'upernet_conv2former_t': (FIT_SEGMENTATION, 'semantic_sample', 'mIoU', 60.0),
+}
+
+ADE_SAMPLE = 'ade_sample/ADEChallengeData2016'
+METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50', 'mIoU', 'aAcc')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('kind', choices=['steps', 'fit', 'cost'])
+    parser.add_argument('recipes', nargs='*', metavar='RECIPE', help='default: all')
+    parser.add_argument('--out', type=Path, default=EVIDENCE, help='default: docs/evidence.json')
+    args = parser.parse_args()
+    configs = recipes()
+    for name in args.recipes:
+        if name not in configs:
+            parser.error(f'unknown recipe {name}; there are {", ".join(configs)}')
+    names = args.recipes or list(configs)
+    if args.kind == 'fit':
+        names = [name for name in names if name in FITS]
+    if args.kind != 'cost' and 'MMCONV2FORMER_SAMPLES' not in os.environ:
+        parser.error('MMCONV2FORMER_SAMPLES must name the folder with the real samples')
+    measure = {'steps': measure_steps, 'fit': measure_fit, 'cost': measure_cost}[args.kind]
+    for name in names:
+        print(f'\n--- {args.kind}: {name}', flush=True)
+        result = measure(name, configs[name])
+        print(json.dumps(result, indent=1), flush=True)
+        evidence = read_evidence(args.out)
+        evidence.setdefault(name, {})[args.kind] = result
+        write_evidence(evidence, args.out)
+    if args.kind == 'cost' and not args.recipes:
+        evidence = read_evidence(args.out)
+        evidence[COMPARATORS] = measure_comparators()
+        write_evidence(evidence, args.out)
+    if args.out == EVIDENCE:
+        write_tables()
+
+
+def write_evidence(evidence: dict, path: Path) -> None:
+    path.write_text(json.dumps(evidence, indent=1, sort_keys=True) + '\n')
+
+
+def samples(name: str) -> Path:
+    return Path(os.environ['MMCONV2FORMER_SAMPLES'], name).resolve()
+
+
+def measure_steps(name: str, config: Path) -> dict:
+    """Two iterations and an evaluation on each real sample for this kind of recipe."""
+    is_seg = is_segmentation(config)
+    overrides = FROM_RANDOM_WEIGHTS + (STEPS_SEGMENTATION if is_seg else STEPS_DETECTION)
+    results = {}
+    for sample in (ADE_SAMPLE, 'semantic_sample') if is_seg else ('coco_sample',):
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder, 'data')
+            run('subset_data.py', samples(sample), data, '--train', 4, '--val', 2)
+            results[sample.split('/')[0]] = train_and_evaluate(config, data, folder, overrides)
+    return results
+
+
+def measure_fit(name: str, config: Path) -> dict:
+    """Training on a few real images from random weights, and the evaluation on the same."""
+    overrides, sample, metric, goal = FITS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, 'data')
+        run('subset_data.py', samples(sample), data, '--train', FIT_IMAGES, '--val-is-train')
+        result = train_and_evaluate(config, data, folder, FROM_RANDOM_WEIGHTS + overrides)
+    return result | {'metric': metric, 'goal': goal, 'images': FIT_IMAGES}
+
+
+def train_and_evaluate(config: Path, data: Path, folder: str, overrides: list[str]) -> dict:
+    """What `tools/train.py` and then `tools/test.py` logged."""
+    work_dir = Path(folder, 'train')
+    options = ['--data-root', data, '--cfg-options', *overrides]
+    start = time.time()
+    run('train.py', config, '--work-dir', work_dir, *options)
+    seconds = time.time() - start
+    checkpoint = (work_dir / 'last_checkpoint').read_text()
+    run('test.py', config, checkpoint, '--work-dir', Path(folder, 'test'), *options)
+    (scalars,) = work_dir.glob('*/vis_data/scalars.json')
+    losses = [record['loss'] for record in map(json.loads, scalars.open()) if 'loss' in record]
+    (metrics,) = Path(folder, 'test').glob('*/*.json')
+    found = json.loads(metrics.read_text())
+    return {
+        'iterations': torch.load(checkpoint, weights_only=False)['meta']['iter'],
+        'first_loss': round(losses[0], 4),
+        'last_loss': round(losses[-1], 4),
+        'metrics': {key: found[key] for key in METRICS if key in found},
+        'seconds': round(seconds),
+    }
+
+
+def run(tool: str, *args: object) -> None:
+    """Runs a tool and shows its output.
+
+    Raises:
+        SystemExit: The tool failed.
+    """
+    command = [f'tools/{tool}', *map(str, args)]
+    print('$ python', shlex.join(command), flush=True)
+    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode != 0:
+        raise SystemExit(f'error: tools/{tool} failed')
+
+
+# ------------------------------------------------------------------------------------------ costs
+DETECTION_SIZE = (800, 1280)  # height and width at which the papers count FLOPs
+# Library, config and published GFLOPs (arXiv 2201.03545, table 3 and 4): counted by the same code,
+# they show that it counts as the papers do.
+CONVNEXT_T = {
+    'ConvNeXt-T, Mask R-CNN': (
+        'mmdet', 'convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py', 262
+    ),
+    'ConvNeXt-T, Cascade Mask R-CNN': (
+        'mmdet',
+        'convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py',
+        741,
+    ),
+    'ConvNeXt-T, UperNet': (
+        'mmseg', 'convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py', 939
+    ),
+}  # fmt: skip
+
+
+def measure_cost(name: str, config: Path) -> dict:
+    return count_cost(Config.fromfile(config))
+
+
+def measure_comparators() -> dict:
+    results = {}
+    for name, (library, path, gflops) in CONVNEXT_T.items():
+        folder = Path(find_spec(library).submodule_search_locations[0], '.mim/configs')
+        cost = count_cost(Config.fromfile(folder / path))
+        print(name, cost, flush=True)
+        results[name] = {'cost': cost, 'published_gflops': gflops}
+    return results
+
+
+def count_cost(config: Config) -> dict:
+    """Parameters and FLOPs (multiply-adds, as the papers count) of a whole model.
+
+    Detection at 800x1280, segmentation at the recipe's test scale (512x2048 or 640x2560). mmengine
+    leaves elementwise products out.
+    """
+    init_default_scope(config.default_scope)
+    config.model.backbone.init_cfg = None
+    if config.default_scope == 'mmseg':
+        long_side, short_side = config.test_dataloader.dataset.pipeline[1].scale
+        size = (short_side, long_side)
+        config.model.data_preprocessor.size = None
+        config.model.test_cfg = dict(mode='whole')
+    else:
+        size = DETECTION_SIZE
+    model = MODELS.build(config.model).eval()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    batch = pack(model, config.default_scope, size)
+    model.forward = partial(model.forward, data_samples=batch['data_samples'])
+    analysis = get_model_complexity_info(
+        model, inputs=(batch['inputs'],), show_table=False, show_arch=False
+    )
+    del model
+    gc.collect()
+    return {'parameters': parameters, 'flops': int(analysis['flops']), 'size': list(size)}
+
+
+def pack(model: torch.nn.Module, scope: str, size: tuple[int, int]) -> dict:
+    """A batch of one grey image, as the model's preprocessor hands it on."""
+    if scope == 'mmseg':
+        from mmseg.structures import SegDataSample as Sample  # one library is needed at a time
+    else:
+        from mmdet.structures import DetDataSample as Sample
+    sample = Sample()
+    sample.set_metainfo(
+        dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
+             scale_factor=(1.0, 1.0), img_id=0)
+    )  # fmt: skip
+    image = torch.full((3, *size), 127, dtype=torch.uint8)
+    with torch.no_grad():
+        return model.data_preprocessor({'inputs': [image], 'data_samples': [sample]}, False)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,158 @@
+"""Writes the tables of README and docs/recipes.md from the metafiles and docs/evidence.json.
+
+    python tools/make_tables.py            # write
+    python tools/make_tables.py --check    # only say whether they are up to date
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is between is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+EVIDENCE = ROOT / 'docs/evidence.json'
+PAGES = [ROOT / 'README.md', ROOT / 'docs/recipes.md']
+COMPARATORS = 'comparators'  # the key in evidence.json that is no recipe
+
+# From least to most; what a recipe has shown on a machine of this project.
+LEVELS = ('builds', 'steps on real data', 'fits real data', 'trained to the published number')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('--check', action='store_true', help='write nothing, fail if out of date')
+    args = parser.parse_args()
+    outdated = write_tables(dry_run=args.check)
+    if args.check and outdated:
+        raise SystemExit(f'out of date: {", ".join(outdated)}; run python tools/make_tables.py')
+
+
+def write_tables(dry_run: bool = False) -> list[str]:
+    """Brings the pages up to date and returns the names of those that were not."""
+    evidence = read_evidence(EVIDENCE)
+    tables = {
+        'recipes': recipe_table(evidence),
+        'evidence': evidence_table(evidence),
+        'cost': cost_table(evidence),
+    }
+    outdated = []
+    for page in PAGES:
+        old = page.read_text()
+        new = old
+        for name, table in tables.items():
+            pattern = rf'(<!-- table {name} -->\n).*?(<!-- end -->)'
+            new = re.sub(
+                pattern, lambda found, table=table: found[1] + table + found[2], new, flags=re.S
+            )
+        if new != old:
+            outdated.append(page.name)
+            if not dry_run:
+                page.write_text(new)
+    return outdated
+
+
+# ----------------------------------------------------------------------------------------- inputs
+def metafiles() -> list[Path]:
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    return [ROOT / path for path in index['Import']]
+
+
+def models() -> list[dict]:
+    """The entries of all metafiles."""
+    return [model for path in metafiles() for model in yaml.safe_load(path.read_text())['Models']]
+
+
+def recipes() -> dict[str, Path]:
+    """Config files by the recipe's name, in the order of the metafiles."""
+    return {model['Name']: ROOT / model['Config'] for model in models()}
+
+
+def is_segmentation(config: Path) -> bool:
+    return config.parent.name == 'segmentation'
+
+
+def read_evidence(path: Path) -> dict[str, dict]:
+    """What `tools/evidence.py` measured, by recipe."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# ----------------------------------------------------------------------------------------- tables
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ['---'] * len(header), *rows]
+    return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
+
+
+def level(record: dict) -> str:
+    """The evidence level of a recipe."""
+    fit = record.get('fit')
+    if fit and fit['metrics'][fit['metric']] >= fit['goal']:
+        return LEVELS[2]
+    return LEVELS[1] if 'steps' in record else LEVELS[0]
+
+
+def recipe_table(evidence: dict[str, dict]) -> str:
+    rows = []
+    for model in models():
+        record = evidence.get(model['Name'], {})
+        published = model['Published']
+        rows.append(
+            [
+                f'[`{model["Name"]}`](/{model["Config"]})',
+                model['Metadata']['Pretraining'],
+                *cost_cells(record.get('cost')),
+                f'{published["Value"]} {published["Metric"]}' if published else 'not found',
+                level(record),
+            ]
+        )
+    header = ['recipe', 'backbone from', 'parameters', 'FLOPs', 'published', 'shown here']
+    return table(header, rows)
+
+
+def cost_cells(cost: dict | None) -> list[str]:
+    if cost is None:
+        return ['', '']
+    return [f'{cost["parameters"] / 1e6:.1f} M', f'{cost["flops"] / 1e9:,.0f} G']
+
+
+def evidence_table(evidence: dict[str, dict]) -> str:
+    rows = []
+    for name in recipes():
+        record = evidence.get(name, {})
+        runs = {**record.get('steps', {}), 'fit': record.get('fit')}
+        for run, result in runs.items():
+            if result is None:
+                continue
+            what = f'fits {result["images"]} images' if run == 'fit' else run
+            metrics = ', '.join(
+                f'{key.removeprefix("coco/")} {value:g}' for key, value in result['metrics'].items()
+            )
+            losses = f'{result["first_loss"]:.2f} → {result["last_loss"]:.2f}'
+            minutes = f'{result["seconds"] / 60:.1f} min'
+            rows.append([name, what, str(result['iterations']), losses, metrics, minutes])
+    header = ['recipe', 'data', 'iterations', 'loss', 'evaluation', 'training time']
+    return table(header, rows)
+
+
+def cost_table(evidence: dict[str, dict]) -> str:
+    rows = []
+    for name, record in evidence.get(COMPARATORS, {}).items():
+        cost = record['cost']
+        size = '{}x{}'.format(*cost['size'])
+        rows.append([name, size, *cost_cells(cost), f'{record["published_gflops"]:,} G'])
+    for name in recipes():
+        cost = evidence.get(name, {}).get('cost')
+        if cost is not None:
+            rows.append([name, '{}x{}'.format(*cost['size']), *cost_cells(cost), ''])
+    return table(['model', 'input', 'parameters', 'FLOPs, counted', 'FLOPs, published'], rows)
+
+
+if __name__ == '__main__':
+    main()
