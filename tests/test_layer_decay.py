@@ -1,10 +1,13 @@
 """Layer-wise decay: properties that hold for every size, both types, any optimizer."""
 
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import AmpOptimWrapper, build_optim_wrapper
+from mmengine.runner import Runner
 from torch import nn
 
 from mmconv2former import Conv2Former, LayerDecayOptimWrapperConstructor
@@ -120,6 +123,57 @@ def test_other_optimizers(optimizer):
         wrapper.update_params(loss)
         is_unchanged = torch.equal(before, model.backbone.norm0.weight)
         assert is_unchanged == (wrapper._inner_count == 1)
+
+
+def test_mixed_precision_and_accumulation(monkeypatch):
+    """With the AmpOptimWrapper of mmengine, which asks for CUDA, in bfloat16 on the CPU."""
+    module = sys.modules[AmpOptimWrapper.__module__]
+    monkeypatch.setattr(module, 'is_cuda_available', lambda: True)
+    model = Model(Conv2Former('nano', out_indices=(0, 1), layer_scale_init_value=1.0))
+    config = dict(
+        type='AmpOptimWrapper',
+        dtype='bfloat16',
+        accumulative_counts=2,
+        clip_grad=dict(max_norm=1.0),
+        optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    )
+    wrapper = LayerDecayOptimWrapperConstructor(config, dict(decay_rate=0.5))(model)
+    assert isinstance(wrapper, AmpOptimWrapper)
+    before = {name: value.clone() for name, value in model.backbone.named_parameters()}
+    for step in range(2):
+        with wrapper.optim_context(model):
+            outputs = model.backbone(torch.randn(1, 3, 32, 32))
+            assert torch.is_autocast_enabled('cpu')
+            loss = sum(output.float().square().mean() for output in outputs)
+        wrapper.update_params(loss)
+        changed = {
+            n for n, value in model.backbone.named_parameters() if (value != before[n]).any()
+        }
+        assert changed == (set(before) if step == 1 else set())
+    moved = {n: (v - before[n]).abs().max().item() for n, v in model.backbone.named_parameters()}
+    # The first step of AdamW moves each weight by about its rate.
+    assert moved['downsample_layers.0.0.weight'] == pytest.approx(1e-3 * 0.5**3, rel=0.05)
+    assert moved['norm0.weight'] == pytest.approx(1e-3, rel=0.05)
+
+
+def test_automatic_scaling_keeps_the_ratios():
+    model = Model(Conv2Former('nano'))
+    config = dict(
+        optimizer=dict(type='AdamW', lr=1e-4, weight_decay=0.05),
+        constructor='mmconv2former.LayerDecayOptimWrapperConstructor',
+        paramwise_cfg=dict(decay_rate=0.7),
+    )
+    wrapper = build_optim_wrapper(model, config)
+    before = [group['lr'] for group in wrapper.optimizer.param_groups]
+    runner = SimpleNamespace(
+        _train_dataloader=dict(batch_size=4),
+        world_size=1,
+        param_schedulers=[],
+        logger=logging.getLogger(),
+    )
+    Runner.scale_lr(runner, wrapper, dict(enable=True, base_batch_size=16))
+    after = [group['lr'] for group in wrapper.optimizer.param_groups]
+    assert after == pytest.approx([rate / 4 for rate in before])
 
 
 def test_custom_keys_multiply_with_the_decay():

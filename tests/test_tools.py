@@ -14,7 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, run_tool
 from demo import CONFIG, DATA_AND_SCHEDULE, MODEL
+from evidence import segmentation_size
 from plot_curves import read_scalars
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # Eight pictures in batches of two: four iterations an epoch, of a small model on small pictures.
 QUICK = [
@@ -33,6 +35,28 @@ QUICK = [
     'randomness.seed=0',
     'model.test_cfg.rcnn.score_thr=0.0',  # else hardly trained weights predict nothing
 ]
+
+
+SEGMENTATION = 'configs/segmentation/upernet_conv2former_n.py'
+QUICK_SEGMENTATION = [
+    'model.backbone.init_cfg=None',
+    'model.decode_head.channels=32',
+    'model.auxiliary_head.channels=32',
+    *segmentation_size(64),
+    'train_cfg.max_iters=4',
+    'train_cfg.val_interval=2',
+    'param_scheduler.0.end=1',
+    'param_scheduler.1.begin=1',
+    'param_scheduler.1.end=4',
+    'default_hooks.checkpoint.interval=2',
+    'default_hooks.logger.interval=1',
+]
+
+
+def quick_segmentation(sample, work_dir, *options):
+    data_root = sample / 'ade/ADEChallengeData2016'
+    return ['--data-root', data_root, '--work-dir', work_dir,
+            '--cfg-options', *QUICK_SEGMENTATION, *options]  # fmt: skip
 
 
 def quick(data_root, work_dir, *options):
@@ -104,32 +128,103 @@ def test_evaluates_draws_and_dumps(trained, sample, tmp_path):
     assert {'bboxes', 'scores', 'labels', 'masks'} <= set(predictions[0]['pred_instances'])
 
 
-def test_two_processes_train_and_evaluate(sample, tmp_path):
-    arguments = quick(sample / 'coco', tmp_path / 'train', 'train_cfg.max_epochs=1')
+def test_flips_and_scales_in_detection(trained, sample, tmp_path):
+    """Boxes and masks of several views; here of scales for small pictures."""
+    scales = [
+        f'tta_pipeline.1.transforms.0.{i}.scale=({s},{s})' for i, s in enumerate((96, 128, 160))
+    ]
+    out = tmp_path / 'predictions.pkl'
+    options = [*quick(sample / 'coco', tmp_path), *scales]
+    run_tool('test.py', CONFIG, trained / 'epoch_3.pth', '--tta', '--out', out, *options)
+    assert 0 <= metrics_of(tmp_path)['coco/segm_mAP'] <= 1
+    for prediction in pickle.loads(out.read_bytes()):
+        instances = prediction['pred_instances']
+        assert 0 < len(instances['masks']) == len(instances['bboxes']) <= 100
+
+
+@pytest.fixture(scope='module')
+def trained_segmentor(sample, tmp_path_factory):
+    """Work dir of four iterations of UperNet, the last two after a resumption."""
+    work_dir = tmp_path_factory.mktemp('segmentor')
+    arguments = quick_segmentation(sample, work_dir)
+    shorter = [a.replace('max_iters=4', 'max_iters=2') for a in map(str, arguments)]
+    run_tool('train.py', SEGMENTATION, '--tensorboard', *shorter)
+    assert not (work_dir / 'iter_4.pth').exists()
+    output = run_tool('train.py', SEGMENTATION, '--resume', *arguments)
+    assert 'resumed epoch: 0, iter: 2' in output
+    return work_dir
+
+
+def test_segmentation_trains_and_resumes(trained_segmentor):
+    checkpoint = torch.load(trained_segmentor / 'iter_4.pth', weights_only=False)
+    assert checkpoint['meta']['iter'] == 4
+    assert {int(state['step']) for state in checkpoint['optimizer']['state'].values()} == {4}
+    assert len(list(trained_segmentor.glob('best_mIoU_iter_*.pth'))) == 1
+    losses, metrics = read_scalars(trained_segmentor, ['mIoU'])
+    assert sorted(losses['loss']) == [1, 2, 3, 4]
+    assert sorted(metrics['mIoU']) == [2, 4]
+
+
+def test_tensorboard_is_one_flag_away(trained_segmentor):
+    (events,) = trained_segmentor.glob('*/vis_data/events.out.tfevents.*')
+    accumulator = EventAccumulator(str(events)).Reload()
+    assert [event.step for event in accumulator.Scalars('loss')] == [1, 2]
+    assert accumulator.Scalars('mIoU')[0].value >= 0
+
+
+def test_segmentation_evaluates_draws_and_augments(trained_segmentor, sample, tmp_path):
+    checkpoint = trained_segmentor / 'iter_4.pth'
+    arguments = quick_segmentation(sample, tmp_path / 'plain')
+    run_tool('test.py', SEGMENTATION, checkpoint, '--show-dir', tmp_path / 'drawn', *arguments)
+    assert len(list((tmp_path / 'drawn').rglob('*.png'))) == 6
+    scales = [f'tta_pipeline.1.transforms.0.{i}.scale=({256 * r // 4},{64 * r // 4})'
+              for i, r in enumerate((2, 3, 4, 5, 6, 7))]  # fmt: skip
+    arguments = [*quick_segmentation(sample, tmp_path / 'tta'), *scales]
+    run_tool('test.py', SEGMENTATION, checkpoint, '--tta', *arguments)
+    plain, augmented = metrics_of(tmp_path / 'plain'), metrics_of(tmp_path / 'tta')
+    assert plain.keys() == augmented.keys() >= {'mIoU', 'aAcc'}
+    assert plain['aAcc'] != augmented['aAcc']
+
+
+def run_script(script, *args):
     environment = os.environ | {
         'MASTER_PORT': '29617',
         'OMP_NUM_THREADS': '1',
         'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
     }
+    command = [f'tools/{script}', *map(str, args)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
 
-    def run(script, *args):
-        command = [f'tools/{script}', *map(str, args)]
-        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout + result.stderr
-        return result.stdout + result.stderr
 
-    output = run('dist_train.sh', CONFIG, 2, '--auto-scale-lr', *arguments)
+def test_two_processes_train_and_evaluate(sample, tmp_path):
+    """With frozen stages and activation checkpointing, which parameters without use would break."""
+    arguments = quick(sample / 'coco', tmp_path / 'train', 'train_cfg.max_epochs=1',
+                      'model.backbone.frozen_stages=1', 'model.backbone.with_cp=True')  # fmt: skip
+    output = run_script('dist_train.sh', CONFIG, 2, '--auto-scale-lr', *arguments)
     assert 'Scaling the original LR by 0.25' in output  # 2 processes x 2 pictures of batch 16
     checkpoint = torch.load(tmp_path / 'train/epoch_1.pth', weights_only=False)
     assert checkpoint['meta']['iter'] == 2  # 8 pictures in 2 processes with batches of 2
-    run('dist_test.sh', CONFIG, tmp_path / 'train/epoch_1.pth', 2,
-        *quick(sample / 'coco', tmp_path / 'two'))  # fmt: skip
+    run_script('dist_test.sh', CONFIG, tmp_path / 'train/epoch_1.pth', 2,
+               *quick(sample / 'coco', tmp_path / 'two'))  # fmt: skip
     run_tool('test.py', CONFIG, tmp_path / 'train/epoch_1.pth',
              *quick(sample / 'coco', tmp_path / 'one'))  # fmt: skip
     two, one = metrics_of(tmp_path / 'two'), metrics_of(tmp_path / 'one')
     for name in one:
         if name.startswith('coco/'):
             assert two[name] == pytest.approx(one[name], abs=1e-3), name
+
+
+def test_two_processes_train_a_segmentor(sample, tmp_path):
+    arguments = quick_segmentation(sample, tmp_path, 'model.backbone.frozen_stages=1',
+                                   'model.backbone.with_cp=True')  # fmt: skip
+    run_script('dist_train.sh', SEGMENTATION, 2, *arguments)
+    checkpoint = torch.load(tmp_path / 'iter_4.pth', weights_only=False)
+    assert checkpoint['meta']['iter'] == 4
+    assert all(torch.isfinite(value).all() for value in checkpoint['state_dict'].values())
+    losses, metrics = read_scalars(tmp_path, ['mIoU'])
+    assert (sorted(losses['loss']), sorted(metrics['mIoU'])) == ([1, 2, 3, 4], [2, 4])
 
 
 def test_curves(trained, tmp_path):
@@ -250,6 +345,29 @@ REFUSALS = {
         '--resume: checkpoint none.pth does not exist',
     ),
     'amp': (['train.py', CONFIG, '--amp'], '--amp: mmengine'),
+    'tta': (
+        [
+            'test.py',
+            CONFIG,
+            'none',
+            '--data-root',
+            'SAMPLE',
+            '--tta',
+            *NO_WEIGHTS,
+            'tta_model._delete_=True',
+            'tta_pipeline=None',
+        ],
+        'has no tta_model and tta_pipeline',
+    ),
+    'weights of a segmentor': (
+        [
+            'train.py',
+            'configs/segmentation/upernet_conv2former_l_in22k.py',
+            '--data-root',
+            'ADE SAMPLE',
+        ],
+        'pretrained weights pretrain/conv2former_l_in22k.pth are missing. The published weights',
+    ),
     'out': (['test.py', CONFIG, 'none', '--out', 'a.json'], '--out must end with .pkl'),
     'scaling': (
         ['train.py', CONFIG, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr._delete_=True'],
@@ -263,7 +381,8 @@ def test_refuses_with_one_message(case, sample):
     if case == 'amp' and torch.cuda.is_available():
         pytest.skip('mixed precision works here: CUDA is available')
     arguments, message = REFUSALS[case]
-    arguments = [sample / 'coco' if argument == 'SAMPLE' else argument for argument in arguments]
+    folders = {'SAMPLE': sample / 'coco', 'ADE SAMPLE': sample / 'ade/ADEChallengeData2016'}
+    arguments = [folders.get(argument, argument) for argument in arguments]
     output = run_tool(*arguments, succeeds=False)
     assert message in output
     assert 'Traceback' not in output

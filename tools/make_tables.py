@@ -144,14 +144,19 @@ def evidence_table(evidence: dict[str, dict]) -> str:
 def cost_table(evidence: dict[str, dict]) -> str:
     rows = []
     for name, record in evidence.get(COMPARATORS, {}).items():
-        cost = record['cost']
-        size = '{}x{}'.format(*cost['size'])
-        rows.append([name, size, *cost_cells(cost), f'{record["published_gflops"]:,} G'])
+        published = f'{record["published_gflops"]:,} G'
+        rows.append([name, *size_and_cost(record['cost']), published, '', ''])
     for name in recipes():
         cost = evidence.get(name, {}).get('cost')
         if cost is not None:
-            rows.append([name, '{}x{}'.format(*cost['size']), *cost_cells(cost), ''])
-    return table(['model', 'input', 'parameters', 'FLOPs, counted', 'FLOPs, published'], rows)
+            kept = [f'{cost["kept"][key] / 2**30:.1f} GiB' for key in ('default', 'with_cp')]
+            rows.append([name, *size_and_cost(cost), '', *kept])
+    header = ['model', 'input', 'parameters', 'FLOPs, counted', 'FLOPs, published']
+    return table([*header, 'kept by the backbone', 'with `with_cp`'], rows)
+
+
+def size_and_cost(cost: dict) -> list[str]:
+    return ['{}x{}'.format(*cost['size']), *cost_cells(cost)]
 
 
 if __name__ == '__main__':

@@ -65,7 +65,7 @@ def augment_at_test_time(config: Config) -> None:
     Raises:
         SystemExit: The config does not say how.
     """
-    if 'tta_model' not in config or 'tta_pipeline' not in config:
+    if not config.get('tta_model') or not config.get('tta_pipeline'):
         raise SystemExit(f'error: --tta: {config.filename} has no tta_model and tta_pipeline')
     config.model = dict(**config.tta_model, module=config.model)
     config.test_dataloader.dataset.pipeline = config.tta_pipeline

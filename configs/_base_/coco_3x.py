@@ -97,6 +97,8 @@ tta_pipeline = [
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------- runtime
+# Each process draws its own drop paths; else all GPUs would drop the same blocks at the same time.
+randomness = dict(seed=None, diff_rank_seed=True)
 default_hooks = dict(
     checkpoint=dict(
         type='CheckpointHook', interval=1, max_keep_ckpts=3, save_best='auto', rule='greater'

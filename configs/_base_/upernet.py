@@ -145,6 +145,8 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
+# Each process draws its own drop paths; else all GPUs would drop the same blocks at the same time.
+randomness = dict(seed=None, diff_rank_seed=True)
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=50, log_metric_by_epoch=False),
