@@ -173,17 +173,21 @@ def test_tensorboard_is_one_flag_away(trained_segmentor):
 
 
 def test_segmentation_evaluates_draws_and_augments(trained_segmentor, sample, tmp_path):
-    checkpoint = trained_segmentor / 'iter_4.pth'
-    arguments = quick_segmentation(sample, tmp_path / 'plain')
-    run_tool('test.py', SEGMENTATION, checkpoint, '--show-dir', tmp_path / 'drawn', *arguments)
-    assert len(list((tmp_path / 'drawn').rglob('*.png'))) == 6
     scales = [f'tta_pipeline.1.transforms.0.{i}.scale=({256 * r // 4},{64 * r // 4})'
               for i, r in enumerate((2, 3, 4, 5, 6, 7))]  # fmt: skip
-    arguments = [*quick_segmentation(sample, tmp_path / 'tta'), *scales]
-    run_tool('test.py', SEGMENTATION, checkpoint, '--tta', *arguments)
-    plain, augmented = metrics_of(tmp_path / 'plain'), metrics_of(tmp_path / 'tta')
-    assert plain.keys() == augmented.keys() >= {'mIoU', 'aAcc'}
-    assert plain['aAcc'] != augmented['aAcc']
+    runs = {'plain': ['--show-dir', tmp_path / 'drawn'], 'augmented': ['--tta']}
+    labels = {}
+    for name, options in runs.items():
+        out = tmp_path / f'{name}.pkl'
+        arguments = [*quick_segmentation(sample, tmp_path / name), *scales]
+        run_tool('test.py', SEGMENTATION, trained_segmentor / 'iter_4.pth', '--out', out, *options,
+                 *arguments)  # fmt: skip
+        assert {'mIoU', 'aAcc'} <= set(metrics_of(tmp_path / name))
+        samples = pickle.loads(out.read_bytes())
+        labels[name] = torch.stack([sample['pred_sem_seg']['data'] for sample in samples])
+    assert len(list((tmp_path / 'drawn').rglob('*.png'))) == 6
+    assert labels['plain'].shape == labels['augmented'].shape == (6, 1, 64, 64)
+    assert (labels['plain'] != labels['augmented']).any()
 
 
 def run_script(script, *args):
