@@ -154,7 +154,7 @@ FIT_SEGMENTATION = [
     'train_dataloader.dataset.pipeline.5.brightness_delta=0',
     'train_dataloader.dataset.pipeline.5.contrast_range=(1.0,1.0)',
     'train_dataloader.dataset.pipeline.5.saturation_range=(1.0,1.0)',
-    'train_dataloader.dataset.pipeline.5.hue_delta=0',
+    'train_dataloader.dataset.pipeline.5.hue_delta=1',
     'model.decode_head.channels=128',
     'model.decode_head.dropout_ratio=0.0',
     'model.auxiliary_head.channels=64',
@@ -369,9 +369,18 @@ MASKS = 100  # for which the papers count the mask heads; boxes for 1,000 propos
 def limit_masks(model: torch.nn.Module) -> None:
     """Mask heads for 100 proposals, which mmdet's counting of cascades does not see to itself."""
     roi_head = getattr(model, 'roi_head', None)
-    if roi_head is not None and isinstance(roi_head.mask_head, torch.nn.ModuleList):
-        stock = roi_head._mask_forward
-        roi_head._mask_forward = lambda stage, x, rois: stock(stage, x, rois[:MASKS])
+    if roi_head is None or not isinstance(roi_head.mask_head, torch.nn.ModuleList):
+        return
+    stock = roi_head._mask_forward
+
+    def limited(stage: int, x: tuple[torch.Tensor, ...], rois: torch.Tensor) -> dict:
+        results = stock(stage, x, rois[:MASKS])
+        masks = results['mask_preds']
+        missing = masks.new_zeros(len(rois) - len(masks), *masks.shape[1:])
+        results['mask_preds'] = torch.cat([masks, missing])
+        return results
+
+    roi_head._mask_forward = limited
 
 
 def pack(model: torch.nn.Module, scope: str, size: tuple[int, int]) -> dict:
