@@ -136,7 +136,7 @@ FIT_CASCADE = [
     'model.roi_head.mask_head.conv_out_channels=128',
     *(f'model.train_cfg.rcnn.{stage}.sampler.num=64' for stage in range(3)),
 ]
-FIT_ITERATIONS = 300
+FIT_ITERATIONS = 480
 FIT_SEGMENTATION = [
     *segmentation_size(192),
     *FIT,
