@@ -152,7 +152,7 @@ def test_checkpointing_keeps_least():
 
 
 def test_bad_argument():
-    with pytest.raises(ValueError, match='recompute must be one of nothing, .* got .all.'):
+    with pytest.raises(ValueError, match=r'recompute must be one of nothing, .* got .all.'):
         Conv2Former('nano', recompute='all')
 
 

@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmconv2former import Conv2Former
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
-import plain_conv2former  # noqa: E402  (found by the line before)
+import plain_conv2former
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -54,9 +54,9 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 class PlainConv2Former(nn.Module):
     """The published equations in stock operators, with the parameters of a `Conv2Former`."""
 
-    def __init__(self, arch: str, channels_last: bool = False) -> None:
+    def __init__(self, network: Conv2Former, channels_last: bool = False) -> None:
         super().__init__()
-        self.network = Conv2Former(arch)
+        self.network = network
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -98,7 +98,9 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
         for size in 'ntsbl'
     },
     **{
-        f'plain_{size}': lambda size=size, **options: PlainConv2Former(size, **options)
+        f'plain_{size}': lambda size=size, **options: PlainConv2Former(
+            Conv2Former(size), **options
+        )
         for size in 'ntsbl'
     },
     'convnext_t': lambda **options: build_from_mmpretrain(
@@ -106,10 +108,10 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
         **options,
     ),
     'swin_t': lambda **options: build_from_mmpretrain(
-        type='SwinTransformer', arch='tiny', out_indices=(0, 1, 2, 3), **options
+        type='SwinTransformer', arch='tiny', out_indices=(0, 1, 2, 3), pad_small_map=True, **options
     ),
     'hornet_t': lambda **options: build_from_mmpretrain(
-        type='HorNet', arch='tiny', out_indices=(0, 1, 2, 3), **options
+        type='HorNet', arch='tiny', out_indices=(0, 1, 2, 3), gap_before_final_norm=False, **options
     ),
     'replknet_31b': lambda **options: build_from_mmpretrain(
         type='RepLKNet', arch='31B', out_indices=(0, 1, 2, 3), **options
@@ -120,6 +122,8 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
 
 def build(spec: str) -> nn.Module:
     """The model of a specification such as `conv2former_t:with_cp=True,kernel_size=7`.
+
+    Set its mode in a statement: `train` of some of mmpretrain's returns nothing.
 
     Raises:
         SystemExit: There is no such model.
@@ -253,7 +257,8 @@ def build_fake(spec: str, mode: FakeTensorMode) -> nn.Module:
 def count_macs(spec: str, setting: Setting) -> int:
     """Multiply-adds of convolutions and matrix products in a forward pass."""
     mode = FakeTensorMode()
-    model = build_fake(spec, mode).eval()
+    model = build_fake(spec, mode)
+    model.eval()
     with mode:
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
@@ -270,7 +275,8 @@ def count_bytes_kept(spec: str, setting: Setting) -> int:
         return tensor
 
     mode = FakeTensorMode()
-    model = build_fake(spec, mode).train()
+    model = build_fake(spec, mode)
+    model.train()
     with mode:
         images = torch.empty(setting.batch, 3, *setting.size)
         with (
@@ -314,7 +320,8 @@ class TrafficCounter(TorchDispatchMode):
 def count_traffic(spec: str, setting: Setting, training: bool) -> tuple[int, int]:
     """Operators launched, and bytes read and written, of a training step or an inference."""
     mode = FakeTensorMode()
-    model = build_fake(spec, mode).train(training)
+    model = build_fake(spec, mode)
+    model.train(training)
     with mode:
         images = torch.empty(setting.batch, 3, *setting.size)
         counter = TrafficCounter()
