@@ -250,8 +250,8 @@ class Conv2Former(BaseModule):
         with_cp: Whether each block is recomputed in the backward pass (activation checkpointing),
             for less memory at the price of time.
         recompute: What is computed anew in the backward pass rather than kept from the forward
-            pass: 'nothing' (stock autograd), 'elementwise' (LayerNorm, GELU, Hadamard product: the
-            fastest) or 'expansion' (these and the feed-forward's first product: least memory).
+            pass: 'nothing' (stock autograd), 'elementwise' (LayerNorm, GELU, Hadamard product) or
+            'expansion' (these and the feed-forward's first product: least memory).
         depthwise_conv: Type name of the modulation's depthwise convolution in the registry; see
             `mmconv2former.depthwise.DepthwiseConv`. Another than that is called as it is.
         init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
@@ -287,7 +287,7 @@ class Conv2Former(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
-        recompute: str = 'expansion',
+        recompute: str = 'nothing',
         depthwise_conv: str = 'DepthwiseConv',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:

@@ -93,7 +93,7 @@ def test_float16_does_not_vanish_with_the_initial_layer_scale(recompute):
 
 def test_double_use_of_a_module():
     torch.manual_seed(0)
-    model = randomized(Conv2Former(ARCH).double())
+    model = randomized(Conv2Former(ARCH, recompute='expansion').double())
     x, y = torch.randn(2, 1, 3, 64, 64, dtype=torch.double)
     model.eval()
     _, both = gradients(lambda_model(model, lambda m, z: [*m(z[0]), *m(z[1])]), torch.stack([x, y]))
@@ -118,7 +118,7 @@ def lambda_model(model, forward):
 
 
 def test_frozen_parts_get_no_gradient():
-    model = randomized(Conv2Former(ARCH, frozen_stages=1).double())
+    model = randomized(Conv2Former(ARCH, frozen_stages=1, recompute='expansion').double())
     model.stages[2][0].attn.proj.weight.requires_grad_(False)
     model.stages[2][0].layer_scale_1.requires_grad_(False)
     model.stages[3][0].mlp.fc1.bias.requires_grad_(False)
@@ -136,7 +136,7 @@ def test_frozen_parts_get_no_gradient():
 
 
 def test_nothing_is_kept_without_gradients():
-    model = Conv2Former(ARCH)
+    model = Conv2Former(ARCH, recompute='expansion')
     with torch.no_grad():
         kept, outputs = bytes_kept(model, torch.randn(1, 3, 64, 64))
     assert kept == 0
@@ -146,8 +146,8 @@ def test_nothing_is_kept_without_gradients():
 def test_checkpointing_keeps_least():
     x = torch.randn(1, 3, 64, 96)
     parameters = 4 * sum(p.numel() for p in Conv2Former('tiny').parameters())
-    plain, _ = bytes_kept(Conv2Former('tiny'), x)
-    checkpointed, _ = bytes_kept(Conv2Former('tiny', with_cp=True), x)
+    plain, _ = bytes_kept(Conv2Former('tiny', recompute='elementwise'), x)
+    checkpointed, _ = bytes_kept(Conv2Former('tiny', recompute='elementwise', with_cp=True), x)
     assert checkpointed - parameters < 0.5 * (plain - parameters)
 
 
