@@ -14,7 +14,7 @@ downsampling, network. Inside the stages, tensors are contiguous (N, H, W, C): t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -91,13 +91,15 @@ class Modulation(nn.Module):
     With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V), times `scale`.
     """
 
-    def __init__(self, channels: int, kernel_size: int, depthwise_conv: str) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int, depthwise_conv: Callable[[int, int], nn.Module]
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.att = nn.Sequential(
             PointwiseConv(channels, channels),
             nn.GELU(),
-            MODELS.build(dict(type=depthwise_conv, channels=channels, kernel_size=kernel_size)),
+            depthwise_conv(channels, kernel_size),
         )
         self.v = PointwiseConv(channels, channels)
         self.proj = PointwiseConv(channels, channels)
@@ -185,7 +187,7 @@ class Block(nn.Module):
         mlp_ratio: float,
         drop_path_rate: float,
         layer_scale_init_value: float,
-        depthwise_conv: str,
+        depthwise_conv: Callable[[int, int], nn.Module],
         recompute: str,
     ) -> None:
         super().__init__()
@@ -304,6 +306,9 @@ class Conv2Former(BaseModule):
         check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
         if recompute not in RECOMPUTE:
             raise ValueError(f'recompute must be one of {", ".join(RECOMPUTE)}, got {recompute!r}')
+        depthwise_type = MODELS.get(depthwise_conv)  # `build` would look in the default scope only
+        if depthwise_type is None:
+            raise ValueError(f'depthwise_conv must be a registered model, got {depthwise_conv!r}')
 
         self.in_channels = in_channels
         self.out_indices = parse_out_indices(out_indices, num_stages)
@@ -332,7 +337,7 @@ class Conv2Former(BaseModule):
                     mlp_ratio,
                     next(drop_path_rates),
                     layer_scale_init_value,
-                    depthwise_conv,
+                    depthwise_type,
                     recompute,
                 )
                 for _ in range(depth)

@@ -174,7 +174,7 @@ def test_other_depthwise_convolution_by_name():
     model = randomized(Conv2Former(ARCH, depthwise_conv='OtherDepthwiseConv').double())
     compare_with_plain(model, torch.randn(1, 3, 64, 64, dtype=torch.double), 1e-12, 1e-10)
     assert OtherDepthwiseConv.calls == sum(model.depths)
-    with pytest.raises(KeyError, match='NoSuchConv'):
+    with pytest.raises(ValueError, match=r'depthwise_conv must be a registered .* got .NoSuchConv'):
         Conv2Former(ARCH, depthwise_conv='NoSuchConv')
 
 

@@ -107,7 +107,6 @@ def build(config: Config) -> nn.Module:
     config.model.backbone.init_cfg = None
     torch.manual_seed(0)
     model = MODELS.build(config.model)
-    model.init_weights()
     model.train()
     return model
 
