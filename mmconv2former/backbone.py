@@ -14,7 +14,7 @@ downsampling, network. Inside the stages, tensors are contiguous (N, H, W, C): t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .depthwise import DepthwiseConv, to_channels_first, to_channels_last
+from .deploy import DeployedBlock, deployed_downsample, deployed_stem
+from .depthwise import DepthwiseConv, is_captured, to_channels_first, to_channels_last
+from .lean import FeedForwardFunction, ModulationFunction, autocast_dtype, scaled
 from .registry import MODELS, register
 from .weights import load_pretrained
 
@@ -51,6 +53,7 @@ ARCH_LETTERS = {name[0]: name for name in ARCHS}
 
 LAYER_NORM_EPS = 1e-6  # of every LayerNorm in the published code
 STEM_STRIDE = 4
+RECOMPUTE = ('nothing', 'elementwise', 'expansion')
 
 
 class Stem(nn.Sequential):
@@ -85,30 +88,39 @@ class PointwiseConv(nn.Conv2d):
 class Modulation(nn.Module):
     """Convolutional modulation, equation 5 of the paper, (N, H, W, C) in and out.
 
-    With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V).
+    With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V), times `scale`.
     """
 
-    def __init__(self, channels: int, kernel_size: int) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int, depthwise_conv: Callable[[int, int], nn.Module]
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.att = nn.Sequential(
             PointwiseConv(channels, channels),
             nn.GELU(),
-            DepthwiseConv(channels, kernel_size),
+            depthwise_conv(channels, kernel_size),
         )
         self.v = PointwiseConv(channels, channels)
         self.proj = PointwiseConv(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x)
-        return self.proj(self.att(x) * self.v(x))
+    def forward(self, x: Tensor, scale: Tensor, recompute: str) -> Tensor:
+        folded, remaining = (None, scale) if is_float16(x) else (scale, None)
+        proj = parameters_of(self.proj)
+        if recompute == 'nothing' or type(self.att[2]) is not DepthwiseConv:
+            y = self.norm(x)
+            out = F.linear(self.att(y) * self.v(y), *scaled(proj, folded))
+        else:
+            layers = parameters_of(self.norm, self.att[0], self.att[2], self.v)
+            out = ModulationFunction.apply(x, self.norm.eps, folded, *layers, *proj)
+        return out if remaining is None else remaining * out
 
 
 class FeedForward(nn.Module):
     """Feed-forward with a residual 3x3 depthwise convolution, (N, H, W, C) in and out.
 
-    With h = GELU(W1 LayerNorm(x)): result W2 (h + GELU(DW_3x3(h))). The paper's text does not
-    mention the depthwise convolution; the published code and weights have it.
+    With h = GELU(W1 LayerNorm(x)): result W2 (h + GELU(DW_3x3(h))), times `scale`. The paper's text
+    does not mention the depthwise convolution; the published code and weights have it.
     """
 
     def __init__(self, channels: int, mlp_ratio: float) -> None:
@@ -120,10 +132,31 @@ class FeedForward(nn.Module):
         self.fc2 = PointwiseConv(hidden_channels, channels)
         self.act = nn.GELU()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.fc1(self.norm(x)))  # (N, H, W, mlp_ratio * C)
-        x = x + self.act(self.pos(x))
-        return self.fc2(x)
+    def forward(self, x: Tensor, scale: Tensor, recompute: str) -> Tensor:
+        folded, remaining = (None, scale) if is_float16(x) else (scale, None)
+        fc2 = parameters_of(self.fc2)
+        if recompute == 'nothing':
+            hidden = self.act(self.fc1(self.norm(x)))  # (N, H, W, mlp_ratio * C)
+            out = F.linear(hidden + self.act(self.pos(hidden)), *scaled(fc2, folded))
+        else:
+            keep_hidden = recompute == 'elementwise'
+            layers = parameters_of(self.norm, self.fc1, self.pos)
+            out = FeedForwardFunction.apply(x, self.norm.eps, keep_hidden, folded, *layers, *fc2)
+        return out if remaining is None else remaining * out
+
+
+def is_float16(x: Tensor) -> bool:
+    """Whether products are of float16: weights times an initial layer scale would vanish in it."""
+    return autocast_dtype(x) == torch.float16
+
+
+def parameters_of(*layers: nn.Module) -> list[Tensor]:
+    """Weight and bias of each layer, those of products as (C_out, C_in)."""
+    parameters = []
+    for layer in layers:
+        is_product = isinstance(layer, PointwiseConv)
+        parameters += [layer.weight.flatten(1) if is_product else layer.weight, layer.bias]
+    return parameters
 
 
 class DropPath(nn.Module):
@@ -154,17 +187,24 @@ class Block(nn.Module):
         mlp_ratio: float,
         drop_path_rate: float,
         layer_scale_init_value: float,
+        depthwise_conv: Callable[[int, int], nn.Module],
+        recompute: str,
     ) -> None:
         super().__init__()
-        self.attn = Modulation(channels, kernel_size)
+        self.attn = Modulation(channels, kernel_size, depthwise_conv)
         self.mlp = FeedForward(channels, mlp_ratio)
         self.layer_scale_1 = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
         self.layer_scale_2 = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
         self.drop_path = DropPath(drop_path_rate)
+        self.recompute = recompute
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C)
-        x = x + self.drop_path(self.layer_scale_1 * self.attn(x))
-        return x + self.drop_path(self.layer_scale_2 * self.mlp(x))
+        is_stock = is_captured() or not torch.is_grad_enabled()
+        recompute = 'nothing' if is_stock else self.recompute
+        # Under autocast the branches are of half precision, their sum is not.
+        x = x.to(self.layer_scale_1.dtype)
+        x = x + self.drop_path(self.attn(x, self.layer_scale_1, recompute))
+        return x + self.drop_path(self.mlp(x, self.layer_scale_2, recompute))
 
 
 class Downsample(nn.Sequential):
@@ -211,6 +251,11 @@ class Conv2Former(BaseModule):
         norm_eval: Whether the stem's BatchNorms stay in eval mode while training.
         with_cp: Whether each block is recomputed in the backward pass (activation checkpointing),
             for less memory at the price of time.
+        recompute: What is computed anew in the backward pass rather than kept from the forward
+            pass: 'nothing' (stock autograd), 'elementwise' (LayerNorm, GELU, Hadamard product) or
+            'expansion' (these and the feed-forward's first product: least memory).
+        depthwise_conv: Type name of the modulation's depthwise convolution in the registry; see
+            `mmconv2former.depthwise.DepthwiseConv`. Another than that is called as it is.
         init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
             takes published files as they are; a file that does not fit is an error (see
             `mmconv2former.weights.load_pretrained`).
@@ -244,6 +289,8 @@ class Conv2Former(BaseModule):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
+        recompute: str = 'nothing',
+        depthwise_conv: str = 'DepthwiseConv',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg)
@@ -257,6 +304,11 @@ class Conv2Former(BaseModule):
         check_number('mlp_ratio', mlp_ratio, above=0)
         check_number('layer_scale_init_value', layer_scale_init_value)
         check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
+        if recompute not in RECOMPUTE:
+            raise ValueError(f'recompute must be one of {", ".join(RECOMPUTE)}, got {recompute!r}')
+        depthwise_type = MODELS.get(depthwise_conv)  # `build` would look in the default scope only
+        if depthwise_type is None:
+            raise ValueError(f'depthwise_conv must be a registered model, got {depthwise_conv!r}')
 
         self.in_channels = in_channels
         self.out_indices = parse_out_indices(out_indices, num_stages)
@@ -264,6 +316,7 @@ class Conv2Former(BaseModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
+        self.is_deployed = False
         self.depths = arch.depths[: max(self.out_indices) + 1]
         self.channels = tuple(arch.channels[i] for i in self.out_indices)
         self.strides = tuple(STEM_STRIDE * 2**i for i in self.out_indices)
@@ -284,6 +337,8 @@ class Conv2Former(BaseModule):
                     mlp_ratio,
                     next(drop_path_rates),
                     layer_scale_init_value,
+                    depthwise_type,
+                    recompute,
                 )
                 for _ in range(depth)
             ]
@@ -349,6 +404,25 @@ class Conv2Former(BaseModule):
                     if isinstance(module, _BatchNorm):
                         module.eval()
         return self
+
+    def switch_to_deploy(self) -> Conv2Former:
+        """Takes the form for inference, in place: see `mmconv2former.deploy`.
+
+        Load weights before; afterwards nothing can be trained or loaded. Twice is as once.
+
+        Returns:
+            The module, in eval mode, without parameters that need a gradient.
+        """
+        if not self.is_deployed:
+            self.is_deployed = True
+            stem, *downsamples = self.downsample_layers
+            self.downsample_layers = nn.ModuleList(
+                [deployed_stem(stem), *map(deployed_downsample, downsamples)]
+            )
+            self.stages = nn.ModuleList(
+                nn.Sequential(*map(DeployedBlock, stage)) for stage in self.stages
+            )
+        return self.eval().requires_grad_(False)
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning-rate decay, as mmpretrain's backbones do.

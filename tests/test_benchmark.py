@@ -1,0 +1,134 @@
+"""The benchmark counts what it says, and its models are what they are called."""
+
+import json
+
+import pytest
+import torch
+from benchmark import (
+    BUILDERS,
+    FREE,
+    GOALS,
+    LEAST,
+    Setting,
+    TrafficCounter,
+    build,
+    count_bytes_kept,
+    count_macs,
+    count_table,
+    count_traffic,
+    sweep,
+)
+from conftest import run_tool
+from test_backbone import randomized, relative_error
+
+from mmconv2former import Conv2Former
+
+SMALL = Setting((64, 64))
+
+
+def test_traffic_of_known_operators():
+    x, y = torch.zeros(10, 20), torch.zeros(20, dtype=torch.double)
+    with TrafficCounter() as counter:
+        view = x.t().reshape(4, 50)[1:]  # a copy, as the transposed cannot be seen so
+        assert (counter.launches, counter.bytes) == (1, 2 * 800)
+        view = view.view(150).unsqueeze(0)
+        assert counter.launches == 1
+        view.add_(1)  # reads and writes 600
+        assert (counter.launches, counter.bytes) == (2, 1600 + 1200)
+        x.to(torch.double) + y
+    assert (counter.launches, counter.bytes) == (4, 2800 + (800 + 1600) + (1600 + 160 + 1600))
+    assert all(name.startswith('aten::') for name in FREE)
+
+
+def test_bytes_kept_are_those_of_autograd():
+    """Fake tensors against the hooks on real ones, and the size of one known tensor."""
+    model = build('conv2former_n').train()
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(1, 3, 64, 64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    for tensor in (x, *model.parameters()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    assert count_bytes_kept('conv2former_n', SMALL) == pytest.approx(sum(kept.values()), rel=0.02)
+    double = Setting((64, 64), batch=2)
+    assert count_bytes_kept('conv2former_n', double) > 1.8 * count_bytes_kept(
+        'conv2former_n', SMALL
+    )
+
+
+def test_multiply_adds_are_the_published_ones():
+    """2.2, 4.4 and 8.7 G at 224x224 (official repository), to their precision."""
+    for spec, published in (('conv2former_n', 2.2), ('conv2former_t', 4.4), ('conv2former_s', 8.7)):
+        macs = count_macs(spec, Setting((224, 224))) / 1e9
+        assert published - 0.15 < macs < published + 0.15, spec
+        assert count_macs(spec.replace('conv2former', 'plain'), Setting((224, 224))) / 1e9 == macs
+
+
+def test_plain_model_computes_the_same():
+    ours, plain = build('conv2former_n'), build('plain_n:channels_last=True')
+    randomized(ours)
+    plain.network.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    for output, reference in zip(ours.eval()(x), plain.eval()(x)):
+        assert relative_error(output, reference) < 1e-5
+
+
+def test_options_of_a_model():
+    model = build('conv2former_n:with_cp=True,kernel_size=5,recompute=elementwise')
+    assert isinstance(model, Conv2Former)
+    assert model.with_cp is True
+    assert model.stages[0][0].attn.att[2].kernel_size == (5, 5)
+    assert model.stages[0][0].recompute == 'elementwise'
+    assert build('conv2former_n:deploy=True').is_deployed
+    with pytest.raises(SystemExit, match='unknown model resnet; there are conv2former_n'):
+        build('resnet')
+
+
+@pytest.mark.parametrize('name', ['convnext_t', 'swin_t', 'hornet_t', 'replknet_31b'])
+def test_comparators_have_four_outputs(name):
+    model = BUILDERS[name]()
+    model.eval()
+    with torch.no_grad():
+        outputs = model(torch.randn(1, 3, 64, 64))
+    assert [output.shape[-1] for output in outputs] == [16, 8, 4, 2]
+
+
+def test_training_moves_less_than_the_published_code():
+    """What is counted holds on any machine, so it may stand in a test: goals of the project."""
+    setting = Setting((512, 512), dtype='bfloat16')
+    plain, ours = (count_traffic(spec, setting, True) for spec in ('plain_t', LEAST))
+    assert ours[0] <= 0.60 * plain[0]
+    assert ours[1] <= 0.70 * plain[1]
+    setting = Setting((256, 256))
+    plain = count_bytes_kept('plain_t', setting)
+    for _, model, kind, wanted in GOALS:
+        if kind == 'bytes':
+            assert count_bytes_kept(model, setting) <= wanted * plain
+
+
+def test_tables(tmp_path):
+    text = count_table(['plain_n', 'conv2former_n', 'conv2former_n:deploy=True'], SMALL)
+    assert len(text.splitlines()) == 5
+    assert '(1.00)' in text.splitlines()[2]
+    plot = tmp_path / 'sweep.png'
+    text = sweep(['conv2former_n'], 'kernel', 2, plot)
+    assert len(text.splitlines()) == 8
+    assert plot.stat().st_size > 5000
+
+
+def test_command(tmp_path):
+    output = run_tool(
+        'benchmark.py', 'plain_n', 'conv2former_n', 'conv2former_n:deploy=True', '--size', 64, 64,
+        '--rounds', 2, '--json', tmp_path / 'results.json',
+    )  # fmt: skip
+    assert '| `conv2former_n` | 13.1 M |' in output
+    results = json.loads((tmp_path / 'results.json').read_text())['results']
+    assert [len(result['training']) for result in results] == [2, 2, 0]
+    assert [len(result['inference']) for result in results] == [2, 2, 2]
+    assert results[0]['bytes_kept'] > results[1]['bytes_kept'] > 0
+    assert 'at least 2' in run_tool('benchmark.py', '--rounds', 1, succeeds=False)

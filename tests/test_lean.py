@@ -1,0 +1,189 @@
+"""What the backward pass computes anew: same values and gradients, less kept, any precision."""
+
+import pytest
+import torch
+from plain_conv2former import plain_conv2former
+from test_backbone import SMALL_ARCHS, compare_with_plain, loss_of, randomized, relative_error
+from torch import nn
+
+from mmconv2former import Conv2Former, depthwise
+from mmconv2former.backbone import RECOMPUTE
+from mmconv2former.registry import MODELS
+
+ARCH = SMALL_ARCHS['kernels']
+
+
+def bytes_kept(function, *args):
+    """Bytes of the storages that autograd keeps, parameters among them."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = function(*args)
+    return sum(kept.values()), outputs
+
+
+def gradients(model, x, autocast=None, scaler=1.0):
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None):
+        outputs = model(x)
+    (scaler * loss_of([output.float() if autocast else output for output in outputs])).backward()
+    return outputs, {'x': x.grad} | {n: p.grad for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('recompute', RECOMPUTE)
+@pytest.mark.parametrize('arch', ['narrow', 'kernels'])
+def test_equals_the_plain_implementation(arch, recompute):
+    model = randomized(Conv2Former(SMALL_ARCHS[arch], recompute=recompute).double())
+    compare_with_plain(model, torch.randn(2, 3, 68, 75, dtype=torch.double), 1e-12, 1e-10)
+
+
+def test_less_and_less_is_kept():
+    x = torch.randn(1, 3, 64, 96)
+    kept = [bytes_kept(Conv2Former('tiny', recompute=name), x)[0] for name in RECOMPUTE]
+    parameters = 4 * sum(p.numel() for p in Conv2Former('tiny').parameters())
+    nothing, elementwise, expansion = (value - parameters for value in kept)
+    assert elementwise < 0.65 * nothing
+    assert expansion < 0.8 * elementwise
+
+
+@pytest.mark.parametrize('recompute', RECOMPUTE[1:])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision(recompute, dtype):
+    """As close to float64 as stock autograd under the same autocast, within a factor of two."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    model = randomized(Conv2Former(ARCH, recompute=recompute))
+    stock = randomized(Conv2Former(ARCH, recompute='nothing'))
+    _, exact = gradients(randomized(Conv2Former(ARCH, recompute='nothing')).double(), x.double())
+    _, expected = gradients(stock, x, dtype)
+    outputs, found = gradients(model, x, dtype)
+    assert all(output.dtype == torch.float32 for output in outputs)
+    for name, reference in exact.items():
+        allowed = 2 * relative_error(expected[name].double(), reference) + 2e-3
+        assert relative_error(found[name].double(), reference) < allowed, name
+        assert found[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize('recompute', RECOMPUTE)
+def test_float16_does_not_overflow_with_large_inputs(recompute):
+    model = Conv2Former(ARCH, recompute=recompute, layer_scale_init_value=1.0)
+    outputs, found = gradients(model, 1e4 * torch.randn(2, 3, 64, 64), torch.float16)
+    assert all(torch.isfinite(output).all() for output in outputs)
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+
+
+@pytest.mark.parametrize('recompute', RECOMPUTE)
+def test_float16_does_not_vanish_with_the_initial_layer_scale(recompute):
+    """With the loss scaled as GradScaler does, all parameters get a gradient through the 1e-6."""
+    torch.manual_seed(0)
+    model = randomized(Conv2Former(ARCH, recompute=recompute))
+    for name, parameter in model.named_parameters():
+        if 'layer_scale' in name:
+            nn.init.constant_(parameter, 1e-6)
+    _, found = gradients(model, torch.randn(2, 3, 64, 64), torch.float16, 2.0**8)
+    for name, gradient in found.items():
+        assert torch.isfinite(gradient).all(), name
+        assert gradient.abs().max() > 0, name
+
+
+def test_double_use_of_a_module():
+    torch.manual_seed(0)
+    model = randomized(Conv2Former(ARCH, recompute='expansion').double())
+    x, y = torch.randn(2, 1, 3, 64, 64, dtype=torch.double)
+    model.eval()
+    _, both = gradients(lambda_model(model, lambda m, z: [*m(z[0]), *m(z[1])]), torch.stack([x, y]))
+    _, first = gradients(model, x)
+    _, second = gradients(model, y)
+    # `loss_of` weighs outputs by their place in each, so the sums are the same
+    for name in first:
+        if name != 'x':
+            torch.testing.assert_close(both[f'model.{name}'], first[name] + second[name])
+
+
+def lambda_model(model, forward):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return forward(self.model, x)
+
+    return Wrapper()
+
+
+def test_frozen_parts_get_no_gradient():
+    model = randomized(Conv2Former(ARCH, frozen_stages=1, recompute='expansion').double())
+    model.stages[2][0].attn.proj.weight.requires_grad_(False)
+    model.stages[2][0].layer_scale_1.requires_grad_(False)
+    model.stages[3][0].mlp.fc1.bias.requires_grad_(False)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        state[name].requires_grad_(parameter.requires_grad)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.double)
+    model.eval()
+    loss_of(model(x)).backward()
+    loss_of(plain_conv2former(x, state, model.depths)).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (not parameter.requires_grad), name
+        if parameter.requires_grad:
+            assert relative_error(parameter.grad, state[name].grad) < 1e-10, name
+
+
+def test_nothing_is_kept_without_gradients():
+    model = Conv2Former(ARCH, recompute='expansion')
+    with torch.no_grad():
+        kept, outputs = bytes_kept(model, torch.randn(1, 3, 64, 64))
+    assert kept == 0
+    assert all(output.grad_fn is None for output in outputs)
+
+
+def test_checkpointing_keeps_least():
+    x = torch.randn(1, 3, 64, 96)
+    parameters = 4 * sum(p.numel() for p in Conv2Former('tiny').parameters())
+    plain, _ = bytes_kept(Conv2Former('tiny', recompute='elementwise'), x)
+    checkpointed, _ = bytes_kept(Conv2Former('tiny', recompute='elementwise', with_cp=True), x)
+    assert checkpointed - parameters < 0.5 * (plain - parameters)
+
+
+def test_bad_argument():
+    with pytest.raises(ValueError, match=r'recompute must be one of nothing, .* got .all.'):
+        Conv2Former('nano', recompute='all')
+
+
+class OtherDepthwiseConv(nn.Conv2d):
+    """Another implementation, as a user would register it."""
+
+    calls = 0
+
+    def __init__(self, channels, kernel_size):
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, x):
+        type(self).calls += 1
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def test_other_depthwise_convolution_by_name():
+    MODELS.register_module(module=OtherDepthwiseConv, force=True)
+    model = randomized(Conv2Former(ARCH, depthwise_conv='OtherDepthwiseConv').double())
+    compare_with_plain(model, torch.randn(1, 3, 64, 64, dtype=torch.double), 1e-12, 1e-10)
+    assert OtherDepthwiseConv.calls == sum(model.depths)
+    with pytest.raises(ValueError, match=r'depthwise_conv must be a registered .* got .NoSuchConv'):
+        Conv2Former(ARCH, depthwise_conv='NoSuchConv')
+
+
+@pytest.mark.parametrize('method', ['stock', 'products'])
+def test_the_weight_gradient_can_be_chosen(method, monkeypatch):
+    calls = []
+    real = depthwise.weight_gradient
+    monkeypatch.setattr(depthwise, 'weight_gradient', lambda *a: calls.append(a) or real(*a))
+    monkeypatch.setattr(depthwise, 'weight_gradient_method', method)
+    model = randomized(Conv2Former(ARCH).double())
+    compare_with_plain(model, torch.randn(1, 3, 64, 64, dtype=torch.double), 1e-12, 1e-10)
+    assert len(calls) == (2 * sum(model.depths) if method == 'products' else 0)

@@ -1,0 +1,535 @@
+"""Measures backbones beside each other in one run: time, memory, arithmetic, memory traffic.
+
+    python tools/benchmark.py                           # ours against the published code
+    python tools/benchmark.py conv2former_t convnext_t swin_t --size 800 1280
+    python tools/benchmark.py conv2former_t:recompute=elementwise plain_t --dtype bfloat16
+    python tools/benchmark.py --count                # operators launched and bytes moved, counted
+    python tools/benchmark.py conv2former_t swin_t --sweep resolution --plot sweep.png
+    python tools/benchmark.py conv2former_t --sweep kernel --plot kernels.png
+
+A model is a name, with options after a colon:
+
+    conv2former_{n,t,s,b,l}    any argument of Conv2Former, or deploy=True (inference only)
+    plain_{n,t,s,b,l}          the published equations in stock operators and NCHW, as in the
+                               published code; channels_last=True for the other memory layout
+    convnext_t  swin_t  hornet_t  replknet_31b     mmpretrain's, with multi-scale outputs
+    birder_t                   birder's Conv2Former, if that package is installed
+
+Models run in turn, once a round; figures are medians over rounds with the quartiles beside them.
+Ratios between models of one run mean something on a noisy machine, times of two runs do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmconv2former import Conv2Former
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
+import plain_conv2former
+
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+# ----------------------------------------------------------------------------------------- models
+class PlainConv2Former(nn.Module):
+    """The published equations in stock operators, with the parameters of a `Conv2Former`."""
+
+    def __init__(self, network: Conv2Former, channels_last: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        state = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        # The published code uses torch's GELU and BatchNorm, and its own LayerNorm.
+        plain_conv2former.gelu = F.gelu
+        plain_conv2former.batch_norm = stock_batch_norm
+        x = x.contiguous(memory_format=self.memory_format)
+        return plain_conv2former.plain_conv2former(x, state, self.network.depths, self.training)
+
+
+def stock_batch_norm(x: Tensor, p: dict[str, Tensor], name: str, training: bool) -> Tensor:
+    statistics = [p[f'{name}.running_mean'], p[f'{name}.running_var']]
+    return F.batch_norm(x, *statistics, p[f'{name}.weight'], p[f'{name}.bias'], training)
+
+
+def build_conv2former(arch: str, deploy: bool = False, **options) -> nn.Module:
+    model = Conv2Former(arch, layer_scale_init_value=1.0, **options)
+    return model.switch_to_deploy() if deploy else model
+
+
+def build_from_mmpretrain(**config) -> nn.Module:
+    from mmpretrain.registry import MODELS  # only these models need it
+
+    return MODELS.build(config)
+
+
+def build_birder() -> nn.Module:
+    if find_spec('birder') is None:
+        raise SystemExit('error: birder_t: pip install birder (it is no part of this project)')
+    from birder.net.conv2former import Conv2Former as BirderConv2Former
+
+    return BirderConv2Former.registered_t(input_channels=3, num_classes=0).body
+
+
+BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    **{
+        f'conv2former_{size}': lambda size=size, **options: build_conv2former(size, **options)
+        for size in 'ntsbl'
+    },
+    **{
+        f'plain_{size}': lambda size=size, **options: PlainConv2Former(
+            Conv2Former(size), **options
+        )
+        for size in 'ntsbl'
+    },
+    'convnext_t': lambda **options: build_from_mmpretrain(
+        type='ConvNeXt', arch='tiny', out_indices=(0, 1, 2, 3), gap_before_final_norm=False,
+        **options,
+    ),
+    'swin_t': lambda **options: build_from_mmpretrain(
+        type='SwinTransformer', arch='tiny', out_indices=(0, 1, 2, 3), pad_small_map=True, **options
+    ),
+    'hornet_t': lambda **options: build_from_mmpretrain(
+        type='HorNet', arch='tiny', out_indices=(0, 1, 2, 3), gap_before_final_norm=False, **options
+    ),
+    'replknet_31b': lambda **options: build_from_mmpretrain(
+        type='RepLKNet', arch='31B', out_indices=(0, 1, 2, 3), **options
+    ),
+    'birder_t': build_birder,
+}  # fmt: skip
+
+
+def build(spec: str) -> nn.Module:
+    """The model of a specification such as `conv2former_t:with_cp=True,kernel_size=7`.
+
+    Set its mode in a statement: `train` of some of mmpretrain's returns nothing.
+
+    Raises:
+        SystemExit: There is no such model.
+    """
+    name, _, text = spec.partition(':')
+    if name not in BUILDERS:
+        raise SystemExit(f'error: unknown model {name}; there are {", ".join(BUILDERS)}')
+    options = dict(option.split('=') for option in text.split(',') if option)
+    values = {'True': True, 'False': False}
+    return BUILDERS[name](
+        **{key: values.get(v, int(v) if v.isdigit() else v) for key, v in options.items()}
+    )
+
+
+# -------------------------------------------------------------------------------------- measuring
+@dataclass
+class Setting:
+    """Input and precision of a run."""
+
+    size: tuple[int, int]  # height, width
+    batch: int = 1
+    device: str = 'cpu'
+    dtype: str = 'float32'
+
+    def images(self) -> Tensor:
+        torch.manual_seed(0)
+        return torch.randn(self.batch, 3, *self.size, device=self.device)
+
+    def precision(self) -> AbstractContextManager:
+        if self.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device, DTYPES[self.dtype])
+
+    def __str__(self) -> str:
+        return f'{self.batch}x3x{self.size[0]}x{self.size[1]}, {self.dtype}, {self.device}'
+
+
+@dataclass
+class Result:
+    """What was measured of one model; times in seconds, one for each round."""
+
+    model: str
+    parameters: int = 0
+    gmacs: float = 0.0  # multiply-adds of convolutions and products, in 10^9
+    inference: list[float] = field(default_factory=list)
+    training: list[float] = field(default_factory=list)  # forward and backward
+    bytes_kept: int | None = None  # between forward and backward
+    peak_bytes: int | None = None  # CUDA only: on a CPU all models share one process
+
+
+def train_step(model: nn.Module, images: Tensor, setting: Setting) -> None:
+    model.zero_grad(set_to_none=True)
+    with setting.precision():
+        outputs = model(images)
+        loss = sum(output.float().mean() for output in outputs)
+    loss.backward()
+
+
+def infer(model: nn.Module, images: Tensor, setting: Setting) -> None:
+    with torch.inference_mode(), setting.precision():
+        model(images)
+
+
+def timed(function: Callable, *args: object, device: str) -> float:
+    """Seconds."""
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function(*args)
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(specs: list[str], setting: Setting, rounds: int, kinds: list[str]) -> list[Result]:
+    """Times of all models, in turn in each round, after one round to warm up."""
+    results = [Result(spec) for spec in specs]
+    models = []
+    for spec, result in zip(specs, results):
+        model = build(spec).to(setting.device)
+        models.append(model)
+        result.parameters = sum(parameter.numel() for parameter in model.parameters())
+        result.gmacs = count_macs(spec, setting) / 1e9
+        if 'training' in kinds and any(p.requires_grad for p in model.parameters()):
+            result.bytes_kept = count_bytes_kept(spec, setting)
+    images = setting.images()
+    for kind, function in (('training', train_step), ('inference', infer)):
+        if kind not in kinds:
+            continue
+        for number in range(rounds + 1):
+            for model, result in zip(models, results):
+                if kind == 'training' and result.bytes_kept is None:
+                    continue
+                model.train(kind == 'training')
+                if setting.device == 'cuda':
+                    torch.cuda.reset_peak_memory_stats()
+                seconds = timed(function, model, images, setting, device=setting.device)
+                model.zero_grad(set_to_none=True)
+                if number > 0:
+                    getattr(result, kind).append(seconds)
+                if setting.device == 'cuda':
+                    result.peak_bytes = max(
+                        result.peak_bytes or 0, torch.cuda.max_memory_allocated()
+                    )
+    return results
+
+
+def measure_product_rate(setting: Setting) -> float:
+    """The machine's own floor: multiply-adds a second of a large matrix product, in 10^9."""
+    side = 2048
+    matrix = torch.randn(side, side, device=setting.device, dtype=DTYPES[setting.dtype])
+    times = [timed(torch.mm, matrix, matrix, device=setting.device) for _ in range(9)]
+    return side**3 / statistics.median(times[2:]) / 1e9
+
+
+# --------------------------------------------------------------------------------------- counting
+# With fake tensors, which have shapes and no values: any size in seconds, and the same on every
+# machine.
+def build_fake(spec: str, mode: FakeTensorMode) -> nn.Module:
+    """The model with tensors without values."""
+    model = build(spec)
+    fakes: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        fake = mode.from_tensor(tensor.detach())
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        fakes[id(tensor)] = fake
+    return copy.deepcopy(model, fakes)
+
+
+def count_macs(spec: str, setting: Setting) -> int:
+    """Multiply-adds of convolutions and matrix products in a forward pass."""
+    mode = FakeTensorMode()
+    model = build_fake(spec, mode)
+    model.eval()
+    with mode:
+        counter = FlopCounterMode(display=False)
+        with counter, torch.no_grad():
+            model(torch.empty(setting.batch, 3, *setting.size))
+    return counter.get_total_flops() // 2
+
+
+def count_bytes_kept(spec: str, setting: Setting) -> int:
+    """Bytes that autograd keeps between forward and backward: each storage once, no parameters."""
+    kept = {}  # with the storage itself, so that its place is not used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    mode = FakeTensorMode()
+    model = build_fake(spec, mode)
+    model.train()
+    with mode:
+        images = torch.empty(setting.batch, 3, *setting.size)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            setting.precision(),
+        ):
+            outputs = model(images)
+        for tensor in (images, *model.parameters()):
+            kept.pop(tensor.untyped_storage()._cdata, None)
+        del outputs
+        return sum(storage.nbytes() for storage in kept.values())
+
+
+# Operators that only describe a tensor anew, or reserve memory.
+FREE = {
+    'aten::detach', 'aten::_unsafe_view', 'aten::empty', 'aten::empty_like', 'aten::new_empty',
+    'aten::empty_strided', 'aten::new_empty_strided', 'aten::lift_fresh', 'aten::promote_types',
+}  # fmt: skip
+
+
+class TrafficCounter(TorchDispatchMode):
+    """Counts operators launched, and the bytes that they read and write; views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        returns = function._schema.returns
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        is_free = is_view or function._schema.name in FREE or function.namespace != 'aten'
+        if not is_free:
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+            self.launches += 1
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+def count_traffic(spec: str, setting: Setting, training: bool) -> tuple[int, int]:
+    """Operators launched, and bytes read and written, of a training step or an inference."""
+    mode = FakeTensorMode()
+    model = build_fake(spec, mode)
+    model.train(training)
+    with mode:
+        images = torch.empty(setting.batch, 3, *setting.size)
+        counter = TrafficCounter()
+        with counter:
+            (train_step if training else infer)(model, images, setting)
+    return counter.launches, counter.bytes
+
+
+# ----------------------------------------------------------------------------------------- tables
+def spread(times: list[float]) -> str:
+    """Median and quartiles in milliseconds."""
+    if not times:
+        return ''
+    first, _, third = statistics.quantiles(times, n=4)
+    return f'{1e3 * statistics.median(times):.0f} ({1e3 * first:.0f} to {1e3 * third:.0f})'
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ['---'] * len(header), *rows]
+    return '\n'.join(f'| {" | ".join(cells)} |' for cells in lines)
+
+
+def describe(results: list[Result], rate: float) -> str:
+    """All that was measured, a row a model, and how far each is from the machine's floor."""
+    rows = []
+    for result in results:
+        floors = []
+        for times, passes in ((result.training, 3), (result.inference, 1)):
+            if times:  # a training step multiplies three times as often as an inference
+                floors.append(f'{statistics.median(times) / (passes * result.gmacs / rate):.1f}')
+        rows.append(
+            [
+                f'`{result.model}`',
+                f'{result.parameters / 1e6:.1f} M',
+                f'{result.gmacs:.1f} G',
+                spread(result.training),
+                spread(result.inference),
+                '' if result.bytes_kept is None else f'{result.bytes_kept / 2**20:,.0f}',
+                '' if result.peak_bytes is None else f'{result.peak_bytes / 2**20:,.0f}',
+                ', '.join(floors),
+            ]
+        )
+    header = ['model', 'parameters', 'multiply-adds', 'training step, ms', 'inference, ms',
+              'kept for backward, MiB', 'peak, MiB', 'times of floor']  # fmt: skip
+    return table(header, rows)
+
+
+def machine(rate: float) -> str:
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path('/proc/cpuinfo')
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if 'model name' in line]
+        processor = names[0].split(':')[1].strip() if names else processor
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+    return (
+        f'{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; '
+        f'matrix products at {rate:.0f} G multiply-adds a second'
+    )
+
+
+# ------------------------------------------------------------------------------- goals, --count
+SPEED = Setting((512, 512))
+MEMORY = Setting((800, 1280))
+COUNT = Setting((800, 1280), dtype='bfloat16')
+PLAIN = ('plain_t', 'plain_t:channels_last=True')  # the better of both stands for the published
+LEAST, FAST, CHECKPOINTED, DEPLOYED = (
+    'conv2former_t:recompute=expansion', 'conv2former_t:recompute=elementwise',
+    'conv2former_t:recompute=elementwise,with_cp=True', 'conv2former_t:deploy=True',
+)  # fmt: skip
+RIVAL = 'convnext_t'
+# what is measured, of which model, and the ratio to the published code that is wanted
+GOALS = [
+    ('bytes kept, 1x3x800x1280, the setting for memory', LEAST, 'bytes', 0.50),
+    ('training step, 1x3x512x512, the setting for memory', LEAST, 'training', 0.80),
+    ('training step, the setting for speed', FAST, 'training', 0.75),
+    ('training step, `with_cp`', CHECKPOINTED, 'training', 1.20),
+    ('bytes kept, `with_cp`', CHECKPOINTED, 'bytes', 0.15),
+    ('inference, 1x3x512x512, deployed', DEPLOYED, 'inference', 0.90),
+]
+
+
+def bench(rounds: int) -> tuple[str, list[Result]]:
+    """The table of goals: ratios to the better layout of the published code, and to ConvNeXt-T."""
+    training = measure([*PLAIN, LEAST, FAST, CHECKPOINTED, RIVAL], SPEED, rounds, ['training'])
+    inference = measure([*PLAIN, LEAST, DEPLOYED, RIVAL], SPEED, rounds, ['inference'])
+    values: dict[str, dict[str, float]] = {
+        'training': {result.model: statistics.median(result.training) for result in training},
+        'inference': {result.model: statistics.median(result.inference) for result in inference},
+        'bytes': {result.model: count_bytes_kept(result.model, MEMORY) for result in training},
+    }
+    rows = []
+    for what, model, kind, wanted in GOALS:
+        own, published = values[kind][model], min(values[kind][name] for name in PLAIN)
+        verdict = 'yes' if own <= wanted * published else 'NO'
+        rows.append(
+            [what, f'{own / published:.3f}', f'{wanted:.2f}', verdict,
+             f'{own / values[kind][RIVAL]:.2f}']
+        )  # fmt: skip
+    header = ['measure', 'of the published code', 'wanted', 'reached', 'of ConvNeXt-T']
+    return table(header, rows), training + inference
+
+
+def count_table(specs: list[str], setting: Setting) -> str:
+    """Operators launched and bytes moved, and their ratios to the first model."""
+    rows, first = [], {}
+    for spec in specs:
+        cells = [f'`{spec}`']
+        for training in (True, False):
+            if training and 'deploy=True' in spec:
+                cells += ['', '']
+                continue
+            launches, moved = count_traffic(spec, setting, training)
+            base = first.setdefault(training, (launches, moved))
+            cells += [
+                f'{launches:,} ({launches / base[0]:.2f})',
+                f'{moved / 2**30:.1f} ({moved / base[1]:.2f})',
+            ]
+        rows.append(cells)
+    header = ['model', 'training: operators', 'GiB moved', 'inference: operators', 'GiB moved']
+    return table(header, rows)
+
+
+# ----------------------------------------------------------------------------------------- sweeps
+RESOLUTIONS = (224, 320, 448, 640, 896)
+KERNELS = (5, 7, 11, 15, 21, 31)
+
+
+def sweep(specs: list[str], kind: str, rounds: int, plot: Path | None) -> str:
+    """Inference times over input sizes, or over kernel sizes at 224x224."""
+    curves: dict[str, list[tuple[int, float, float]]] = {spec: [] for spec in specs}
+    for value in RESOLUTIONS if kind == 'resolution' else KERNELS:
+        setting = Setting((value, value) if kind == 'resolution' else (224, 224))
+        suffix = {spec: ',' if ':' in spec else ':' for spec in specs}
+        names = {
+            spec: spec if kind == 'resolution' else f'{spec}{suffix[spec]}kernel_size={value}'
+            for spec in specs
+        }
+        results = measure(list(names.values()), setting, rounds, ['inference'])
+        for spec, result in zip(specs, results):
+            curves[spec].append((value, statistics.median(result.inference), result.gmacs))
+    if plot is not None:
+        draw(curves, kind, plot)
+    rows = [
+        [f'`{spec}`', str(value), f'{gmacs:.1f} G', f'{1e3 * seconds:.0f}',
+         f'{1e9 * seconds / (value**2 if kind == "resolution" else 224**2):.0f}']
+        for spec, points in curves.items() for value, seconds, gmacs in points
+    ]  # fmt: skip
+    return table(['model', kind, 'multiply-adds', 'inference, ms', 'ns a pixel'], rows)
+
+
+def draw(curves: dict[str, list[tuple[int, float, float]]], kind: str, plot: Path) -> None:
+    import matplotlib  # only a plot needs it
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for spec, points in curves.items():
+        xs = [v**2 / 1e6 if kind == 'resolution' else v for v, _, _ in points]
+        axis.plot(xs, [1e3 * seconds for _, seconds, _ in points], marker='o', ms=4, label=spec)
+    axis.set(xlabel='megapixels' if kind == 'resolution' else 'kernel size', ylabel='inference, ms')
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(plot, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('models', nargs='*', metavar='MODEL')
+    parser.add_argument('--size', type=int, nargs=2, default=SPEED.size, metavar=('H', 'W'))
+    parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
+    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='autocast to it')
+    parser.add_argument('--rounds', type=int, default=7, help='rounds that count')
+    parser.add_argument('--only', choices=['training', 'inference'], help='measure only that')
+    parser.add_argument('--count', action='store_true', help='count operators and traffic instead')
+    parser.add_argument('--sweep', choices=['resolution', 'kernel'])
+    parser.add_argument('--plot', type=Path, help='picture of the sweep')
+    parser.add_argument('--json', type=Path, help='file for all that was measured')
+    args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error(f'--rounds must be at least 2, got {args.rounds}')
+    setting = Setting(tuple(args.size), args.batch, args.device, args.dtype)
+
+    if args.count:
+        specs = args.models or [PLAIN[0], LEAST, FAST, CHECKPOINTED, DEPLOYED, RIVAL]
+        print(f'{COUNT}, counted\n\n{count_table(specs, COUNT)}')
+        return
+    rate = measure_product_rate(Setting(SPEED.size, device=args.device))
+    print(machine(rate), flush=True)
+    if args.sweep:
+        print(sweep(args.models or [LEAST], args.sweep, args.rounds, args.plot))
+        return
+    if args.models:
+        kinds = [args.only] if args.only else ['training', 'inference']
+        results = measure(args.models, setting, args.rounds, kinds)
+        print(f'{setting}, medians of {args.rounds} rounds\n\n{describe(results, rate)}')
+    else:
+        goals, results = bench(args.rounds)
+        print(f'{SPEED}, medians of {args.rounds} rounds\n\n{goals}\n\n{describe(results, rate)}')
+    if args.json is not None:
+        content = {'setting': str(setting), 'machine': machine(rate)}
+        content['results'] = [asdict(result) for result in results]
+        args.json.write_text(json.dumps(content, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+    main()
