@@ -355,9 +355,10 @@ def count_cost(config: Config) -> dict:
     limit_masks(model)
     batch = pack(model, config.default_scope, size)
     model.forward = partial(model.forward, data_samples=batch['data_samples'])
-    analysis = get_model_complexity_info(
-        model, inputs=(batch['inputs'],), show_table=False, show_arch=False
-    )
+    with torch.no_grad():  # else Large keeps more than 24 GB
+        analysis = get_model_complexity_info(
+            model, inputs=(batch['inputs'],), show_table=False, show_arch=False
+        )
     del model
     gc.collect()
     return {'parameters': parameters, 'flops': int(analysis['flops']), 'size': list(size)}
