@@ -24,6 +24,7 @@ from test_backbone import randomized, relative_error
 from mmconv2former import Conv2Former
 
 SMALL = Setting((64, 64))
+NANO = 'conv2former_n:recompute=expansion'
 
 
 def test_traffic_of_known_operators():
@@ -42,7 +43,7 @@ def test_traffic_of_known_operators():
 
 def test_bytes_kept_are_those_of_autograd():
     """Fake tensors against the hooks on real ones, and the size of one known tensor."""
-    model = build('conv2former_n').train()
+    model = build(NANO).train()
     kept = {}
 
     def pack(tensor):
@@ -54,11 +55,9 @@ def test_bytes_kept_are_those_of_autograd():
         model(x)
     for tensor in (x, *model.parameters()):
         kept.pop(tensor.untyped_storage().data_ptr(), None)
-    assert count_bytes_kept('conv2former_n', SMALL) == pytest.approx(sum(kept.values()), rel=0.02)
+    assert count_bytes_kept(NANO, SMALL) == pytest.approx(sum(kept.values()), rel=0.02)
     double = Setting((64, 64), batch=2)
-    assert count_bytes_kept('conv2former_n', double) > 1.8 * count_bytes_kept(
-        'conv2former_n', SMALL
-    )
+    assert count_bytes_kept(NANO, double) > 1.8 * count_bytes_kept(NANO, SMALL)
 
 
 def test_multiply_adds_are_the_published_ones():
@@ -123,10 +122,10 @@ def test_tables(tmp_path):
 
 def test_command(tmp_path):
     output = run_tool(
-        'benchmark.py', 'plain_n', 'conv2former_n', 'conv2former_n:deploy=True', '--size', 64, 64,
+        'benchmark.py', 'plain_n', NANO, 'conv2former_n:deploy=True', '--size', 64, 64,
         '--rounds', 2, '--json', tmp_path / 'results.json',
     )  # fmt: skip
-    assert '| `conv2former_n` | 13.1 M |' in output
+    assert f'| `{NANO}` | 13.1 M |' in output
     results = json.loads((tmp_path / 'results.json').read_text())['results']
     assert [len(result['training']) for result in results] == [2, 2, 0]
     assert [len(result['inference']) for result in results] == [2, 2, 2]
