@@ -370,7 +370,9 @@ class Conv2Former(BaseModule):
         self.init_cfg = init_cfg
         for cfg, pretrained in zip(configs, is_pretrained):
             if pretrained:
-                load_pretrained(self, cfg['checkpoint'], cfg.get('prefix'))
+                load_pretrained(
+                    self, cfg['checkpoint'], cfg.get('prefix'), cfg.get('adapt_kernel', False)
+                )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
         self._check_input(x)

@@ -1,9 +1,10 @@
-"""Reading checkpoints into a backbone: safely, and never in part without saying so.
+"""Reading checkpoints: safely, and never in part without saying so.
 
 Published Conv2Former checkpoints are timm training dictionaries (a `state_dict` beside optimizer
 and `argparse.Namespace`); others come from mmpretrain, mmdet or mmseg (`backbone.` in front of
-each key) or are plain state dicts. All are read with `torch.load(weights_only=True)`, so that
-nothing in a file is executed.
+each key), are plain state dicts or safetensors. Pickles are read with
+`torch.load(weights_only=True)` and a short list of what may be rebuilt, so that nothing in a file
+is executed. The order here: reading, recognising a network by its shapes, loading into a module.
 """
 
 from __future__ import annotations
@@ -12,35 +13,23 @@ import argparse
 import logging
 import os
 import re
+import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-# What checkpoints of timm and mmengine hold beside tensors and plain containers. None of these does
-# anything but hold values when it is rebuilt; `getattr` finds the methods that mmengine's
-# HistoryBuffer keeps, and torch calls nothing that is not in this list itself.
-SAFE_GLOBALS = [
-    argparse.Namespace,
-    HistoryBuffer,
-    getattr,
-    np.ndarray,
-    np.dtype,
-    type(np.dtype(np.float64)),
-    type(np.dtype(np.int64)),
-    type(np.dtype(np.uint32)),
-    np.core.multiarray._reconstruct if np.__version__ < '2' else np._core.multiarray._reconstruct,
-    np.core.multiarray.scalar if np.__version__ < '2' else np._core.multiarray.scalar,
-]
-
-# Made for dense prediction, hence in no ImageNet checkpoint.
-NEW_FOR_DENSE_PREDICTION = re.compile(r'norm\d+\.(weight|bias)')
+TRUST_VARIABLE = 'MMCONV2FORMER_TRUST_CHECKPOINTS'
 
 HOW_TO_GET_WEIGHTS = (
     'The published weights are ImageNet checkpoints linked from the README of '
@@ -49,14 +38,210 @@ HOW_TO_GET_WEIGHTS = (
     'model.backbone.init_cfg=None (on the command line: --cfg-options '
     'model.backbone.init_cfg=None).'
 )
+HOW_TO_TRUST = (
+    'If you trust whoever made it, --trust-checkpoints of the tools or '
+    f'{TRUST_VARIABLE}=1 reads it all the same and runs what it holds.'
+)
+
+# A damaged or forged pickle can fail in any operation of the unpickler.
+UNREADABLE = (
+    UnpicklingError,
+    RuntimeError,
+    OSError,
+    EOFError,
+    ImportError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    ArithmeticError,
+    MemoryError,
+    struct.error,
+)
+
+# Where a whole model keeps our modules; '' is an official file or a backbone alone.
+PREFIXES = ('', 'backbone.', 'head.')
+# Made for dense prediction, hence in no ImageNet checkpoint.
+NEW_FOR_DENSE_PREDICTION = re.compile(r'norm\d+\.(weight|bias)')
+MODULATION_KERNEL = re.compile(r'stages\.(\d+)\.\d+\.attn\.att\.2\.weight')
 
 
-def read_state_dict(checkpoint: str) -> dict[str, Tensor]:
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, cannot be read safely, or is of another network."""
+
+
+def history_buffer_statistic(owner: object, name: str) -> Callable:
+    """What mmengine's HistoryBuffer needs of `getattr`, which would lead a pickle to `eval`."""
+    if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
+        raise UnpicklingError('GLOBAL builtins.getattr is for the statistics of HistoryBuffer only')
+    return getattr(owner, name)
+
+
+def named(path: str, function: Callable) -> Callable:
+    """A function that torch admits where a pickle asks for `path`."""
+
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call.__module__, _, call.__qualname__ = path.rpartition('.')
+    call.__name__ = call.__qualname__
+    return call
+
+
+MULTIARRAY = (np.core if np.__version__ < '2' else np._core).multiarray
+
+# What checkpoints of timm and mmengine hold beside tensors and plain containers: objects that only
+# keep values, and functions that only build such. torch calls nothing that is not in this list or
+# its own. NumPy 2 renamed its module; files of both are about.
+SAFE_GLOBALS = [
+    argparse.Namespace,
+    HistoryBuffer,
+    named('builtins.getattr', history_buffer_statistic),
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'},
+    *(
+        named(f'numpy.{package}.multiarray.{name}', getattr(MULTIARRAY, name))
+        for package in ('core', '_core')
+        for name in ('_reconstruct', 'scalar')
+    ),
+]
+
+
+def trusts_checkpoints() -> bool:
+    """Whether the user said that checkpoints may execute what they hold."""
+    return os.environ.get(TRUST_VARIABLE) == '1'
+
+
+def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
+    """What a checkpoint file holds, read without executing any of it.
+
+    Args:
+        checkpoint: Path or address, of any kind that `mmengine.fileio` reads; safetensors if it
+            ends with `.safetensors`, else what `torch.save` writes.
+        map_location: Device of the tensors, as `torch.load` takes it.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is not a checkpoint, or holds more than data and the environment
+            variable `MMCONV2FORMER_TRUST_CHECKPOINTS` is not 1.
+    """
+    checkpoint = os.path.expanduser(checkpoint)
+    if '://' not in checkpoint and not os.path.isfile(checkpoint):
+        raise FileNotFoundError(f'checkpoint {checkpoint!r} does not exist. {HOW_TO_GET_WEIGHTS}')
+    try:
+        with get_local_path(checkpoint) as path:
+            if checkpoint.endswith('.safetensors'):
+                return read_safetensors(path, map_location)
+            if trusts_checkpoints():
+                print_log(
+                    f'{TRUST_VARIABLE}=1: {checkpoint} may run any code while it is read',
+                    logger='current',
+                    level=logging.WARNING,
+                )
+                return torch.load(path, map_location, weights_only=False)
+            # torch < 2.5 cannot be told what to admit; it refuses what is not plain.
+            safe_globals = getattr(torch.serialization, 'safe_globals', lambda _: nullcontext())
+            with safe_globals(SAFE_GLOBALS):
+                return torch.load(path, map_location, weights_only=True)
+    except UNREADABLE as error:
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r} cannot be read: {reason_of(error)}'
+        ) from error
+
+
+def read_safetensors(path: str, map_location: Any) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: The package is missing, or the file is not of this kind.
+    """
+    try:  # optional: few files are of this kind
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError('this needs a package: pip install safetensors') from error
+    try:
+        return load_file(path, 'cpu' if map_location is None else map_location)
+    except SafetensorError as error:
+        raise CheckpointError(f'not safetensors: {error}') from error
+
+
+def reason_of(error: Exception) -> str:
+    """The part of an error of `torch.load` that tells a user something, in one line."""
+    text = str(error)
+    forbidden = re.search(r'GLOBAL (\S+)', text)
+    if forbidden:
+        return f'it holds {forbidden[1]}, which is not data. {HOW_TO_TRUST}'
+    text = text.rpartition('WeightsUnpickler error:')[2].strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def admit_only_data() -> None:
+    """Makes mmengine read `load_from`, `resume` and others' `init_cfg` with `read_checkpoint` too.
+
+    Its own loaders unpickle whatever is in a file: OneDL's after a warning, and admit `getattr`
+    before that; the original's at once where torch < 2.6. On `resume`, mmengine also runs a
+    checkpoint's `meta['config']` as Python, only to count GPUs: that entry is left out.
+
+    In force for this process; any other `torch.load`, here and in its children, is held to
+    tensors and plain containers.
+    """
+    if not trusts_checkpoints():
+        os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)  # torch refuses to have both
+        os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
+    files = ['', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://']
+    zoos = ['modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'pavi://']
+    CheckpointLoader.register_scheme(files, load_from_checked_file, force=True)
+    if not trusts_checkpoints():
+        CheckpointLoader.register_scheme(zoos, load_from_refused_zoo, force=True)
+
+
+def load_from_checked_file(checkpoint: str, map_location: Any = None) -> dict:
+    """A loader for mmengine (it prints the name from the eleventh character on).
+
+    Raises:
+        FileNotFoundError, CheckpointError: See `read_checkpoint`.
+    """
+    content = read_checkpoint(checkpoint, map_location)
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r} must hold a dict, got {type(content).__name__}'
+        )
+    content = dict(content)  # plain ones: an OrderedDict in a pickle may come with its own `get`
+    if trusts_checkpoints() or 'meta' not in content:
+        return content
+    if not isinstance(content['meta'], dict):
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r}: meta must be a dict, got {type(content["meta"]).__name__}'
+        )
+    content['meta'] = dict(content['meta'])
+    content['meta'].pop('config', None)
+    return content
+
+
+def load_from_refused_zoo(checkpoint: str, map_location: Any = None) -> dict:
+    """For names that mmengine looks up and loads by itself.
+
+    Raises:
+        CheckpointError: Always.
+    """
+    raise CheckpointError(
+        f'checkpoint {checkpoint!r} is a name in a model zoo, which mmengine does not read safely: '
+        f'give the file or its address. {HOW_TO_TRUST}'
+    )
+
+
+def read_state_dict(checkpoint: str, averaged: bool = False) -> dict[str, Tensor]:
     """The state dict in a checkpoint file, whatever is around it.
 
     Args:
-        checkpoint: Path or address, of any kind that `mmengine.fileio` reads. The file holds a
-            state dict, or a dict with one under `state_dict` or `model`.
+        checkpoint: See `read_checkpoint`. The file holds a state dict, or a dict with one under
+            `state_dict` or `model`.
+        averaged: Whether to take the moving average of the weights: `state_dict_ema` or
+            `model_ema`; `state_dict` in a checkpoint of mmengine's EMAHook, which puts the average
+            there and the others into `ema_state_dict`.
 
     Returns:
         Names and tensors (on the CPU), without the `module.` that data-parallel training puts in
@@ -64,66 +249,146 @@ def read_state_dict(checkpoint: str) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is not a checkpoint, or holds more than data.
+        CheckpointError: The file is not a checkpoint, holds more than data, or no average where
+            that is asked for.
     """
-    if '://' not in checkpoint and not os.path.isfile(checkpoint):
-        raise FileNotFoundError(f'checkpoint {checkpoint!r} does not exist. {HOW_TO_GET_WEIGHTS}')
-    # torch < 2.5 cannot be told what to admit; it refuses what is not plain.
-    safe_globals = getattr(torch.serialization, 'safe_globals', lambda _: nullcontext())
-    try:
-        with safe_globals(SAFE_GLOBALS), get_local_path(checkpoint) as path:
-            content = torch.load(path, 'cpu', weights_only=True)
-    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(
-            f'checkpoint {checkpoint!r} is not a file of tensors that can be read safely: {error}'
-        ) from error
-    for key in ('state_dict', 'model'):
+    content = read_checkpoint(checkpoint)
+    keys = ('state_dict', 'model')
+    if averaged:
+        is_of_ema_hook = isinstance(content, Mapping) and 'ema_state_dict' in content
+        keys = ('state_dict',) if is_of_ema_hook else ('state_dict_ema', 'model_ema')
+    for key in keys:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
+    else:
+        if averaged:
+            found = list(content)[:8] if isinstance(content, Mapping) else type(content).__name__
+            raise CheckpointError(
+                f'checkpoint {checkpoint!r} has no averaged weights (state_dict_ema, model_ema or '
+                f'ema_state_dict), got {found}'
+            )
     if not isinstance(content, Mapping):
-        raise ValueError(
+        raise CheckpointError(
             f'checkpoint {checkpoint!r} must hold a state dict, got {type(content).__name__}'
         )
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f'checkpoint {checkpoint!r} holds no tensors, only {list(content)[:5]}')
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r} holds no tensors, only {list(content)[:5]}'
+        )
     if all(name.startswith('module.') for name in tensors):
         tensors = {name[len('module.') :]: value for name, value in tensors.items()}
     return tensors
 
 
-def load_pretrained(backbone: nn.Module, checkpoint: str, prefix: str | None = None) -> None:
-    """Loads a checkpoint into a backbone; every parameter must be in it, in its shape.
+@dataclass(frozen=True)
+class Architecture:
+    """What the shapes of a state dict tell of its network; empty or None is what they do not."""
 
-    Output norms (`norm{i}`) may be missing, as ImageNet networks have none. What the backbone has
-    no use for, such as a classification head, is left out and logged.
+    channels: tuple[int, ...]
+    depths: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    mlp_ratio: float | None
+    in_channels: int | None
+    num_classes: int | None
+
+
+def recognise_arch(state_dict: Mapping[str, Tensor]) -> Architecture:
+    """The network of a state dict with the published names: one value a stage, from shapes alone.
+
+    Nothing is checked for completeness. Without modulations, as in the state dict of a head or of
+    another network, `depths` is empty.
+    """
+    blocks: dict[int, list[Tensor]] = {}
+    for name, value in state_dict.items():
+        match = MODULATION_KERNEL.fullmatch(name)
+        if match and value.dim() == 4:  # (C, 1, k, k)
+            blocks.setdefault(int(match[1]), []).append(value)
+    stages = [blocks[stage] for stage in sorted(blocks)]
+
+    def size(name: str, axis: int) -> int | None:
+        value = state_dict.get(name)
+        return value.shape[axis] if value is not None and value.dim() > axis else None
+
+    hidden_channels, in_channels = (size('stages.0.0.mlp.fc1.weight', axis) for axis in (0, 1))
+    return Architecture(
+        channels=tuple(stage[0].shape[0] for stage in stages),
+        depths=tuple(len(stage) for stage in stages),
+        kernel_size=tuple(stage[0].shape[-1] for stage in stages),
+        mlp_ratio=hidden_channels / in_channels if in_channels else None,
+        in_channels=size('downsample_layers.0.0.weight', 1),
+        num_classes=size('pred.weight', 0),
+    )
+
+
+def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
+    """In which respects the network of a file is not the model's, in words.
+
+    Stages of the file behind the model's last do not count: `out_indices` may leave them out.
+    """
+    in_file, in_model = recognise_arch(found), recognise_arch(expected)
+    for field in fields(Architecture):
+        ours, theirs = getattr(in_model, field.name), getattr(in_file, field.name)
+        if isinstance(ours, tuple):
+            theirs = theirs[: len(ours)]
+        if ours and theirs and ours != theirs:
+            hint = ' (adapt_kernel=True pads smaller ones)' if field.name == 'kernel_size' else ''
+            yield f'{field.name} is {theirs} in the file, {ours} in the model{hint}'
+
+
+def pad_kernels(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The modulations' kernels, padded with zeros around to the size of the expected ones.
+
+    A centred kernel in zeros is the same convolution, so the output stays as it was; smaller
+    kernels would change it.
 
     Args:
-        backbone: The module to fill.
-        checkpoint: See `read_state_dict`.
-        prefix: What the backbone's names begin with in the file; None finds `backbone.` itself.
+        found: Names and tensors of a file, kernels of shape (C, 1, k, k).
+        expected: Those of the model, kernels of shape (C, 1, K, K) with K >= k, odd as k is.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is not a checkpoint, or one of another network; the message lists
-            what is missing and which shapes differ. The backbone is then unchanged.
+        CheckpointError: An expected kernel is smaller than the one found.
     """
-    state_dict = read_state_dict(checkpoint)
+    padded = dict(found)
+    for name in filter(MODULATION_KERNEL.fullmatch, expected):
+        if name not in found or found[name].dim() != 4:
+            continue
+        old, new = found[name].shape[-1], expected[name].shape[-1]
+        if new < old:
+            raise CheckpointError(
+                f'kernel_size can only grow, as a smaller kernel has another output: {name} is '
+                f'{old}x{old} in the file, {new}x{new} in the model'
+            )
+        padded[name] = F.pad(found[name], [(new - old) // 2] * 4)
+    return padded
+
+
+def without_prefix(
+    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str | None
+) -> dict[str, Tensor]:
+    """The part of a state dict behind a prefix; None finds the one of `PREFIXES` that fits best."""
     if prefix is None:
-        prefix = 'backbone.' if any(name.startswith('backbone.') for name in state_dict) else ''
+        prefix = max(PREFIXES, key=lambda p: sum(p + name in state_dict for name in expected))
     elif prefix and not prefix.endswith('.'):
         prefix += '.'
     found = {
         name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)
     }
     if not found:
-        raise ValueError(
-            f'checkpoint {checkpoint!r} has no name that begins with prefix={prefix!r}; '
-            f'its names begin with {sorted({name.split(".")[0] for name in state_dict})}'
+        raise CheckpointError(
+            f'no name begins with prefix={prefix!r}; '
+            f'the names begin with {sorted({name.split(".")[0] for name in state_dict})}'
         )
+    return found
 
-    expected = backbone.state_dict()
+
+def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Checks that a file has every tensor of a model, in its shape, and is of the same depth.
+
+    Raises:
+        CheckpointError: It does not; the message says what differs and lists names.
+    """
     missing = [
         name
         for name in expected
@@ -134,20 +399,60 @@ def load_pretrained(backbone: nn.Module, checkpoint: str, prefix: str | None = N
         for name, value in expected.items()
         if name in found and found[name].shape != value.shape
     ]
-    if missing or misshaped:
-        raise ValueError(
-            f'checkpoint {checkpoint!r} does not fit this {type(backbone).__name__} (another arch '
-            f'or kernel_size?): {len(missing)} of {len(expected)} names missing'
+    differing = list(differences(found, expected))  # a deeper network has all names of a flat one
+    if missing or misshaped or differing:
+        raise CheckpointError(
+            'another network: '
+            + ''.join(f'{difference}; ' for difference in differing)
+            + f'{len(missing)} of {len(expected)} names missing'
             + (f', such as {missing[:3]}' if missing else '')
             + f'; {len(misshaped)} shapes differ'
             + (f', such as {"; ".join(misshaped[:3])}' if misshaped else '')
         )
 
-    backbone.load_state_dict({name: found[name] for name in expected if name in found}, False)
+
+def load_pretrained(
+    module: nn.Module, checkpoint: str, prefix: str | None = None, adapt_kernel: bool = False
+) -> None:
+    """Loads a checkpoint into a backbone or a head; every parameter must be in it, in its shape.
+
+    Output norms (`norm{i}`) may be missing, as ImageNet networks have none. What the module has
+    no use for, such as a classification head, is left out and logged.
+
+    A module calls this for the part of its `init_cfg` of type `Pretrained`, in place of mmengine's
+    `PretrainedInit`; see `Conv2Former.init_weights`. It must have the published names: `head.0`,
+    `head.2` and `pred` for the classification head.
+
+    Args:
+        module: The module to fill.
+        checkpoint: See `read_state_dict`.
+        prefix: What the module's names begin with in the file; None finds '', `backbone.` or
+            `head.` by itself: an official file as well as one of mmpretrain, mmdet or mmseg.
+        adapt_kernel: Whether smaller kernels of the modulation are padded with zeros to the
+            module's size, which does not change the output.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        CheckpointError: The file is not a checkpoint, or one of another network; the message says
+            in what it differs. The module is then unchanged.
+    """
+    state_dict = read_state_dict(checkpoint)
+    expected = module.state_dict()
+    try:
+        found = without_prefix(state_dict, expected, prefix)
+        if adapt_kernel:
+            found = pad_kernels(found, expected)
+        check_fit(found, expected)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r} does not fit this {type(module).__name__}: {error}'
+        ) from error
+
+    module.load_state_dict({name: found[name] for name in expected if name in found}, False)
     unused = Counter(name.split('.')[0] for name in found if name not in expected)
     left_out = ', '.join(f'{count} of {part}' for part, count in unused.items()) or 'none'
     print_log(
-        f'Loaded {checkpoint}: all {len(expected)} tensors of {type(backbone).__name__} but '
+        f'Loaded {checkpoint}: all {len(expected)} tensors of {type(module).__name__} but '
         f'{[name for name in expected if name not in found]}; tensors left out: {left_out}',
         logger='current',
         level=logging.INFO,

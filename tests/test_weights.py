@@ -148,7 +148,9 @@ class Attack:
 def test_hostile_file_is_not_run(tmp_path):
     trace = tmp_path / 'trace'
     torch.save(dict(state_dict=small().state_dict(), args=Attack(trace)), tmp_path / 'file.pth')
-    with pytest.raises(ValueError, match=r'file\.pth.* cannot|file\.pth.* safely'):
+    with pytest.raises(
+        ValueError, match=r'file\.pth.* cannot be read: it holds io.open, which is not data'
+    ):
         load_pretrained(small(), str(tmp_path / 'file.pth'))
     assert not trace.exists()
 
@@ -160,12 +162,12 @@ def save_without(name, path):
 
 
 REFUSED = {
-    'text': (lambda p: p.write_text('hello'), 'not a file of tensors'),
+    'text': (lambda p: p.write_text('hello'), 'cannot be read: '),
     'truncated': (
         lambda p: (torch.save(small().state_dict(), p), p.write_bytes(p.read_bytes()[:5000])),
-        'not a file of tensors',
+        'cannot be read: ',
     ),
-    'empty': (lambda p: p.write_bytes(b''), 'not a file of tensors'),
+    'empty': (lambda p: p.write_bytes(b''), 'cannot be read: '),
     'a tensor': (lambda p: torch.save(torch.ones(1), p), 'must hold a state dict, got Tensor'),
     'no tensors': (lambda p: torch.save(dict(epoch=1), p), r"no tensors, only \['epoch'\]"),
     'other model': (lambda p: torch.save({'conv1.weight': torch.ones(1)}, p), 'names missing'),
@@ -175,7 +177,8 @@ REFUSED = {
     ),
     'other kernel': (
         lambda p: torch.save(small(kernel_size=7).state_dict(), p),
-        r'another arch or kernel_size.*\(8, 1, 7, 7\) in the file, \(8, 1, 5, 5\) in the model',
+        r'kernel_size is \(7, 7, 7, 7\) in the file, \(5, 5, 5, 5\) in the model'
+        r'.*\(8, 1, 7, 7\) in the file, \(8, 1, 5, 5\) in the model',
     ),
 }
 
@@ -194,7 +197,7 @@ def test_refused_file_leaves_the_model_unchanged(case, tmp_path):
 
 def test_wrong_prefix_is_refused(tmp_path):
     torch.save(small().state_dict(), tmp_path / 'file.pth')
-    with pytest.raises(ValueError, match=r"prefix='encoder.'; its names begin with \['downsample"):
+    with pytest.raises(ValueError, match=r"prefix='encoder.'; the names begin with \['downsample"):
         load_pretrained(small(), str(tmp_path / 'file.pth'), prefix='encoder')
 
 

@@ -1,10 +1,15 @@
-"""What `train.py` and `test.py` share: arguments, reading a config, checks before a long run."""
+"""What `train.py` and `test.py` share: arguments, reading a config, checks before a long run.
+
+`convert_weights.py` takes from here how checkpoints are guarded.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,13 @@ import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 
-from mmconv2former.weights import HOW_TO_GET_WEIGHTS
+from mmconv2former.weights import (
+    HOW_TO_GET_WEIGHTS,
+    TRUST_VARIABLE,
+    CheckpointError,
+    admit_only_data,
+    trusts_checkpoints,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +46,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     # Launchers older than torchrun pass the rank as an argument.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+    add_trust_argument(parser)
+
+
+def add_trust_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that `guard_checkpoints` obeys."""
+    parser.add_argument(
+        '--trust-checkpoints',
+        action='store_true',
+        help=f'read checkpoints that hold more than data, and run what they hold '
+        f'(as {TRUST_VARIABLE}=1 does)',
+    )
+
+
+def guard_checkpoints(args: argparse.Namespace) -> None:
+    """From here on checkpoints are read as data only, unless the user says otherwise."""
+    if args.trust_checkpoints:
+        os.environ[TRUST_VARIABLE] = '1'
+    if trusts_checkpoints():
+        print(
+            f'WARNING: --trust-checkpoints ({TRUST_VARIABLE}=1): any code in a checkpoint will '
+            'run with your rights',
+            file=sys.stderr,
+        )
+    admit_only_data()
+
+
+@contextmanager
+def checkpoint_errors() -> Iterator[None]:
+    """Turns the refusal of a checkpoint, deep in a run, into the tool's one-line error."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise SystemExit(f'error: {error}') from None
 
 
 def load_config(args: argparse.Namespace) -> Config:
@@ -44,6 +88,7 @@ def load_config(args: argparse.Namespace) -> Config:
         SystemExit: The config file or an option of `args` is not usable; the message says why.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    guard_checkpoints(args)
     if not Path(args.config).is_file():
         raise SystemExit(f'error: config {args.config} does not exist')
     config = Config.fromfile(args.config)
@@ -133,6 +178,9 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
     weights = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
     if check_weights and weights and is_local(weights) and not os.path.isfile(weights):
         raise SystemExit(f'error: pretrained weights {weights} are missing. {HOW_TO_GET_WEIGHTS}')
+    checkpoint = config.get('load_from')
+    if checkpoint and is_local(checkpoint) and not os.path.isfile(checkpoint):
+        raise SystemExit(f'error: load_from: checkpoint {checkpoint} does not exist')
 
 
 def dataset_paths(settings: ConfigDict) -> Iterator[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from common import add_arguments, check_files, load_config
+from common import add_arguments, check_files, checkpoint_errors, load_config
 from mmengine.config import Config
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
@@ -56,7 +56,8 @@ def main() -> None:
         name = 'DumpDetResults' if config.get('default_scope') == 'mmdet' else 'DumpResults'
         metric = METRICS.build(dict(type=name, out_file_path=args.out))
         runner.test_evaluator.metrics.append(metric)
-    runner.test()
+    with checkpoint_errors():
+        runner.test()
 
 
 def augment_at_test_time(config: Config) -> None:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from common import add_arguments, check_files, load_config
+from common import add_arguments, check_files, checkpoint_errors, load_config
 from mmengine.runner import Runner
 
 
@@ -71,7 +71,8 @@ def main() -> None:
         config.load_from = None if args.resume == 'auto' else args.resume
     check_files(config, ['train_dataloader', 'val_dataloader'], check_weights=True)
 
-    Runner.from_cfg(config).train()
+    with checkpoint_errors():
+        Runner.from_cfg(config).train()
 
 
 if __name__ == '__main__':
