@@ -15,7 +15,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pickle import UnpicklingError
@@ -364,14 +364,17 @@ def pad_kernels(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     return padded
 
 
-def without_prefix(
-    state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor], prefix: str | None
-) -> dict[str, Tensor]:
-    """The part of a state dict behind a prefix; None finds the one of `PREFIXES` that fits best."""
-    if prefix is None:
-        prefix = max(PREFIXES, key=lambda p: sum(p + name in state_dict for name in expected))
-    elif prefix and not prefix.endswith('.'):
-        prefix += '.'
+def find_prefix(state_dict: Mapping[str, Tensor], expected: Iterable[str]) -> str:
+    """The one of `PREFIXES` behind which a state dict has the most of the expected names."""
+    return max(PREFIXES, key=lambda prefix: sum(prefix + name in state_dict for name in expected))
+
+
+def behind_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The part of a state dict whose names begin with a prefix, without it.
+
+    Raises:
+        CheckpointError: There is no such name.
+    """
     found = {
         name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)
     }
@@ -402,8 +405,7 @@ def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
     differing = list(differences(found, expected))  # a deeper network has all names of a flat one
     if missing or misshaped or differing:
         raise CheckpointError(
-            'another network: '
-            + ''.join(f'{difference}; ' for difference in differing)
+            ''.join(f'{difference}; ' for difference in differing)
             + f'{len(missing)} of {len(expected)} names missing'
             + (f', such as {missing[:3]}' if missing else '')
             + f'; {len(misshaped)} shapes differ'
@@ -439,7 +441,11 @@ def load_pretrained(
     state_dict = read_state_dict(checkpoint)
     expected = module.state_dict()
     try:
-        found = without_prefix(state_dict, expected, prefix)
+        if prefix is None:
+            prefix = find_prefix(state_dict, expected)
+        elif prefix and not prefix.endswith('.'):
+            prefix += '.'
+        found = behind_prefix(state_dict, prefix)
         if adapt_kernel:
             found = pad_kernels(found, expected)
         check_fit(found, expected)

@@ -1,83 +1,62 @@
 """Checkpoints in the forms they come in: read safely, loaded wholly or refused with the reason."""
 
 import argparse
+import io
+import pickle
 import re
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
-from mmengine.logging import HistoryBuffer
+from checkpoints import (
+    HOSTILE,
+    in_mmpretrain,
+    published_names,
+    published_state_dict,
+    replace_pickle,
+    write_call,
+)
+from conftest import run_tool
+from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.runner import CheckpointLoader
+from safetensors.torch import save_file
 from test_backbone import SMALL_ARCHS, randomized
+from test_tools import SEGMENTATION, quick_segmentation
+from torch import nn
 
 from mmconv2former import Conv2Former
-from mmconv2former.backbone import ARCHS
-from mmconv2former.weights import load_pretrained, read_state_dict
-
-
-def published_names(arch):
-    """Names and shapes of a published checkpoint, from the description, not from our classes."""
-    names = {}
-    channels, kernel = arch.channels, arch.kernel_size
-    half = channels[0] // 2
-
-    def put(prefix, *shape, bias=True):
-        names[f'{prefix}.weight'] = shape
-        if bias:
-            names[f'{prefix}.bias'] = shape[:1]
-
-    put('downsample_layers.0.0', half, 3, 3, 3, bias=False)
-    put('downsample_layers.0.3', half, half, 3, 3, bias=False)
-    put('downsample_layers.0.6', channels[0], half, 2, 2, bias=False)
-    for index in (2, 5):
-        put(f'downsample_layers.0.{index}', half)
-        names[f'downsample_layers.0.{index}.running_mean'] = (half,)
-        names[f'downsample_layers.0.{index}.running_var'] = (half,)
-        names[f'downsample_layers.0.{index}.num_batches_tracked'] = ()
-    for i in range(1, 4):
-        put(f'downsample_layers.{i}.0', channels[i - 1])
-        put(f'downsample_layers.{i}.1', channels[i], channels[i - 1], 2, 2)
-    for i, (width, depth) in enumerate(zip(channels, arch.depths)):
-        for j in range(depth):
-            block = f'stages.{i}.{j}'
-            put(f'{block}.attn.norm', width)
-            put(f'{block}.attn.att.0', width, width, 1, 1)
-            put(f'{block}.attn.att.2', width, 1, kernel, kernel)
-            put(f'{block}.attn.v', width, width, 1, 1)
-            put(f'{block}.attn.proj', width, width, 1, 1)
-            put(f'{block}.mlp.norm', width)
-            put(f'{block}.mlp.fc1', 4 * width, width, 1, 1)
-            put(f'{block}.mlp.pos', 4 * width, 1, 3, 3)
-            put(f'{block}.mlp.fc2', width, 4 * width, 1, 1)
-            names[f'{block}.layer_scale_1'] = (width,)
-            names[f'{block}.layer_scale_2'] = (width,)
-    put('head.0', 1280, channels[-1], 1, 1)
-    put('head.2', 1280)
-    put('pred', 10, 1280)
-    return names
-
-
-def published_state_dict(arch, prefix=''):
-    torch.manual_seed(0)
-    state = {}
-    for name, shape in published_names(arch).items():
-        is_count = name.endswith('num_batches_tracked')
-        value = torch.tensor(7) if is_count else torch.rand(shape) * 0.1 + 0.01
-        state[prefix + name] = value
-    return state
+from mmconv2former.backbone import ARCHS, Arch
+from mmconv2former.weights import (
+    SAFE_GLOBALS,
+    TRUST_VARIABLE,
+    CheckpointError,
+    admit_only_data,
+    load_pretrained,
+    read_checkpoint,
+    read_state_dict,
+    recognise_arch,
+)
 
 
 def small(**kwargs):
     return Conv2Former(SMALL_ARCHS['narrow'], **kwargs)
 
 
-@pytest.mark.parametrize('name', ['nano', 'tiny', 'small', 'base'])
+@pytest.mark.parametrize('name', ARCHS)
 def test_published_checkpoint_loads_whole(name, tmp_path):
     state = published_state_dict(ARCHS[name], 'module.')
     path = tmp_path / f'conv2former_{name[0]}.pth.tar'
     arguments = argparse.Namespace(model=f'conv2former_{name}', lr=1e-3, opt_betas=None)
     content = dict(epoch=299, arch=name, state_dict=state, args=arguments, optimizer={'state': {}})
-    torch.save(content, path)
-    model = Conv2Former(name, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
-    model.init_weights()
+    torch.save(content | dict(metric=np.float64(83.2)), path)
+    with torch.device('meta'):  # for its time: initial weights of L take longer than all the rest
+        model = Conv2Former(name, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    model.to_empty(device='cpu').init_weights()
+    path.unlink()  # up to 800 MB
     loaded = model.state_dict()
     for key in [key for key in loaded if not re.match(r'norm\d', key)]:
         assert torch.equal(loaded[key], state[f'module.{key}']), key
@@ -85,20 +64,16 @@ def test_published_checkpoint_loads_whole(name, tmp_path):
     assert {key.split('.')[0] for key in left_out} == {'head', 'pred'}
 
 
-def test_large_has_the_published_names():
-    with torch.device('meta'):
-        model = Conv2Former('large', out_norm=False)
-    published = published_names(ARCHS['large'])
-    for name, value in model.state_dict().items():
-        assert tuple(value.shape) == published.pop(name), name
-    assert {name.split('.')[0] for name in published} == {'head', 'pred'}
+FORMS = ['plain', 'state_dict', 'model', 'module', 'detector', 'wrapped detector', 'prefix',
+         'safetensors']  # fmt: skip
 
 
-@pytest.mark.parametrize('form', ['plain', 'state_dict', 'model', 'module', 'detector', 'prefix'])
+@pytest.mark.parametrize('form', FORMS)
 def test_forms_give_the_same_output(form, tmp_path):
     source = randomized(small(out_norm=False)).eval()
     state = source.state_dict()
-    prefix = {'module': 'module.', 'detector': 'backbone.', 'prefix': 'encoder.'}.get(form, '')
+    prefixes = {'module': 'module.', 'detector': 'backbone.', 'prefix': 'encoder.'}
+    prefix = prefixes.get(form, 'module.backbone.' if form == 'wrapped detector' else '')
     state = {prefix + name: value for name, value in state.items()}
     if form == 'detector':  # as mmengine saves a detector
         history = HistoryBuffer([1.0, 2.0], [1, 1])
@@ -106,8 +81,10 @@ def test_forms_give_the_same_output(form, tmp_path):
         state = dict(meta=dict(epoch=1), state_dict=state, message_hub=dict(loss=history))
     elif form in ('state_dict', 'model'):
         state = {form: state, 'epoch': 3}
-    torch.save(state, tmp_path / 'file.pth')
-    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'))
+    path = tmp_path / ('file.safetensors' if form == 'safetensors' else 'file.pth')
+    save = save_file if form == 'safetensors' else torch.save
+    save(state, path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
     if form == 'prefix':
         init_cfg['prefix'] = 'encoder'
     model = small(out_norm=False, init_cfg=init_cfg).eval()
@@ -133,26 +110,6 @@ def test_other_initializers_still_run(tmp_path):
     assert (model.norm0.weight == 0.5).all()
     assert (model.stages[0][0].attn.norm.weight != 0.5).all()
     assert model.init_cfg == [pretrained, constant]
-
-
-class Attack:
-    """A pickle that would create a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), 'w')
-
-
-def test_hostile_file_is_not_run(tmp_path):
-    trace = tmp_path / 'trace'
-    torch.save(dict(state_dict=small().state_dict(), args=Attack(trace)), tmp_path / 'file.pth')
-    with pytest.raises(
-        ValueError, match=r'file\.pth.* cannot be read: it holds io.open, which is not data'
-    ):
-        load_pretrained(small(), str(tmp_path / 'file.pth'))
-    assert not trace.exists()
 
 
 def save_without(name, path):
@@ -204,3 +161,301 @@ def test_wrong_prefix_is_refused(tmp_path):
 def test_missing_file_says_what_to_do():
     with pytest.raises(FileNotFoundError, match=r'pretrain/none.pth.*init_cfg=None'):
         read_state_dict('pretrain/none.pth')
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    path = tmp_path / 'file.safetensors'
+    save_file({'a': torch.ones(1)}, path)
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    with pytest.raises(CheckpointError, match=r'file.safetensors.* pip install safetensors'):
+        read_state_dict(str(path))
+
+
+def test_broken_safetensors(tmp_path):
+    (tmp_path / 'file.safetensors').write_bytes(b'\xff' * 40)
+    with pytest.raises(CheckpointError, match=r'cannot be read: not safetensors'):
+        read_state_dict(str(tmp_path / 'file.safetensors'))
+
+
+AVERAGED = {  # what the file holds -> what is the average
+    'timm': (dict(state_dict=1, state_dict_ema=2), 2),
+    'model': (dict(model=1, model_ema=2), 2),
+    'EMAHook of mmengine': (dict(state_dict=2, ema_state_dict=1), 2),
+    'none': (dict(state_dict=1, epoch=3), None),
+    'plain': ({'a': torch.ones(1)}, None),
+}
+
+
+@pytest.mark.parametrize('case', AVERAGED)
+def test_averaged_weights(case, tmp_path):
+    content, expected = AVERAGED[case]
+    content = {
+        key: {'module.a': torch.tensor(value)} if 'state' in key or 'model' in key else value
+        for key, value in content.items()
+    }
+    path = str(tmp_path / 'file.pth')
+    torch.save(content, path)
+    if expected is None:
+        with pytest.raises(CheckpointError, match=rf"no averaged .*got \['{next(iter(content))}'"):
+            read_state_dict(path, averaged=True)
+    else:
+        assert read_state_dict(path, averaged=True) == {'a': torch.tensor(expected)}
+
+
+@pytest.mark.parametrize('package', ['core', '_core'])
+def test_files_of_both_numpy_families(package, tmp_path):
+    """NumPy 2 writes `numpy._core` where NumPy 1 wrote `numpy.core`."""
+    buffer = io.BytesIO()
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    content = dict(metric=np.float64(83.2), array=np.arange(3, dtype=np.uint8), history=history)
+    torch.save(content, buffer)
+    path = str(tmp_path / 'file.pth')
+    replace_pickle(
+        buffer, path, lambda pickle: re.sub(rb'numpy\._?core', f'numpy.{package}'.encode(), pickle)
+    )
+    read = read_checkpoint(path)
+    assert read['metric'] == 83.2
+    assert read['array'].tolist() == [0, 1, 2]
+    assert read['history'].mean() == 1.5
+
+
+RECOGNISED = {
+    **ARCHS,
+    'base with 22K weights': Arch(ARCHS['base'].channels, ARCHS['base'].depths, kernel_size=7),
+    'of no name': Arch((8, 12, 16), (1, 2, 1), kernel_size=(11, 7, 3)),
+}
+
+
+@pytest.mark.parametrize('name', RECOGNISED)
+def test_recognised_by_shapes(name):
+    arch = RECOGNISED[name]
+    with torch.device('meta'):
+        state = {key: torch.empty(shape) for key, shape in published_names(arch, 21841).items()}
+    found = recognise_arch(state)
+    sizes = arch.kernel_size
+    assert (found.channels, found.depths) == (arch.channels, arch.depths)
+    assert found.kernel_size == (sizes if isinstance(sizes, tuple) else (sizes,) * len(arch.depths))
+    assert (found.mlp_ratio, found.in_channels, found.num_classes) == (4, 3, 21841)
+
+
+def test_nothing_is_recognised_in_another_network():
+    found = recognise_arch({'conv1.weight': torch.ones(8, 3, 3, 3), 'fc.weight': torch.ones(2, 2)})
+    assert (found.channels, found.depths, found.kernel_size) == ((), (), ())
+    assert (found.mlp_ratio, found.in_channels, found.num_classes) == (None, None, None)
+
+
+def test_deeper_network_of_the_same_widths_is_refused(tmp_path):
+    """As S into T: every name is there, in its shape, and still it is another network."""
+    channels = (8, 12, 16, 20)
+    torch.save(
+        Conv2Former(dict(channels=channels, depths=(1, 2, 4, 1))).state_dict(), tmp_path / 'f.pth'
+    )
+    flat = Conv2Former(dict(channels=channels, depths=(1, 2, 2, 1)))
+    with pytest.raises(
+        CheckpointError, match=r'depths is \(1, 2, 4, 1\) in the file, \(1, 2, 2, 1\)'
+    ):
+        load_pretrained(flat, str(tmp_path / 'f.pth'))
+
+
+ADAPTED = {  # kernel in the file, in the model
+    'one size': (7, 11),
+    'a size a stage': (5, (11, 9, 7, 5)),
+    'from sizes a stage': ((7, 5, 3, 3), (7, 7, 7, 7)),
+}
+
+
+@pytest.mark.parametrize('case', ADAPTED)
+def test_padded_kernels_give_the_same_output(case, tmp_path):
+    old, new = ADAPTED[case]
+    source = randomized(small(out_norm=False, kernel_size=old)).double().eval()
+    torch.save(source.state_dict(), tmp_path / 'file.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'), adapt_kernel=True)
+    model = small(out_norm=False, kernel_size=new, init_cfg=init_cfg).double().eval()
+    model.init_weights()
+    x = torch.randn(2, 3, 70, 50).double()
+    for output, expected in zip(model(x), source(x)):
+        torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-11)
+    assert model.stages[0][0].attn.att[2].weight.shape[-1] == (new if new == 11 else new[0])
+
+
+def test_kernels_are_neither_cut_nor_padded_unasked(tmp_path):
+    torch.save(small(kernel_size=7).state_dict(), tmp_path / 'file.pth')
+    with pytest.raises(CheckpointError, match=r'can only grow.* 7x7 in the file, 5x5 in the model'):
+        load_pretrained(small(), str(tmp_path / 'file.pth'), adapt_kernel=True)
+    with pytest.raises(CheckpointError, match=r'adapt_kernel=True'):
+        load_pretrained(small(kernel_size=9), str(tmp_path / 'file.pth'))
+
+
+class Head(nn.Module):
+    """The published head's parameters, as a module that initialises itself from a file."""
+
+    def __init__(self, in_channels, num_classes):
+        super().__init__()
+        self.head = nn.Sequential(
+            nn.Conv2d(in_channels, 1280, 1), nn.GELU(), nn.LayerNorm(1280, eps=1e-6)
+        )
+        self.pred = nn.Linear(1280, num_classes)
+
+
+NARROW = Arch((8, 12, 16, 20), (1, 2, 2, 1), 5)
+
+
+@pytest.mark.parametrize('form', ['official', 'mmpretrain', 'safetensors'])
+def test_head_and_backbone_take_the_same_file(form, tmp_path):
+    state = published_state_dict(NARROW)
+    path = str(tmp_path / ('file.safetensors' if form == 'safetensors' else 'file.pth'))
+    if form == 'safetensors':
+        save_file(state, path)
+    else:
+        torch.save(dict(state_dict=in_mmpretrain(state) if form == 'mmpretrain' else state), path)
+    head, backbone = Head(20, 10), small()
+    load_pretrained(head, path)
+    load_pretrained(backbone, path)
+    loaded = head.state_dict() | backbone.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+HEADS_REFUSED = {
+    'other classes': (lambda: Head(20, 1000), 'num_classes is 10 in the file, 1000 in the model'),
+    'other width': (lambda: Head(24, 10), r'head.0.weight is \(1280, 20, 1, 1\) in the file'),
+}
+
+
+@pytest.mark.parametrize('case', HEADS_REFUSED)
+def test_head_that_does_not_fit(case, tmp_path):
+    make, message = HEADS_REFUSED[case]
+    torch.save(published_state_dict(NARROW), tmp_path / 'file.pth')
+    with pytest.raises(CheckpointError, match=message):
+        load_pretrained(make(), str(tmp_path / 'file.pth'))
+
+
+def test_head_needs_a_head_in_the_file(tmp_path):
+    torch.save(small().state_dict(), tmp_path / 'file.pth')
+    with pytest.raises(CheckpointError, match=r"6 of 6 names missing, such as \['head.0.weight'"):
+        load_pretrained(Head(20, 10), str(tmp_path / 'file.pth'))
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """mmengine with our loaders, for one test."""
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')  # so that it is restored
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
+    admit_only_data()
+
+
+READERS = {
+    'init_cfg': lambda path: load_pretrained(small(), path),
+    'head': lambda path: load_pretrained(Head(20, 10), path),
+    'state dict': read_state_dict,
+    'mmengine': CheckpointLoader.load_checkpoint,
+    'torch': torch.load,
+}
+
+
+@pytest.mark.parametrize('hostile', HOSTILE)
+@pytest.mark.parametrize('reader', READERS)
+def test_hostile_file_is_not_run(hostile, reader, tmp_path, guarded):
+    trace, path = tmp_path / 'trace', tmp_path / 'file.pth'
+    HOSTILE[hostile](path, trace, dict(state_dict=published_state_dict(NARROW)))
+    with pytest.raises((CheckpointError, OSError, pickle.UnpicklingError)) as error:
+        READERS[reader](str(path))
+    assert not trace.exists()
+    if isinstance(error.value, CheckpointError):
+        name = 'io.open' if hostile == 'call' else 'builtins.getattr'
+        assert f'cannot be read: it holds {name}, which is not data. If you trust' in str(
+            error.value
+        )
+        assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('hostile', HOSTILE)
+def test_hostile_file_would_run(hostile, tmp_path):
+    """Else the tests above would show nothing."""
+    trace, path = tmp_path / 'trace', tmp_path / 'file.pth'
+    HOSTILE[hostile](path, trace)
+    if hostile == 'call':
+        torch.load(path, weights_only=False)
+    else:
+        with torch.serialization.safe_globals([*SAFE_GLOBALS[:2], getattr]):
+            torch.load(path, weights_only=True)
+    assert trace.exists()
+
+
+def test_trusted_file_is_run_with_a_warning(tmp_path, monkeypatch, caplog):
+    trace, path = tmp_path / 'trace', tmp_path / 'file.pth'
+    write_call(path, trace, dict(state_dict=small().state_dict()))
+    monkeypatch.setenv(TRUST_VARIABLE, '1')
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    load_pretrained(small(), str(path))
+    logger.removeHandler(caplog.handler)
+    assert trace.exists()
+    assert f'{TRUST_VARIABLE}=1: {path} may run any code' in caplog.text
+
+
+def test_hostile_file_at_an_address_is_not_run(tmp_path, guarded):
+    trace = tmp_path / 'trace'
+    write_call(tmp_path / 'file.pth', trace)
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}'
+        with pytest.raises(CheckpointError, match=r'it holds io\.open'):
+            CheckpointLoader.load_checkpoint(f'{address}/file.pth')
+        with pytest.raises(CheckpointError, match=r'none\.pth.* cannot be read: HTTP Error 404'):
+            CheckpointLoader.load_checkpoint(f'{address}/none.pth')
+        server.shutdown()
+    assert not trace.exists()
+
+
+def test_names_of_zoos_are_refused(guarded):
+    with pytest.raises(CheckpointError, match="'torchvision://resnet50' is a name in a model zoo"):
+        CheckpointLoader.load_checkpoint('torchvision://resnet50')
+
+
+def run_of_training(trace):
+    """The least that mmengine resumes, with Python where it would look for a config."""
+    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
+    meta = dict(epoch=0, iter=4, config=f'open({str(trace)!r}, "w")')
+    return dict(meta=meta, state_dict={}, message_hub=hub)
+
+
+ROUTES = {
+    'resume': ('train.py', ['--resume', 'FILE'], []),
+    'load_from': ('train.py', [], ['load_from=FILE']),
+    'test': ('test.py', ['FILE'], []),
+}
+
+
+@pytest.mark.parametrize('route', ROUTES)
+def test_tools_refuse_a_hostile_file_in_one_line(route, sample, tmp_path):
+    tool, arguments, options = ROUTES[route]
+    trace, path = tmp_path / 'trace', tmp_path / 'file.pth'
+    HOSTILE['getattr chain' if route == 'resume' else 'call'](path, trace, run_of_training(trace))
+    output = run_tool(
+        tool,
+        SEGMENTATION,
+        *(path if argument == 'FILE' else argument for argument in arguments),
+        *quick_segmentation(sample, tmp_path / 'work'),
+        *(option.replace('FILE', str(path)) for option in options),
+        succeeds=False,
+    )
+    assert not trace.exists()
+    assert 'Traceback' not in output
+    last = output.splitlines()[-1]
+    assert last.startswith(f"error: checkpoint '{path}' cannot be read: it holds ")
+    assert '--trust-checkpoints' in last
+
+
+def test_resuming_does_not_run_a_config_in_the_checkpoint(sample, tmp_path):
+    """Found by `last_checkpoint`, of plain data only, with Python code in one of its strings."""
+    trace, work_dir = tmp_path / 'trace', tmp_path / 'work'
+    work_dir.mkdir()
+    torch.save(run_of_training(trace), work_dir / 'iter_4.pth')
+    (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_4.pth'))
+    arguments = quick_segmentation(sample, work_dir)
+    output = run_tool('train.py', SEGMENTATION, '--resume', *arguments)
+    assert 'resumed epoch: 0, iter: 4' in output
+    assert not trace.exists()

@@ -1,0 +1,124 @@
+"""Checkpoint files for the tests: as published, as others write them, and hostile ones."""
+
+import io
+import zipfile
+
+import torch
+
+
+def published_names(arch, num_classes=10):
+    """Names and shapes of a published checkpoint, from the description, not from our classes."""
+    names = {}
+    channels, kernels = arch.channels, arch.kernel_size
+    if isinstance(kernels, int):
+        kernels = (kernels,) * len(channels)
+    half = channels[0] // 2
+
+    def put(prefix, *shape, bias=True):
+        names[f'{prefix}.weight'] = shape
+        if bias:
+            names[f'{prefix}.bias'] = shape[:1]
+
+    put('downsample_layers.0.0', half, 3, 3, 3, bias=False)
+    put('downsample_layers.0.3', half, half, 3, 3, bias=False)
+    put('downsample_layers.0.6', channels[0], half, 2, 2, bias=False)
+    for index in (2, 5):
+        put(f'downsample_layers.0.{index}', half)
+        names[f'downsample_layers.0.{index}.running_mean'] = (half,)
+        names[f'downsample_layers.0.{index}.running_var'] = (half,)
+        names[f'downsample_layers.0.{index}.num_batches_tracked'] = ()
+    for i in range(1, len(channels)):
+        put(f'downsample_layers.{i}.0', channels[i - 1])
+        put(f'downsample_layers.{i}.1', channels[i], channels[i - 1], 2, 2)
+    for i, (width, depth) in enumerate(zip(channels, arch.depths)):
+        for j in range(depth):
+            block = f'stages.{i}.{j}'
+            put(f'{block}.attn.norm', width)
+            put(f'{block}.attn.att.0', width, width, 1, 1)
+            put(f'{block}.attn.att.2', width, 1, kernels[i], kernels[i])
+            put(f'{block}.attn.v', width, width, 1, 1)
+            put(f'{block}.attn.proj', width, width, 1, 1)
+            put(f'{block}.mlp.norm', width)
+            put(f'{block}.mlp.fc1', 4 * width, width, 1, 1)
+            put(f'{block}.mlp.pos', 4 * width, 1, 3, 3)
+            put(f'{block}.mlp.fc2', width, 4 * width, 1, 1)
+            names[f'{block}.layer_scale_1'] = (width,)
+            names[f'{block}.layer_scale_2'] = (width,)
+    put('head.0', 1280, channels[-1], 1, 1)
+    put('head.2', 1280)
+    put('pred', num_classes, 1280)
+    return names
+
+
+def published_state_dict(arch, prefix='', num_classes=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, shape in published_names(arch, num_classes).items():
+        is_count = name.endswith('num_batches_tracked')
+        value = torch.rand(shape, generator=generator) * 0.1 + 0.01
+        state[prefix + name] = torch.tensor(7) if is_count else value
+    return state
+
+
+def in_mmpretrain(state_dict):
+    """The same under the names of an ImageClassifier's `backbone` and `head`."""
+    return {
+        f'head.{name}' if name.startswith(('head.', 'pred.')) else f'backbone.{name}': value
+        for name, value in state_dict.items()
+    }
+
+
+class Attack:
+    """A pickle that would create a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def write_call(path, trace, content=None):
+    """A checkpoint that calls a function, the plain way."""
+    torch.save(dict(content or {}, args=Attack(trace)), path)
+
+
+def write_getattr_chain(path, trace, content=None):
+    """One that gets from `getattr` on an admitted class to `exec`, as no single call shows.
+
+    A function's `__builtins__` become attributes of a Namespace, `exec` among them becomes the
+    `__setstate__` of a second one, and setting its state runs the code. The content that
+    was asked for comes behind that.
+    """
+
+    def name(module, function):
+        return f'c{module}\n{function}\n'.encode()
+
+    def text(value):
+        return b'X' + len(value).to_bytes(4, 'little') + value.encode()
+
+    def attribute(of, which):
+        return name('builtins', 'getattr') + of + text(which) + b'\x86R'
+
+    namespace = name('argparse', 'Namespace') + b')R'
+    init = attribute(name('mmengine.logging.history_buffer', 'HistoryBuffer'), '__init__')
+    program = (
+        b'\x80\x02'
+        + (namespace + b'q\x00' + attribute(init, '__builtins__') + b'b')
+        + (namespace + b'}' + text('__setstate__') + attribute(b'h\x00', 'exec') + b'sb')
+        + (text(f'open({str(trace)!r}, "w")') + b'b')
+    )
+    buffer = io.BytesIO()
+    torch.save(content or {}, buffer)
+    replace_pickle(buffer, path, lambda pickle: program + pickle[2:])
+
+
+def replace_pickle(source, path, change):
+    """Copies a file of `torch.save` with its pickle changed."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, 'w') as new:
+        for entry in old.namelist():
+            data = old.read(entry)
+            new.writestr(entry, change(data) if entry.endswith('data.pkl') else data)
+
+
+HOSTILE = {'call': write_call, 'getattr chain': write_getattr_chain}
