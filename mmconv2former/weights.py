@@ -20,6 +20,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -134,6 +135,7 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
         with get_local_path(checkpoint) as path:
             if checkpoint.endswith('.safetensors'):
                 return read_safetensors(path, map_location)
+            check_download(path)
             if trusts_checkpoints():
                 print_log(
                     f'{TRUST_VARIABLE}=1: {checkpoint} may run any code while it is read',
@@ -149,6 +151,20 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
         raise CheckpointError(
             f'checkpoint {checkpoint!r} cannot be read: {reason_of(error)}'
         ) from error
+
+
+def check_download(path: str) -> None:
+    """Tells what usually goes wrong with downloads, which torch reports in its own terms.
+
+    Raises:
+        CheckpointError: The file is a web page, or its end is missing.
+    """
+    with open(path, 'rb') as file:
+        start = file.read(64).lstrip()
+    if start.startswith(b'<'):
+        raise CheckpointError('it is a web page')
+    if start.startswith(b'PK') and not is_zipfile(path):
+        raise CheckpointError('its end is missing, as after a download that broke off')
 
 
 def read_safetensors(path: str, map_location: Any) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import resource
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import convert_weights
 import pytest
@@ -108,7 +109,7 @@ def test_backbone_alone(case, suffix, convert):
     path, tensors = written(suffix)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], value) for name, value in expected.items())
-    digest = hashlib.sha256(open(path, 'rb').read()).hexdigest()
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert path == f'out/narrow-{digest[:8]}{suffix}'
     assert f'used      {len(expected)} tensors' in output
     assert 'missing: none' in output
@@ -197,12 +198,11 @@ def test_existing_output_is_replaced_by_force_only(convert):
     torch.save(STATE, 'source.pth')
     convert('source.pth', 'out/file.pth')
     path, _ = written()
-    with open(path, 'wb') as file:
-        file.write(b'mine')
+    Path(path).write_bytes(b'mine')
     output = convert('source.pth', 'out/file.pth')
     assert output.endswith(f'error: {path} exists already; --force replaces it')
     assert os.listdir('out') == [os.path.basename(path)]
-    assert open(path, 'rb').read() == b'mine'
+    assert Path(path).read_bytes() == b'mine'
     convert('source.pth', 'out/file.pth', '--force')
     assert written()[1].keys() == BACKBONE
 
@@ -236,12 +236,12 @@ REFUSED = {  # how the file is made, options, what the error says
     'smaller kernel': (save_published, ['--adapt-kernel', 5], 'is 7x7 in the file, 5x5 in the'),
     'even kernel': (save_published, ['--adapt-kernel', 10], 'kernel_size must be odd, got 10'),
     'too few kernels': (save_published, ['--adapt-kernel', 11, 9], 'one int for each of 4 stages'),
-    'truncated': (save_truncated, [], "checkpoint 'file.pth' cannot be read: PytorchStreamReader"),
-    'empty': (lambda path: open(path, 'wb').close(), [], "checkpoint 'file.pth' cannot be read: "),
-    'text': (
-        lambda path: open(path, 'w').write('<html>'),
+    'truncated': (save_truncated, [], "checkpoint 'file.pth' cannot be read: its end is missing"),
+    'empty': (lambda path: Path(path).touch(), [], "checkpoint 'file.pth' cannot be read: "),
+    'web page': (
+        lambda path: Path(path).write_text('\n<!DOCTYPE html>'),
         [],
-        "checkpoint 'file.pth' cannot be read: ",
+        "checkpoint 'file.pth' cannot be read: it is a web page",
     ),
     'missing': (lambda path: None, [], "checkpoint 'file.pth' does not exist"),
     'no average': (save_published, ['--ema'], 'has no averaged weights'),
