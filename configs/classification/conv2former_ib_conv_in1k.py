@@ -1,4 +1,4 @@
-"""Conv2Former-IB, convolutional patches: published top-1 83.0 (arXiv 2211.11943); not trained here."""
+"""Conv2Former-IB, conv embedding: published top-1 83.0 (arXiv 2211.11943); not trained here."""
 
 _base_ = '../_base_/imagenet_1k.py'
 

@@ -1,4 +1,4 @@
-"""Conv2Former-IS, convolutional patches: published top-1 82.0 (arXiv 2211.11943); not trained here."""
+"""Conv2Former-IS, conv embedding: published top-1 82.0 (arXiv 2211.11943); not trained here."""
 
 _base_ = '../_base_/imagenet_1k.py'
 
