@@ -140,8 +140,9 @@ def dataset_paths(settings: ConfigDict) -> Iterator[str]:
     root = settings.get('data_root') or ''
     if settings.get('ann_file'):
         yield os.path.join(root, settings['ann_file'])
-    prefixes = settings.get('data_prefix')
-    for prefix in prefixes.values() if isinstance(prefixes, dict) else ():
+    # A dict of folders in detection and segmentation, one folder or a split in classification.
+    prefixes = settings.get('data_prefix') or settings.get('split') or {}
+    for prefix in prefixes.values() if isinstance(prefixes, dict) else [prefixes]:
         yield os.path.join(root, prefix)
     for value in settings.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
