@@ -1,11 +1,13 @@
 """The isotropic models: counts, values, gradients, modes, a pyramid for dense prediction."""
 
 import copy
+import re
 
 import pytest
 import torch
-from mmengine.registry import MODELS
-from mmseg.models.necks import Feature2Pyramid
+from conftest import ROOT
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 from plain_conv2former import plain_isotropic
 from test_backbone import compare, leaves, loss_of, randomized, relative_error
 
@@ -132,14 +134,35 @@ def test_form_for_inference(embedding, fusion):
     assert not any(parameter.requires_grad for parameter in deployed.parameters())
 
 
-def test_pyramid_for_dense_prediction():
-    """As docs/classification.md says: four equal maps, then strides 4, 8, 16, 32."""
-    backbone = randomized(small(out_indices=range(4))).eval()
-    neck = Feature2Pyramid(embed_dim=8, rescales=[4, 2, 1, 0.5], norm_cfg=dict(type='BN')).eval()
-    maps = neck(backbone(torch.randn(1, 3, 64, 96)))
-    assert [tuple(item.shape) for item in maps] == [
-        (1, 8, 64 // stride, 96 // stride) for stride in (4, 8, 16, 32)
+def test_detector_of_the_page(tmp_path):
+    """The leaf of docs/classification.md: four equal maps, a pyramid of strides 4 to 64."""
+    page = (ROOT / 'docs/classification.md').read_text()
+    (code,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
+    base = ROOT / 'configs/detection/mask_rcnn_conv2former_t.py'
+    (tmp_path / 'leaf.py').write_text(f"_base_ = '{base}'\n{code}")
+    config = Config.fromfile(tmp_path / 'leaf.py')
+    init_default_scope('mmdet')
+    with torch.device('meta'):
+        model = MODELS.build(config.model)
+    assert model.backbone.out_indices == (4, 8, 12, 17)
+    maps = model.neck(model.backbone(torch.empty(1, 3, 128, 192, device='meta')))
+    assert [tuple(item.shape[1:]) for item in maps] == [
+        (256, 128 // stride, 192 // stride) for stride in (4, 8, 16, 32, 64)
     ]
+
+
+def test_pyramid_for_segmentation():
+    config = Config.fromfile(ROOT / 'configs/segmentation/upernet_conv2former_t.py').model
+    config.backbone = dict(
+        type='mmconv2former.Conv2FormerIsotropic', arch=SMALL, out_indices=(0, 1, 2, 3)
+    )
+    config.neck = dict(type='Feature2Pyramid', embed_dim=8, rescales=[4, 2, 1, 0.5])
+    config.decode_head.in_channels = [8] * 4
+    config.auxiliary_head.in_channels = 8
+    init_default_scope('mmseg')
+    with torch.device('meta'):
+        model = MODELS.build(config)
+        assert model(torch.empty(2, 3, 64, 96)).shape == (2, 150, 16, 24)
 
 
 def test_builds_by_name():
