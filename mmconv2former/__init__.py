@@ -16,7 +16,22 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .backbone import Conv2Former
+from .isotropic import Conv2FormerIsotropic
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
 
-__all__ = ['Conv2Former', 'LayerDecayOptimWrapperConstructor', '__version__']
+__all__ = [
+    'Conv2Former',
+    'Conv2FormerClsHead',
+    'Conv2FormerIsotropic',
+    'LayerDecayOptimWrapperConstructor',
+    '__version__',
+]
+
+
+def __getattr__(name: str) -> type:
+    if name == 'Conv2FormerClsHead':  # imports mmpretrain, which users of a detector may not have
+        from .cls_head import Conv2FormerClsHead
+
+        return Conv2FormerClsHead
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -14,22 +14,23 @@ downsampling, network. Inside the stages, tensors are contiguous (N, H, W, C): t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule, PretrainedInit
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .deploy import DeployedBlock, deployed_downsample, deployed_stem
 from .depthwise import DepthwiseConv, is_captured, to_channels_first, to_channels_last
+from .fusion import FUSIONS
 from .lean import FeedForwardFunction, ModulationFunction, autocast_dtype, scaled
 from .registry import MODELS, register
-from .weights import load_pretrained
+from .weights import LoadsPretrained
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,35 @@ ARCH_LETTERS = {name[0]: name for name in ARCHS}
 LAYER_NORM_EPS = 1e-6  # of every LayerNorm in the published code
 STEM_STRIDE = 4
 RECOMPUTE = ('nothing', 'elementwise', 'expansion')
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What all blocks of a network have in common; see the arguments of `Conv2Former`.
+
+    Raises:
+        ValueError, TypeError: A value is not allowed; the message names it.
+    """
+
+    fusion: str
+    mlp_ratio: float
+    layer_scale_init_value: float
+    recompute: str
+    depthwise_conv: str
+
+    def __post_init__(self) -> None:
+        check_number('mlp_ratio', self.mlp_ratio, above=0)
+        check_number('layer_scale_init_value', self.layer_scale_init_value)
+        check_choice('fusion', self.fusion, FUSIONS)
+        check_choice('recompute', self.recompute, RECOMPUTE)
+        if self.depthwise_type is None:
+            raise ValueError(
+                f'depthwise_conv must be a registered model, got {self.depthwise_conv!r}'
+            )
+
+    @property
+    def depthwise_type(self) -> Callable[[int, int], nn.Module] | None:
+        return MODELS.get(self.depthwise_conv)  # `build` would look in the default scope only
 
 
 class Stem(nn.Sequential):
@@ -88,28 +118,29 @@ class PointwiseConv(nn.Conv2d):
 class Modulation(nn.Module):
     """Convolutional modulation, equation 5 of the paper, (N, H, W, C) in and out.
 
-    With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V), times `scale`.
+    With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V), times `scale`; in
+    the ablations another fusion of A and V (`mmconv2former.fusion`).
     """
 
-    def __init__(
-        self, channels: int, kernel_size: int, depthwise_conv: Callable[[int, int], nn.Module]
-    ) -> None:
+    def __init__(self, channels: int, kernel_size: int, options: BlockOptions) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.att = nn.Sequential(
             PointwiseConv(channels, channels),
             nn.GELU(),
-            depthwise_conv(channels, kernel_size),
+            options.depthwise_type(channels, kernel_size),
         )
         self.v = PointwiseConv(channels, channels)
         self.proj = PointwiseConv(channels, channels)
+        self.fusion = options.fusion
+        self.is_stock = type(self.att[2]) is DepthwiseConv and self.fusion == 'hadamard'
 
     def forward(self, x: Tensor, scale: Tensor, recompute: str) -> Tensor:
         folded, remaining = (None, scale) if is_float16(x) else (scale, None)
         proj = parameters_of(self.proj)
-        if recompute == 'nothing' or type(self.att[2]) is not DepthwiseConv:
+        if recompute == 'nothing' or not self.is_stock:
             y = self.norm(x)
-            out = F.linear(self.att(y) * self.v(y), *scaled(proj, folded))
+            out = F.linear(FUSIONS[self.fusion](self.att(y), self.v(y)), *scaled(proj, folded))
         else:
             layers = parameters_of(self.norm, self.att[0], self.att[2], self.v)
             out = ModulationFunction.apply(x, self.norm.eps, folded, *layers, *proj)
@@ -181,26 +212,20 @@ class Block(nn.Module):
     """Modulation and feed-forward, each with layer scale and drop path, around two residuals."""
 
     def __init__(
-        self,
-        channels: int,
-        kernel_size: int,
-        mlp_ratio: float,
-        drop_path_rate: float,
-        layer_scale_init_value: float,
-        depthwise_conv: Callable[[int, int], nn.Module],
-        recompute: str,
+        self, channels: int, kernel_size: int, drop_path_rate: float, options: BlockOptions
     ) -> None:
         super().__init__()
-        self.attn = Modulation(channels, kernel_size, depthwise_conv)
-        self.mlp = FeedForward(channels, mlp_ratio)
-        self.layer_scale_1 = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
-        self.layer_scale_2 = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
+        self.attn = Modulation(channels, kernel_size, options)
+        self.mlp = FeedForward(channels, options.mlp_ratio)
+        scale = float(options.layer_scale_init_value)
+        self.layer_scale_1 = nn.Parameter(torch.full((channels,), scale))
+        self.layer_scale_2 = nn.Parameter(torch.full((channels,), scale))
         self.drop_path = DropPath(drop_path_rate)
-        self.recompute = recompute
+        self.recompute = options.recompute
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C)
-        is_stock = is_captured() or not torch.is_grad_enabled()
-        recompute = 'nothing' if is_stock else self.recompute
+        keeps_nothing = is_captured() or not torch.is_grad_enabled()
+        recompute = 'nothing' if keeps_nothing else self.recompute
         # Under autocast the branches are of half precision, their sum is not.
         x = x.to(self.layer_scale_1.dtype)
         x = x + self.drop_path(self.attn(x, self.layer_scale_1, recompute))
@@ -224,8 +249,110 @@ class Downsample(nn.Sequential):
         return to_channels_last(conv(to_channels_first(norm(x))))
 
 
+class Conv2FormerBase(LoadsPretrained, BaseModule):
+    """What the hierarchical and the isotropic network share: weights, modes, form for inference.
+
+    Subclasses have `channels`, `strides`, `smallest_input` (pixels of a side), output norms
+    `norm{i}` if `out_norm`, and the methods below that raise NotImplementedError here. Arguments
+    are those of `Conv2Former`.
+    """
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    smallest_input: int
+
+    def __init__(
+        self,
+        in_channels: int,
+        drop_path_rate: float,
+        out_norm: bool,
+        norm_eval: bool,
+        with_cp: bool,
+        init_cfg: dict | list[dict] | None,
+    ) -> None:
+        super().__init__(init_cfg)
+        check_int('in_channels', in_channels, minimum=1)
+        check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
+        self.in_channels = in_channels
+        self.out_norm = out_norm
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+        self.is_deployed = False
+
+    def _frozen_modules(self) -> list[nn.Module]:
+        """The modules that `frozen_stages` freezes."""
+        raise NotImplementedError(f'{type(self).__name__} must say which modules are frozen')
+
+    def _deploy(self) -> None:
+        """Exchanges modules for those of `mmconv2former.deploy`."""
+        raise NotImplementedError(f'{type(self).__name__} has no form for inference')
+
+    def _start(self) -> None:
+        """Initial values and modes, when all modules are there."""
+        self.apply(init_layer)
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        self.train()  # applies `frozen_stages` and `norm_eval`
+
+    def train(self, mode: bool = True) -> Conv2FormerBase:
+        """Sets the mode, except of frozen norms and, with `norm_eval`, of the stem's BatchNorms."""
+        super().train(mode)
+        if mode:
+            for module in self._frozen_modules():
+                module.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def switch_to_deploy(self) -> Conv2FormerBase:
+        """Takes the form for inference, in place: see `mmconv2former.deploy`.
+
+        Load weights before; afterwards nothing can be trained or loaded. Twice is as once.
+
+        Returns:
+            The module, in eval mode, without parameters that need a gradient.
+        """
+        if not self.is_deployed:
+            self.is_deployed = True
+            self._deploy()
+        return self.eval().requires_grad_(False)
+
+    def _check_input(self, x: Tensor) -> None:
+        if torch.jit.is_tracing():  # sizes are tensors there, a comparison would be frozen
+            return
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f'input must have shape (N, in_channels={self.in_channels}, H, W), '
+                f'got {tuple(x.shape)}'
+            )
+        if x.shape[2] < self.smallest_input or x.shape[3] < self.smallest_input:
+            raise ValueError(
+                f'input must be at least {self.smallest_input}x{self.smallest_input} pixels, '
+                f'got H={x.shape[2]}, W={x.shape[3]}'
+            )
+
+    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:  # (N, H, W, C)
+        if self.with_cp and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+    def _output(self, x: Tensor, index: int) -> Tensor:
+        """The returned feature map of index `index`, (N, H, W, C) -> (N, C, H, W)."""
+        x = getattr(self, f'norm{index}')(x) if self.out_norm else x
+        # Contiguous: convolutions would hand `torch.channels_last` on to mmcv's RoIAlign, which
+        # misreads it without a word.
+        return to_channels_first(x).contiguous()
+
+
+def embed(stem: nn.Module, x: Tensor) -> Tensor:
+    """(N, in_channels, H, W) -> (N, H / stride, W / stride, C)."""
+    return to_channels_last(stem(x.contiguous(memory_format=torch.channels_last)))
+
+
 @register(MODELS)
-class Conv2Former(BaseModule):
+class Conv2Former(Conv2FormerBase):
     """Conv2Former backbone with multi-scale outputs.
 
     Stages after the last one asked for by `out_indices` are not built, so that no parameter is
@@ -238,6 +365,8 @@ class Conv2Former(BaseModule):
         in_channels: Channels of the input image.
         kernel_size: Odd size of the depthwise convolutions of the modulation: None for the arch's
             own, an int, or one int a stage.
+        fusion: How the modulation joins its branches, a key of `mmconv2former.fusion.FUSIONS`:
+            'hadamard', or of the paper's ablations 'sum', 'sigmoid', 'l1', 'linear'.
         mlp_ratio: Width of the feed-forward's hidden layer, as a multiple of the block's.
         drop_path_rate: Drop path of the last block, in [0, 1); it grows linearly from 0 at the
             first block.
@@ -253,12 +382,13 @@ class Conv2Former(BaseModule):
             for less memory at the price of time.
         recompute: What is computed anew in the backward pass rather than kept from the forward
             pass: 'nothing' (stock autograd), 'elementwise' (LayerNorm, GELU, Hadamard product) or
-            'expansion' (these and the feed-forward's first product: least memory).
+            'expansion' (these and the feed-forward's first product: least memory). With another
+            `fusion` or `depthwise_conv` than the defaults it is of the feed-forward only.
         depthwise_conv: Type name of the modulation's depthwise convolution in the registry; see
             `mmconv2former.depthwise.DepthwiseConv`. Another than that is called as it is.
         init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
             takes published files as they are; a file that does not fit is an error (see
-            `mmconv2former.weights.load_pretrained`).
+            `mmconv2former.weights.load_pretrained`, whose `prefix` and `adapt_kernel` it takes).
 
     Attributes:
         channels: Channels of each returned feature map.
@@ -281,6 +411,7 @@ class Conv2Former(BaseModule):
         arch: str | Mapping = 'tiny',
         in_channels: int = 3,
         kernel_size: int | Sequence[int] | None = None,
+        fusion: str = 'hadamard',
         mlp_ratio: float = 4,
         drop_path_rate: float = 0.0,
         layer_scale_init_value: float = 1e-6,
@@ -293,138 +424,58 @@ class Conv2Former(BaseModule):
         depthwise_conv: str = 'DepthwiseConv',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(init_cfg)
+        super().__init__(in_channels, drop_path_rate, out_norm, norm_eval, with_cp, init_cfg)
         arch = parse_arch(arch)
         num_stages = len(arch.depths)
         kernel_sizes = parse_kernel_size(
             arch.kernel_size if kernel_size is None else kernel_size, num_stages
         )
-        check_int('in_channels', in_channels, minimum=1)
         check_int('frozen_stages', frozen_stages, minimum=-1, maximum=num_stages)
-        check_number('mlp_ratio', mlp_ratio, above=0)
-        check_number('layer_scale_init_value', layer_scale_init_value)
-        check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
-        if recompute not in RECOMPUTE:
-            raise ValueError(f'recompute must be one of {", ".join(RECOMPUTE)}, got {recompute!r}')
-        depthwise_type = MODELS.get(depthwise_conv)  # `build` would look in the default scope only
-        if depthwise_type is None:
-            raise ValueError(f'depthwise_conv must be a registered model, got {depthwise_conv!r}')
-
-        self.in_channels = in_channels
+        options = BlockOptions(fusion, mlp_ratio, layer_scale_init_value, recompute, depthwise_conv)
         self.out_indices = parse_out_indices(out_indices, num_stages)
-        self.out_norm = out_norm
         self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
-        self.with_cp = with_cp
-        self.is_deployed = False
         self.depths = arch.depths[: max(self.out_indices) + 1]
         self.channels = tuple(arch.channels[i] for i in self.out_indices)
         self.strides = tuple(STEM_STRIDE * 2**i for i in self.out_indices)
+        self.smallest_input = STEM_STRIDE * 2 ** (len(self.depths) - 1)
 
         self.downsample_layers = nn.ModuleList([Stem(in_channels, arch.channels[0])])
         for i in range(1, len(self.depths)):
             self.downsample_layers.append(Downsample(arch.channels[i - 1], arch.channels[i]))
 
         # Over the arch's full depth, so that a network cut by `out_indices` is part of the whole.
-        last_block = max(1, sum(arch.depths) - 1)
-        drop_path_rates = (drop_path_rate * j / last_block for j in range(sum(arch.depths)))
+        rates = iter(drop_path_rates(drop_path_rate, sum(arch.depths)))
         self.stages = nn.ModuleList()
         for i, depth in enumerate(self.depths):
             blocks = [
-                Block(
-                    arch.channels[i],
-                    kernel_sizes[i],
-                    mlp_ratio,
-                    next(drop_path_rates),
-                    layer_scale_init_value,
-                    depthwise_type,
-                    recompute,
-                )
-                for _ in range(depth)
+                Block(arch.channels[i], kernel_sizes[i], next(rates), options) for _ in range(depth)
             ]
             self.stages.append(nn.Sequential(*blocks))
 
         if out_norm:
             for i in self.out_indices:
                 self.add_module(f'norm{i}', nn.LayerNorm(arch.channels[i], eps=LAYER_NORM_EPS))
-
-        self.apply(init_layer)
-        for module in self._frozen_modules():
-            module.requires_grad_(False)
-        self.train()  # applies `frozen_stages` and `norm_eval`
-
-    def init_weights(self) -> None:
-        """Applies `init_cfg`; pretrained weights are read safely and must fit.
-
-        Raises:
-            FileNotFoundError, ValueError: See `mmconv2former.weights.load_pretrained`.
-        """
-        if self.is_init:
-            return
-        init_cfg = self.init_cfg
-        configs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
-        is_pretrained = [cfg['type'] in ('Pretrained', PretrainedInit) for cfg in configs]
-        # mmengine loads with strict=False: a file of another model would be taken in silence.
-        self.init_cfg = [cfg for cfg, pretrained in zip(configs, is_pretrained) if not pretrained]
-        super().init_weights()
-        self.init_cfg = init_cfg
-        for cfg, pretrained in zip(configs, is_pretrained):
-            if pretrained:
-                load_pretrained(
-                    self, cfg['checkpoint'], cfg.get('prefix'), cfg.get('adapt_kernel', False)
-                )
+        self._start()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
         self._check_input(x)
         outputs = {}
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            if i == 0:
-                x = downsample(x.contiguous(memory_format=torch.channels_last))
-                x = to_channels_last(x)  # (N, H / 4, W / 4, C_0)
-            else:
-                x = downsample(x)
+            x = embed(downsample, x) if i == 0 else downsample(x)
             for block in stage:
-                if self.with_cp and self.training and torch.is_grad_enabled():
-                    x = checkpoint(block, x, use_reentrant=False)
-                else:
-                    x = block(x)
+                x = self._run_block(block, x)
             if i in self.out_indices:
-                output = getattr(self, f'norm{i}')(x) if self.out_norm else x
-                # (N, C_i, H / stride_i, W / stride_i), contiguous: convolutions would hand
-                # `torch.channels_last` on to mmcv's RoIAlign, which misreads it without a word.
-                outputs[i] = to_channels_first(output).contiguous()
+                outputs[i] = self._output(x, i)
         return tuple(outputs[i] for i in self.out_indices)
 
-    def train(self, mode: bool = True) -> Conv2Former:
-        """Sets the mode, except of frozen norms and, with `norm_eval`, of the stem's BatchNorms."""
-        super().train(mode)
-        if mode:
-            for module in self._frozen_modules():
-                module.eval()
-            if self.norm_eval:
-                for module in self.modules():
-                    if isinstance(module, _BatchNorm):
-                        module.eval()
-        return self
-
-    def switch_to_deploy(self) -> Conv2Former:
-        """Takes the form for inference, in place: see `mmconv2former.deploy`.
-
-        Load weights before; afterwards nothing can be trained or loaded. Twice is as once.
-
-        Returns:
-            The module, in eval mode, without parameters that need a gradient.
-        """
-        if not self.is_deployed:
-            self.is_deployed = True
-            stem, *downsamples = self.downsample_layers
-            self.downsample_layers = nn.ModuleList(
-                [deployed_stem(stem), *map(deployed_downsample, downsamples)]
-            )
-            self.stages = nn.ModuleList(
-                nn.Sequential(*map(DeployedBlock, stage)) for stage in self.stages
-            )
-        return self.eval().requires_grad_(False)
+    def _deploy(self) -> None:
+        stem, *downsamples = self.downsample_layers
+        self.downsample_layers = nn.ModuleList(
+            [deployed_stem(stem), *map(deployed_downsample, downsamples)]
+        )
+        self.stages = nn.ModuleList(
+            nn.Sequential(*map(DeployedBlock, stage)) for stage in self.stages
+        )
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning-rate decay, as mmpretrain's backbones do.
@@ -469,21 +520,6 @@ class Conv2Former(BaseModule):
                 return int(stage), int(block)
         return None, 0
 
-    def _check_input(self, x: Tensor) -> None:
-        if torch.jit.is_tracing():  # sizes are tensors there, a comparison would be frozen
-            return
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f'input must have shape (N, in_channels={self.in_channels}, H, W), '
-                f'got {tuple(x.shape)}'
-            )
-        minimum = STEM_STRIDE * 2 ** (len(self.depths) - 1)
-        if x.shape[2] < minimum or x.shape[3] < minimum:
-            raise ValueError(
-                f'input must be at least {minimum}x{minimum} pixels, '
-                f'got H={x.shape[2]}, W={x.shape[3]}'
-            )
-
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
@@ -493,6 +529,11 @@ class Conv2Former(BaseModule):
             *self.stages[:last],
             *(getattr(self, f'norm{i}') for i in self.out_indices if self.out_norm and i < last),
         ]
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """Rates of `depth` blocks, growing linearly from 0 at the first to `last` at the last."""
+    return [last * j / max(1, depth - 1) for j in range(depth)]
 
 
 def num_groups(depth: int) -> int:
@@ -584,6 +625,12 @@ def parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tupl
     if len(set(stages)) != len(stages):
         raise ValueError(f'out_indices must not name a stage twice, got {out_indices!r}')
     return stages
+
+
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in tuple(choices):  # a dict would not take what has no hash
+        raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}')
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fusion import FUSIONS
+
 
 def fold_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (C_out, C_in, ...) and bias of a product whose input is not yet scaled and shifted."""
@@ -37,6 +39,7 @@ class DeployedBlock(nn.Module):
             self._keep('fc1', *fold_norm(mlp.norm, mlp.fc1.weight.flatten(1), mlp.fc1.bias))
             self._keep('fc2', *scaled(mlp.fc2, block.layer_scale_2))
         self.depthwise = attn.att[2]
+        self.fusion = attn.fusion
         self.pos = mlp.pos
 
     def _keep(self, name: str, weight: Tensor, bias: Tensor) -> None:
@@ -46,7 +49,8 @@ class DeployedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
         gate, value = F.linear(y, self.gate_and_value_weight, self.gate_and_value_bias).chunk(2, -1)
-        y = self.depthwise(F.gelu(gate)) * value  # GELU makes of the half a tensor of its own
+        # GELU makes of the half a tensor of its own.
+        y = FUSIONS[self.fusion](self.depthwise(F.gelu(gate)), value)
         x = x + F.linear(y, self.proj_weight, self.proj_bias)
         y = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
         y = F.gelu(F.linear(y, self.fc1_weight, self.fc1_bias))

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
+from mmengine.model import PretrainedInit
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
@@ -65,7 +66,10 @@ UNREADABLE = (
 PREFIXES = ('', 'backbone.', 'head.')
 # Made for dense prediction, hence in no ImageNet checkpoint.
 NEW_FOR_DENSE_PREDICTION = re.compile(r'norm\d+\.(weight|bias)')
-MODULATION_KERNEL = re.compile(r'stages\.(\d+)\.\d+\.attn\.att\.2\.weight')
+# Of the hierarchical network, with its stage, or of the isotropic one.
+MODULATION_KERNEL = re.compile(r'(?:stages\.(\d+)|blocks)\.\d+\.attn\.att\.2\.weight')
+FIRST_KERNEL = 'stages.0.0.attn.att.2.weight'  # in every published network
+CLASSIFICATION_HEAD = re.compile(r'(head\.[02]|pred)\.(weight|bias)')
 
 
 class CheckpointError(ValueError):
@@ -217,6 +221,9 @@ def admit_only_data() -> None:
 def load_from_checked_file(checkpoint: str, map_location: Any = None) -> dict:
     """A loader for mmengine (it prints the name from the eleventh character on).
 
+    Published names get those of the whole model that mmengine loads into, so that a classifier
+    takes an official file as it is.
+
     Raises:
         FileNotFoundError, CheckpointError: See `read_checkpoint`.
     """
@@ -226,6 +233,9 @@ def load_from_checked_file(checkpoint: str, map_location: Any = None) -> dict:
             f'checkpoint {checkpoint!r} must hold a dict, got {type(content).__name__}'
         )
     content = dict(content)  # plain ones: an OrderedDict in a pickle may come with its own `get`
+    weights = content.get('state_dict', content.get('model', content))
+    if isinstance(weights, Mapping) and FIRST_KERNEL in (weights := without_module(weights)):
+        content['state_dict'] = in_whole_model(weights)
     if trusts_checkpoints() or 'meta' not in content:
         return content
     if not isinstance(content['meta'], dict):
@@ -293,9 +303,22 @@ def read_state_dict(checkpoint: str, averaged: bool = False) -> dict[str, Tensor
         raise CheckpointError(
             f'checkpoint {checkpoint!r} holds no tensors, only {list(content)[:5]}'
         )
-    if all(name.startswith('module.') for name in tensors):
-        tensors = {name[len('module.') :]: value for name, value in tensors.items()}
-    return tensors
+    return without_module(tensors)
+
+
+def without_module(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same without the `module.` that data-parallel training puts in front of all names."""
+    if not all(isinstance(name, str) and name.startswith('module.') for name in state_dict):
+        return state_dict
+    return {name[len('module.') :]: value for name, value in state_dict.items()}
+
+
+def in_whole_model(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Published names under those of a model: `backbone.` and, of a classifier, `head.`."""
+    return {
+        f'head.{name}' if CLASSIFICATION_HEAD.fullmatch(name) else f'backbone.{name}': value
+        for name, value in state_dict.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -313,13 +336,13 @@ class Architecture:
 def recognise_arch(state_dict: Mapping[str, Tensor]) -> Architecture:
     """The network of a state dict with the published names: one value a stage, from shapes alone.
 
-    Nothing is checked for completeness. Without modulations, as in the state dict of a head or of
-    another network, `depths` is empty.
+    Nothing is checked for completeness. Without stages of modulations, as in the state dict of a
+    head or of another network, `depths` is empty.
     """
     blocks: dict[int, list[Tensor]] = {}
     for name, value in state_dict.items():
         match = MODULATION_KERNEL.fullmatch(name)
-        if match and value.dim() == 4:  # (C, 1, k, k)
+        if match and match[1] and value.dim() == 4:  # (C, 1, k, k)
             blocks.setdefault(int(match[1]), []).append(value)
     stages = [blocks[stage] for stage in sorted(blocks)]
 
@@ -437,12 +460,11 @@ def load_pretrained(
     Output norms (`norm{i}`) may be missing, as ImageNet networks have none. What the module has
     no use for, such as a classification head, is left out and logged.
 
-    A module calls this for the part of its `init_cfg` of type `Pretrained`, in place of mmengine's
-    `PretrainedInit`; see `Conv2Former.init_weights`. It must have the published names: `head.0`,
-    `head.2` and `pred` for the classification head.
+    `LoadsPretrained` calls this for a module's `init_cfg`.
 
     Args:
-        module: The module to fill.
+        module: The module to fill, with the published names (`head.0`, `head.2` and `pred` for the
+            classification head) or those of its own checkpoints.
         checkpoint: See `read_state_dict`.
         prefix: What the module's names begin with in the file; None finds '', `backbone.` or
             `head.` by itself: an official file as well as one of mmpretrain, mmdet or mmseg.
@@ -479,3 +501,30 @@ def load_pretrained(
         logger='current',
         level=logging.INFO,
     )
+
+
+class LoadsPretrained:
+    """For modules of mmengine: `init_cfg=dict(type='Pretrained', ...)` goes by `load_pretrained`.
+
+    Stands before `BaseModule` among the bases. The other keys of the dict are the arguments of
+    `load_pretrained`.
+    """
+
+    def init_weights(self) -> None:
+        """Applies `init_cfg`; pretrained weights are read safely and must fit.
+
+        Raises:
+            FileNotFoundError, CheckpointError: See `load_pretrained`.
+        """
+        if self.is_init:
+            return
+        init_cfg = self.init_cfg
+        configs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
+        is_pretrained = [cfg['type'] in ('Pretrained', PretrainedInit) for cfg in configs]
+        # mmengine loads with strict=False: a file of another model would be taken in silence.
+        self.init_cfg = [cfg for cfg, pretrained in zip(configs, is_pretrained) if not pretrained]
+        super().init_weights()
+        self.init_cfg = init_cfg
+        for cfg, pretrained in zip(configs, is_pretrained):
+            if pretrained:
+                load_pretrained(self, **{key: cfg[key] for key in cfg if key != 'type'})

@@ -51,10 +51,24 @@ def stem(x, p, training):
     return conv(x, p, f'{name}.6', stride=2)
 
 
-def modulation(x, p, name):
+def fuse(a, v, fusion):
+    """The paper's alternatives, by their formulas; extremes and sums over the channels."""
+    if fusion == 'hadamard':
+        return a * v
+    if fusion == 'sum':
+        return a + v
+    if fusion == 'sigmoid':
+        return v / (1 + torch.exp(-a))
+    if fusion == 'l1':
+        return a * v / (torch.sqrt(a**2).sum(1, keepdim=True) + 1e-6)
+    low, high = a.min(1, keepdim=True).values, a.max(1, keepdim=True).values
+    return v * (a - low + 1e-6) / (high - low + 1e-6)
+
+
+def modulation(x, p, name, fusion):
     x = norm(x, p, f'{name}.norm')
     a = depthwise(gelu(conv(x, p, f'{name}.att.0')), p, f'{name}.att.2')
-    return conv(a * conv(x, p, f'{name}.v'), p, f'{name}.proj')
+    return conv(fuse(a, conv(x, p, f'{name}.v'), fusion), p, f'{name}.proj')
 
 
 def feed_forward(x, p, name):
@@ -62,7 +76,12 @@ def feed_forward(x, p, name):
     return conv(h + gelu(depthwise(h, p, f'{name}.pos')), p, f'{name}.fc2')
 
 
-def plain_conv2former(x, p, depths, training=False):
+def block(x, p, name, fusion='hadamard'):
+    x = x + p[f'{name}.layer_scale_1'][:, None, None] * modulation(x, p, f'{name}.attn', fusion)
+    return x + p[f'{name}.layer_scale_2'][:, None, None] * feed_forward(x, p, f'{name}.mlp')
+
+
+def plain_conv2former(x, p, depths, training=False, fusion='hadamard'):
     """Outputs of all stages, with the norms `norm{i}` where the state dict `p` has them."""
     outputs = []
     for i, depth in enumerate(depths):
@@ -72,8 +91,30 @@ def plain_conv2former(x, p, depths, training=False):
             name = f'downsample_layers.{i}'
             x = conv(norm(x, p, f'{name}.0'), p, f'{name}.1', stride=2)
         for j in range(depth):
-            name = f'stages.{i}.{j}'
-            x = x + p[f'{name}.layer_scale_1'][:, None, None] * modulation(x, p, f'{name}.attn')
-            x = x + p[f'{name}.layer_scale_2'][:, None, None] * feed_forward(x, p, f'{name}.mlp')
+            x = block(x, p, f'stages.{i}.{j}', fusion)
         outputs.append(norm(x, p, f'norm{i}') if f'norm{i}.weight' in p else x)
     return outputs
+
+
+def plain_isotropic(x, p, depth, out_indices, training=False):
+    """Outputs of the blocks asked for, with a plain or a convolutional patch embedding."""
+    name = 'patch_embed'
+    if f'{name}.weight' in p:
+        x = conv(x, p, name, stride=16)
+    else:
+        x = conv(x, p, f'{name}.0', stride=2, padding=1)
+        x = batch_norm(gelu(x), p, f'{name}.2', training)
+        x = conv(x, p, f'{name}.3', stride=2, padding=1)
+        x = batch_norm(gelu(x), p, f'{name}.5', training)
+        x = conv(x, p, f'{name}.6', stride=4)
+    outputs = {}
+    for j in range(depth):
+        x = block(x, p, f'blocks.{j}')
+        outputs[j] = norm(x, p, f'norm{j}') if f'norm{j}.weight' in p else x
+    return [outputs[j] for j in out_indices]
+
+
+def plain_head(x, p):
+    """Logits of a feature map (N, C, H, W)."""
+    x = norm(gelu(conv(x, p, 'head.0')), p, 'head.2')
+    return x.mean((2, 3)) @ p['pred.weight'].t() + p['pred.bias']

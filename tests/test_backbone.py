@@ -63,14 +63,24 @@ def loss_of(outputs):
                for output in outputs)  # fmt: skip
 
 
-def compare_with_plain(model, x, tolerance, gradient_tolerance):
-    state = {
+def leaves(model):
+    """A copy of the state dict whose parameters collect gradients."""
+    return {
         name: value.clone().requires_grad_(value.is_floating_point() and 'running' not in name)
         for name, value in model.state_dict().items()
     }
-    outputs = model(x)
-    expected = plain_conv2former(x, state, model.depths, model.training)
+
+
+def compare_with_plain(model, x, tolerance, gradient_tolerance, fusion='hadamard'):
+    state = leaves(model)
+    expected = plain_conv2former(x, state, model.depths, model.training, fusion)
     expected = [expected[i] for i in model.out_indices]
+    compare(model, model(x), expected, state, tolerance, gradient_tolerance)
+
+
+def compare(model, outputs, expected, state, tolerance, gradient_tolerance):
+    """Values, and gradients of the same loss: in the model, and in `state`."""
+    assert len(outputs) == len(expected)
     for output, reference in zip(outputs, expected):
         assert relative_error(output, reference) < tolerance
     loss_of(outputs).backward()
@@ -397,6 +407,8 @@ BAD_ARGUMENTS = [
     (dict(layer_scale_init_value=None), TypeError, 'layer_scale_init_value must be a number'),
     (dict(layer_scale_init_value=float('nan')), ValueError, 'layer_scale_init_value .* finite'),
     (dict(mlp_ratio=0), ValueError, 'mlp_ratio must be above 0, got 0'),
+    (dict(fusion='max'), ValueError, "fusion must be one of hadamard, .*linear, got 'max'"),
+    (dict(fusion=['sum']), ValueError, r"fusion must be one of .* got \['sum'\]"),
     (dict(in_channels=0), ValueError, 'in_channels must be at least 1, got 0'),
 ]  # fmt: skip
 

@@ -9,7 +9,16 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from make_tables import LEVELS, level, metafiles, models, read_evidence, recipes, write_tables
+from make_tables import (
+    LEVELS,
+    level,
+    metafiles,
+    models,
+    read_evidence,
+    recipes,
+    task,
+    write_tables,
+)
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -17,6 +26,8 @@ from mmengine.registry import MODELS, init_default_scope
 CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
 LEAVES = [path for path in CONFIGS if '_base_' not in path.parts]
 NAMES = [path.stem for path in LEAVES]
+DENSE = [path for path in LEAVES if task(path) in ('detection', 'segmentation')]
+CLASSIFICATION = [path for path in LEAVES if path not in DENSE]
 SEGMENTATION = [path for path in LEAVES if path.parent.name == 'segmentation']
 DETECTION = [path for path in LEAVES if path.parent.name == 'detection']
 MARKS = ('_delete_', '_scope_')
@@ -25,6 +36,14 @@ PROMISED = {
     'mask_rcnn_conv2former': ('n', 't', 's'),
     'cascade_mask_rcnn_conv2former': ('t', 's', 'b', 'b_in22k', 'l_in22k'),
     'upernet_conv2former': ('n', 't', 's', 'b', 'b_in22k', 'l_in22k'),
+    'conv2former': (
+        *('n_in1k', 't_in1k', 's_in1k', 'b_in1k', 's_in22k', 'b_in22k', 'l_in22k'),
+        *(f'{size}_in22k_finetune_in1k' for size in 'sbl'),
+        *(f'{size}_in22k_finetune_in1k_384' for size in 'bl'),
+        *('is_in1k', 'is_conv_in1k', 'ib_in1k', 'ib_conv_in1k', 't_folders'),
+        *(f'{size}_k{kernel_size}_in1k' for size in 'tb' for kernel_size in (5, 7, 9, 15, 21)),
+        *(f't_{fusion}_in1k' for fusion in ('sum', 'sigmoid', 'l1', 'linear')),
+    ),
 }
 ARCHS = {'n': 'nano', 't': 'tiny', 's': 'small', 'b': 'base', 'l': 'large'}
 
@@ -63,7 +82,7 @@ def test_metafiles_list_every_recipe_once():
 def test_published_numbers_are_the_same_everywhere():
     for model in models():
         docstring = ast.get_docstring(ast.parse((ROOT / model['Config']).read_text()))
-        assert 'not trained here' in docstring
+        assert 'not trained here' in docstring or 'nothing published' in docstring
         if model['Published'] is None:
             assert not re.search(r'\d\.\d', docstring)
         else:
@@ -77,7 +96,7 @@ def test_leaf_is_short_and_documented(path):
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
-@pytest.mark.parametrize('path', LEAVES, ids=NAMES)
+@pytest.mark.parametrize('path', DENSE, ids=lambda path: path.stem)
 def test_parts_fit_together(path):
     config = load(path)
     size, *weights = path.stem.split('conv2former_')[1].split('_')
@@ -102,6 +121,95 @@ def test_parts_fit_together(path):
         assert model.backbone.strides == tuple(strides[:4])
 
 
+# Parameters in millions with the 1000-class head: published, or by the facts' own count.
+COUNTS = {
+    'n_in1k': 14.99, 't_in1k': 26.70, 's_in1k': 50.03, 'b_in1k': 90.03, 't_sum_in1k': 26.70,
+    's_in22k_finetune_in1k': 50.03, 'b_in22k_finetune_in1k': 88.78, 'b_k7_in1k': 88.78,
+    'b_in22k_finetune_in1k_384': 88.78, 'l_in22k_finetune_in1k': 198.89, 'is_in1k': 23.23,
+    'ib_in1k': 85.72,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('path', CLASSIFICATION, ids=lambda path: path.stem)
+def test_classifier_s_parts_fit_together(path):
+    config = load(path)
+    model = build(config)
+    name = path.stem.removeprefix('conv2former_')
+    size = name.split('_')[0]
+    backbone = config.model.backbone
+    assert backbone.arch == ARCHS.get(size, size)
+    assert backbone.get('patch_embedding') == {'is': 'plain', 'ib': 'plain'}.get(size) or (
+        backbone.patch_embedding == 'conv' and '_conv_' in name
+    )
+    assert model.backbone.channels[-1] == model.head.in_channels
+    assert not model.backbone.out_norm
+    num_classes = {'in22k': 21_841, 'folders': 20}.get(name.split('_')[-1], 1000)
+    assert model.head.num_classes == num_classes
+    logits = model(torch.empty(2, 3, 64, 64, device='meta'))
+    assert logits.shape == (2, num_classes)
+    if name in COUNTS:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        assert round(count / 1e6, 2) == COUNTS[name]
+    study = re.search(r'_k(\d+)_', path.stem)
+    if study:
+        assert {b.attn.att[2].kernel_size[0] for s in model.backbone.stages for b in s} == {
+            int(study[1])
+        }
+    if task(path) == 'ablations' and not study:
+        assert model.backbone.stages[0][0].attn.fusion == name.split('_')[1]
+
+
+@pytest.mark.parametrize('path', CLASSIFICATION, ids=lambda path: path.stem)
+def test_classification_schedule(path):
+    """The published recipe of 1K to the last value; epochs of 22K and of fine-tuning."""
+    config = load(path)
+    epochs = config.train_cfg.max_epochs
+    *warmup, cosine = config.param_scheduler
+    assert (cosine.type, cosine.end, cosine.T_max) == (
+        'CosineAnnealingLR', epochs, epochs - cosine.begin
+    )  # fmt: skip
+    optimizer = config.optim_wrapper.optimizer
+    batch = config.auto_scale_lr.base_batch_size
+    augmentation = [step.type for step in config.train_dataloader.dataset.pipeline]
+    if 'finetune' in path.stem or 'folders' in path.stem:
+        assert (epochs, batch, optimizer.lr) == (30, 512, 5e-5)
+        assert config.model.train_cfg is None
+    else:
+        assert (epochs, batch, optimizer.lr) == (90 if 'in22k' in path.stem else 300, 1024, 1e-3)
+        (warmup,) = warmup
+        assert (warmup.type, warmup.begin, warmup.end) == ('LinearLR', 0, 5)
+        assert warmup.convert_to_iter_based
+        assert warmup.start_factor * optimizer.lr == pytest.approx(1e-6)
+        assert (optimizer.type, optimizer.weight_decay) == ('AdamW', 0.05)
+        assert [plain(item) for item in config.model.train_cfg.augments] == [
+            dict(type='Mixup', alpha=0.8), dict(type='CutMix', alpha=1.0)
+        ]  # fmt: skip
+        assert config.model.backbone.get('layer_scale_init_value', 1e-6) == 1e-6
+        assert not config.get('custom_hooks')  # no EMA
+        # what the base's comment says
+        assert -(-1_281_167 // batch) * 300 == 375_600
+    assert config.model.head.loss == dict(
+        type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'
+    )
+    if 'folders' not in path.stem:
+        assert {'RandAugment', 'RandomErasing', 'RandomFlip'} < set(augmentation)
+        *_, rand_augment, erasing, _ = config.train_dataloader.dataset.pipeline
+        values = [rand_augment[key] for key in ('num_policies', 'magnitude_level', 'magnitude_std')]
+        assert values == [2, 9, 0.5]
+        assert rand_augment.policies == 'timm_increasing'
+        assert (erasing.erase_prob, erasing.mode) == (0.25, 'rand')
+    size = 384 if '384' in path.stem else 224
+    assert config.train_dataloader.dataset.pipeline[1].scale == size
+    gpus = batch // config.train_dataloader.batch_size
+    metadata = next(model['Metadata'] for model in models() if model['Name'] == path.stem)
+    assert metadata['Batch Size'] == f'{batch} ({gpus} GPUs x {batch // gpus})'
+    assert metadata['Epochs'] == epochs
+
+
+def test_fine_tuning_s_iterations():
+    assert (-(-1_281_167 // 512), -(-1_281_167 // 512) * 30) == (2503, 75_090)
+
+
 @pytest.mark.parametrize('path', LEAVES, ids=NAMES)
 def test_optimizer_groups_are_valid(path):
     config = load(path)
@@ -113,7 +221,9 @@ def test_optimizer_groups_are_valid(path):
     assert sorted(in_groups) == sorted(id(parameter) for parameter in model.parameters())
     decay = config.optim_wrapper.paramwise_cfg.decay_rate
     rates = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
-    last_block = model.backbone.stages[-1][-1].mlp.fc2.weight
+    is_isotropic = hasattr(model.backbone, 'blocks')
+    blocks = model.backbone.blocks if is_isotropic else model.backbone.stages[-1]
+    last_block = blocks[-1].mlp.fc2.weight
     assert rates[id(last_block)] == pytest.approx(base_rate * decay)
 
 
@@ -162,9 +272,12 @@ def test_crop_is_one_size_throughout(path):
 @pytest.mark.parametrize('path', LEAVES, ids=NAMES)
 def test_every_path_to_data_begins_with_the_data_root(path):
     config = load(path)
-    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
-        assert loader.dataset.data_root == config.data_root
-    for evaluator in (config.val_evaluator, config.test_evaluator):
+    is_evaluated = '_in22k' not in path.stem or config.val_cfg is not None
+    parts = ('train', 'val', 'test') if is_evaluated else ('train',)
+    for part in parts:
+        assert config[f'{part}_dataloader'].dataset.data_root == config.data_root
+    for part in parts[1:]:
+        evaluator = config[f'{part}_evaluator']
         assert evaluator.get('ann_file', config.data_root).startswith(config.data_root)
 
 

@@ -157,7 +157,7 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
     Args:
         config: A whole config.
         dataloaders: Names of those to be used, such as `['train_dataloader']`.
-        check_weights: Whether the backbone's pretrained weights will be read.
+        check_weights: Whether pretrained weights of the backbone and the head will be read.
 
     Raises:
         SystemExit: Files are missing; the message lists them and says what to do.
@@ -174,10 +174,13 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
             + '\n  '.join(dict.fromkeys(missing))
             + '\nPut them there, or say where they lie with --data-root DIR (README, section Data).'
         )
-    init_cfg = config.model.get('backbone', {}).get('init_cfg')
-    weights = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
-    if check_weights and weights and is_local(weights) and not os.path.isfile(weights):
-        raise SystemExit(f'error: pretrained weights {weights} are missing. {HOW_TO_GET_WEIGHTS}')
+    for part in ('backbone', 'head') if check_weights else ():
+        init_cfg = (config.model.get(part) or {}).get('init_cfg')
+        weights = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
+        if weights and is_local(weights) and not os.path.isfile(weights):
+            raise SystemExit(
+                f'error: pretrained weights {weights} are missing. {HOW_TO_GET_WEIGHTS}'
+            )
     checkpoint = config.get('load_from')
     if checkpoint and is_local(checkpoint) and not os.path.isfile(checkpoint):
         raise SystemExit(f'error: load_from: checkpoint {checkpoint} does not exist')
@@ -188,8 +191,9 @@ def dataset_paths(settings: ConfigDict) -> Iterator[str]:
     root = settings.get('data_root') or ''
     if settings.get('ann_file'):
         yield os.path.join(root, settings['ann_file'])
-    prefixes = settings.get('data_prefix')
-    for prefix in prefixes.values() if isinstance(prefixes, dict) else ():
+    # A dict of folders in detection and segmentation, one folder or a split in classification.
+    prefixes = settings.get('data_prefix') or settings.get('split') or {}
+    for prefix in prefixes.values() if isinstance(prefixes, dict) else [prefixes]:
         yield os.path.join(root, prefix)
     for value in settings.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:

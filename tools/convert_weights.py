@@ -28,18 +28,19 @@ from torch import Tensor
 from mmconv2former import Conv2Former
 from mmconv2former.backbone import ARCHS, parse_arch, parse_kernel_size
 from mmconv2former.weights import (
+    FIRST_KERNEL,
     NEW_FOR_DENSE_PREDICTION,
     Architecture,
     CheckpointError,
     behind_prefix,
     check_fit,
     find_prefix,
+    in_whole_model,
     pad_kernels,
     read_state_dict,
     recognise_arch,
 )
 
-FIRST_KERNEL = 'stages.0.0.attn.att.2.weight'  # in every Conv2Former
 HEAD_NAMES = [
     f'{layer}.{kind}' for layer in ('head.0', 'head.2', 'pred') for kind in ('weight', 'bias')
 ]
@@ -124,8 +125,7 @@ def convert(args: argparse.Namespace) -> None:
     found = pad_kernels(found, expected)
     weights = {name: found[name] for name in expected}
     if args.classifier:
-        weights = {f'backbone.{name}': value for name, value in weights.items()}
-        weights |= {f'head.{name}': value for name, value in head.items()}
+        weights = in_whole_model(weights | head)
     count = sum(value.numel() for value in weights.values())
     print(f'used      {len(weights)} tensors, {count / 1e6:.2f} M numbers; missing: none')
     print(f'dropped   {", ".join(f"{n} of {part}" for part, n in dropped.items()) or "none"}')

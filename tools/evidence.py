@@ -28,11 +28,12 @@ from pathlib import Path
 import torch
 from make_tables import (
     COMPARATORS,
+    DENSE,
     EVIDENCE,
     ROOT,
-    is_segmentation,
     read_evidence,
     recipes,
+    task,
     write_tables,
 )
 from mmengine.analysis import get_model_complexity_info
@@ -83,6 +84,19 @@ STEPS_SEGMENTATION = [
     'default_hooks.logger.interval=1',
     *segmentation_size(STEP_CROP),
 ]
+
+STEPS_CLASSIFICATION = [
+    'train_cfg.max_epochs=1',
+    'default_hooks.logger.interval=1',
+    'train_dataloader.batch_size=4',
+    'train_dataloader.num_workers=1',
+    'train_dataloader.dataset.pipeline.1.scale=64',
+]
+STEPS_CLASSIFICATION_VAL = [  # 22K recipes have no validation
+    'val_dataloader.num_workers=1',
+    'test_dataloader.num_workers=1',
+]
+CROPS_TO_STEP = ['--classes', 8, '--max-objects', 1]
 
 # ------------------------------------- fitting eight images: narrower heads, no regularisation
 FIT_IMAGES = 8
@@ -159,15 +173,46 @@ FIT_SEGMENTATION = [
     'model.decode_head.dropout_ratio=0.0',
     'model.auxiliary_head.channels=64',
 ]
+FIT_CROP = 96
+FIT_CLASSIFICATION = [
+    *FIT,
+    'train_cfg.max_epochs=30',
+    'train_cfg.val_interval=10',
+    'param_scheduler.0.end=30',
+    'param_scheduler.0.T_max=30',
+    'default_hooks.checkpoint.interval=30',
+    'default_hooks.logger.interval=4',
+    'optim_wrapper.optimizer.lr=1e-3',
+    'train_dataloader.batch_size=16',
+    'train_dataloader.num_workers=1',
+    'val_dataloader.num_workers=1',
+    'val_dataloader.dataset.data_prefix=train',
+    'test_dataloader.num_workers=1',
+    'test_dataloader.dataset.data_prefix=train',
+    f'train_dataloader.dataset.pipeline.1.scale={FIT_CROP}',
+    'train_dataloader.dataset.pipeline.1.crop_ratio_range=(1.0,1.0)',
+    'train_dataloader.dataset.pipeline.1.aspect_ratio_range=(1.0,1.0)',
+    'train_dataloader.dataset.pipeline.2.prob=0.0',
+    *(
+        f'{part}_dataloader.dataset.pipeline.{step}={FIT_CROP}'
+        for part in ('val', 'test')
+        for step in ('1.scale', '2.crop_size')
+    ),
+]
+CROPS_TO_FIT = ['--classes', 20, '--max-objects', 20]
 # recipe: overrides, sample, metric, value that counts as "fits"
 FITS = {
     'mask_rcnn_conv2former_t': (FIT_MASK, 'coco_sample', 'coco/bbox_mAP', 0.4),
     'cascade_mask_rcnn_conv2former_t': (FIT_CASCADE, 'coco_sample', 'coco/bbox_mAP', 0.4),
     'upernet_conv2former_t': (FIT_SEGMENTATION, 'semantic_sample', 'mIoU', 60.0),
+    'conv2former_t_folders': (FIT_CLASSIFICATION, 'coco_sample', 'accuracy/top1', 95.0),
 }
 
 ADE_SAMPLE = 'ade_sample/ADEChallengeData2016'
-METRICS = ('coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50', 'mIoU', 'aAcc')
+METRICS = (
+    'coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50', 'mIoU', 'aAcc',
+    'accuracy/top1', 'accuracy/top5',
+)  # fmt: skip
 
 
 def main() -> None:
@@ -213,41 +258,60 @@ def samples(name: str) -> Path:
 
 def measure_steps(name: str, config: Path) -> dict:
     """Two iterations and an evaluation on each real sample for this kind of recipe."""
-    is_seg = is_segmentation(config)
-    overrides = STEPS_SEGMENTATION if is_seg else [*STEPS_DETECTION, PREDICT_ANYTHING]
-    overrides = FROM_RANDOM_WEIGHTS + overrides
+    overrides, sources = {
+        'detection': ([*STEPS_DETECTION, PREDICT_ANYTHING], ['coco_sample']),
+        'segmentation': (STEPS_SEGMENTATION, [ADE_SAMPLE, 'semantic_sample']),
+    }.get(task(config), (classification_steps(config), ['coco_sample']))
     results = {}
-    for sample in (ADE_SAMPLE, 'semantic_sample') if is_seg else ('coco_sample',):
+    for sample in sources:
         with tempfile.TemporaryDirectory() as folder:
             data = Path(folder, 'data')
-            run('subset_data.py', samples(sample), data, '--train', 4, '--val', 2)
-            results[sample.split('/')[0]] = train_and_evaluate(config, data, folder, overrides)
+            if task(config) in DENSE:
+                run('subset_data.py', samples(sample), data, '--train', 4, '--val', 2)
+            else:
+                run('crop_objects.py', samples(sample), data, *CROPS_TO_STEP)
+            results[sample.split('/')[0]] = train_and_evaluate(
+                config, data, folder, FROM_RANDOM_WEIGHTS + overrides
+            )
     return results
 
 
+def classification_steps(config: Path) -> list[str]:
+    """Overrides for small crops; those of evaluation only where there is one."""
+    is_evaluated = Config.fromfile(config).test_dataloader is not None
+    return STEPS_CLASSIFICATION + (STEPS_CLASSIFICATION_VAL if is_evaluated else [])
+
+
 def measure_fit(name: str, config: Path) -> dict:
-    """Training on a few real images from random weights, and the evaluation on the same."""
+    """Training on a few real pictures from random weights, and the evaluation on the same."""
     overrides, sample, metric, goal = FITS[name]
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, 'data')
-        run('subset_data.py', samples(sample), data, '--train', FIT_IMAGES, '--val-is-train')
+        if task(config) in DENSE:
+            run('subset_data.py', samples(sample), data, '--train', FIT_IMAGES, '--val-is-train')
+            images = FIT_IMAGES
+        else:
+            run('crop_objects.py', samples(sample), data, *CROPS_TO_FIT)
+            images = len((data / 'meta/train.txt').read_text().splitlines())
         result = train_and_evaluate(config, data, folder, FROM_RANDOM_WEIGHTS + overrides)
-    return result | {'metric': metric, 'goal': goal, 'images': FIT_IMAGES}
+    return result | {'metric': metric, 'goal': goal, 'images': images}
 
 
 def train_and_evaluate(config: Path, data: Path, folder: str, overrides: list[str]) -> dict:
-    """What `tools/train.py` and then `tools/test.py` logged."""
+    """What `tools/train.py` and then, if the recipe evaluates, `tools/test.py` logged."""
     work_dir = Path(folder, 'train')
     options = ['--data-root', data, '--cfg-options', *overrides]
     start = time.time()
     run('train.py', config, '--work-dir', work_dir, *options)
     seconds = time.time() - start
     checkpoint = (work_dir / 'last_checkpoint').read_text()
-    run('test.py', config, checkpoint, '--work-dir', Path(folder, 'test'), *options)
+    found = {}
+    if Config.fromfile(config).test_dataloader is not None:
+        run('test.py', config, checkpoint, '--work-dir', Path(folder, 'test'), *options)
+        (metrics,) = Path(folder, 'test').glob('*/*.json')
+        found = json.loads(metrics.read_text())
     (scalars,) = work_dir.glob('*/vis_data/scalars.json')
     losses = [record['loss'] for record in map(json.loads, scalars.open()) if 'loss' in record]
-    (metrics,) = Path(folder, 'test').glob('*/*.json')
-    found = json.loads(metrics.read_text())
     return {
         'iterations': torch.load(checkpoint, weights_only=False)['meta']['iter'],
         'first_loss': round(losses[0], 4),
@@ -289,8 +353,11 @@ CONVNEXT_T = {
 
 
 def measure_cost(name: str, config: Path) -> dict:
-    """Parameters, FLOPs, and the bytes that training keeps in the backbone."""
-    return count_cost(Config.fromfile(config)) | {
+    """Parameters, FLOPs, and, of dense recipes, the bytes that training keeps in the backbone."""
+    cost = count_cost(Config.fromfile(config))
+    if task(config) not in DENSE:
+        return cost
+    return cost | {
         'kept': {
             'default': bytes_kept(Config.fromfile(config), with_cp=False),
             'with_cp': bytes_kept(Config.fromfile(config), with_cp=True),
@@ -338,8 +405,8 @@ def measure_comparators() -> dict:
 def count_cost(config: Config) -> dict:
     """Parameters and FLOPs (multiply-adds, as the papers count) of a whole model.
 
-    Detection at 800x1280, segmentation at the recipe's test scale (512x2048 or 640x2560). mmengine
-    leaves elementwise products out.
+    Detection at 800x1280, segmentation at the recipe's test scale (512x2048 or 640x2560),
+    classification at its crop. mmengine leaves elementwise products out.
     """
     init_default_scope(config.default_scope)
     config.model.backbone.init_cfg = None
@@ -348,16 +415,22 @@ def count_cost(config: Config) -> dict:
         size = (short_side, long_side)
         config.model.data_preprocessor.size = None
         config.model.test_cfg = dict(mode='whole')
+    elif config.default_scope == 'mmpretrain':
+        size = (config.train_dataloader.dataset.pipeline[1].scale,) * 2
     else:
         size = DETECTION_SIZE
     model = MODELS.build(config.model).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    limit_masks(model)
-    batch = pack(model, config.default_scope, size)
-    model.forward = partial(model.forward, data_samples=batch['data_samples'])
+    if config.default_scope == 'mmpretrain':
+        inputs = torch.zeros(1, 3, *size)
+    else:
+        limit_masks(model)
+        batch = pack(model, config.default_scope, size)
+        model.forward = partial(model.forward, data_samples=batch['data_samples'])
+        inputs = batch['inputs']
     with torch.no_grad():  # else Large keeps more than 24 GB
         analysis = get_model_complexity_info(
-            model, inputs=(batch['inputs'],), show_table=False, show_arch=False
+            model, inputs=(inputs,), show_table=False, show_arch=False
         )
     del model
     gc.collect()

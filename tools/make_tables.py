@@ -11,14 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
+from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / 'docs/evidence.json'
-PAGES = [ROOT / 'README.md', ROOT / 'docs/recipes.md']
+PAGES = [ROOT / name for name in ('README.md', 'docs/recipes.md', 'docs/classification.md')]
 COMPARATORS = 'comparators'  # the key in evidence.json that is no recipe
+
+DENSE = ('detection', 'segmentation')
 
 # From least to most; what a recipe has shown on a machine of this project.
 LEVELS = ('builds', 'steps on real data', 'fits real data', 'trained to the published number')
@@ -39,8 +43,11 @@ def write_tables(dry_run: bool = False) -> list[str]:
     """Brings the pages up to date and returns the names of those that were not."""
     evidence = read_evidence(EVIDENCE)
     tables = {
-        'recipes': recipe_table(evidence),
-        'evidence': evidence_table(evidence),
+        'recipes': recipe_table(evidence, DENSE),
+        'classification': recipe_table(evidence, ['classification']),
+        'ablations': ablation_table(evidence),
+        'evidence': evidence_table(evidence, DENSE),
+        'classification evidence': evidence_table(evidence, ['classification', 'ablations']),
         'cost': cost_table(evidence),
     }
     outdated = []
@@ -70,13 +77,17 @@ def models() -> list[dict]:
     return [model for path in metafiles() for model in yaml.safe_load(path.read_text())['Models']]
 
 
-def recipes() -> dict[str, Path]:
-    """Config files by the recipe's name, in the order of the metafiles."""
-    return {model['Name']: ROOT / model['Config'] for model in models()}
+def recipes(tasks: Collection[str] | None = None) -> dict[str, Path]:
+    """Config files by the recipe's name, in the order of the metafiles; of all tasks or some."""
+    configs = {model['Name']: ROOT / model['Config'] for model in models()}
+    return {
+        name: config for name, config in configs.items() if tasks is None or task(config) in tasks
+    }
 
 
-def is_segmentation(config: Path) -> bool:
-    return config.parent.name == 'segmentation'
+def task(config: Path) -> str:
+    """'detection', 'segmentation', 'classification' or 'ablations' (of the second)."""
+    return config.parent.name
 
 
 def read_evidence(path: Path) -> dict[str, dict]:
@@ -98,9 +109,11 @@ def level(record: dict) -> str:
     return LEVELS[1] if 'steps' in record else LEVELS[0]
 
 
-def recipe_table(evidence: dict[str, dict]) -> str:
+def recipe_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
     rows = []
     for model in models():
+        if task(ROOT / model['Config']) not in tasks:
+            continue
         record = evidence.get(model['Name'], {})
         published = model['Published']
         rows.append(
@@ -116,21 +129,49 @@ def recipe_table(evidence: dict[str, dict]) -> str:
     return table(header, rows)
 
 
+def ablation_table(evidence: dict[str, dict]) -> str:
+    """The studies beside the networks that they vary."""
+    rows = []
+    for model in models():
+        is_base = model['Name'] in ('conv2former_t_in1k', 'conv2former_b_in1k')
+        if not is_base and task(ROOT / model['Config']) != 'ablations':
+            continue
+        record = evidence.get(model['Name'], {})
+        backbone = Config.fromfile(ROOT / model['Config']).model.backbone
+        kernel_size = backbone.get('kernel_size', 11)
+        published = model['Published']
+        rows.append(
+            [
+                f'[`{model["Name"]}`](/{model["Config"]})',
+                backbone.arch,
+                f'{kernel_size}x{kernel_size}',
+                backbone.get('fusion', 'hadamard'),
+                *cost_cells(record.get('cost')),
+                f'{published["Value"]}' if published else 'not found',
+                level(record),
+            ]
+        )
+    rows.sort(key=lambda row: (row[1], row[3] != 'hadamard', int(row[2].split('x')[0])))
+    header = ['recipe', 'arch', 'kernel', 'fusion', 'parameters', 'FLOPs', 'published top-1']
+    return table([*header, 'shown here'], rows)
+
+
 def cost_cells(cost: dict | None) -> list[str]:
     if cost is None:
         return ['', '']
-    return [f'{cost["parameters"] / 1e6:.1f} M', f'{cost["flops"] / 1e9:,.0f} G']
+    flops = cost['flops'] / 1e9
+    return [f'{cost["parameters"] / 1e6:.1f} M', f'{flops:,.{1 if flops < 200 else 0}f} G']
 
 
-def evidence_table(evidence: dict[str, dict]) -> str:
+def evidence_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
     rows = []
-    for name in recipes():
+    for name in recipes(tasks):
         record = evidence.get(name, {})
         runs = {**record.get('steps', {}), 'fit': record.get('fit')}
         for run, result in runs.items():
             if result is None:
                 continue
-            what = f'fits {result["images"]} images' if run == 'fit' else run
+            what = f'fits {result["images"]} pictures' if run == 'fit' else run
             metrics = ', '.join(
                 f'{key.removeprefix("coco/")} {value:g}' for key, value in result['metrics'].items()
             )
@@ -146,7 +187,7 @@ def cost_table(evidence: dict[str, dict]) -> str:
     for name, record in evidence.get(COMPARATORS, {}).items():
         published = f'{record["published_gflops"]:,} G'
         rows.append([name, *size_and_cost(record['cost']), published, '', ''])
-    for name in recipes():
+    for name in recipes(DENSE):
         cost = evidence.get(name, {}).get('cost')
         if cost is not None:
             kept = [f'{cost["kept"][key] / 2**30:.1f} GiB' for key in ('default', 'with_cp')]

@@ -1,0 +1,12 @@
+"""Conv2Former-L, 22K to 1K at 224: published top-1 87.0 (official repository); not trained here."""
+
+_base_ = '../_base_/imagenet_finetune.py'
+
+model = dict(
+    backbone=dict(
+        arch='large',
+        drop_path_rate=0.3,  # our choice: ConvNeXt-L's
+        init_cfg=dict(type='Pretrained', checkpoint='pretrain/conv2former_l_in22k.pth'),
+    ),
+    head=dict(in_channels=1024),
+)

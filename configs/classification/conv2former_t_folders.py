@@ -1,0 +1,13 @@
+"""Conv2Former-T on one's own image folders, from ImageNet-1K weights; nothing published."""
+
+_base_ = '../_base_/image_folders.py'
+
+num_classes = 20
+model = dict(
+    backbone=dict(
+        arch='tiny',
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint='pretrain/conv2former_t.pth'),
+    ),
+    head=dict(in_channels=576, num_classes=num_classes),
+)

@@ -1,0 +1,140 @@
+"""ImageNet training through the tools, and what comes of it in the dense recipes."""
+
+import json
+import re
+
+import cv2
+import pytest
+import torch
+from conftest import ROOT, run_tool
+from evidence import STEPS_CLASSIFICATION, STEPS_CLASSIFICATION_VAL
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+CONFIG = 'configs/classification/conv2former_n_in1k.py'
+QUICK = [*STEPS_CLASSIFICATION, *STEPS_CLASSIFICATION_VAL, 'randomness.seed=0']
+
+
+@pytest.fixture(scope='module')
+def crops(sample, tmp_path_factory):
+    """Objects of the embedded sample, as a classification data set."""
+    folder = tmp_path_factory.mktemp('crops') / 'objects'
+    options = ['--classes', 2, '--max-objects', 4, '--min-side', 12]
+    run_tool('crop_objects.py', sample / 'coco', folder, *options)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def trained(crops, tmp_path_factory):
+    """Work dir of two iterations, and the log."""
+    work_dir = tmp_path_factory.mktemp('trained')
+    arguments = ['--data-root', crops, '--work-dir', work_dir, '--cfg-options', *QUICK]
+    log = run_tool('train.py', CONFIG, *arguments)
+    return work_dir, log
+
+
+def test_crops(crops, sample):
+    lines = (crops / 'meta/train.txt').read_text().splitlines()
+    annotations = json.loads((sample / 'coco/annotations/instances_train2017.json').read_text())
+    objects = {item['id']: item for item in annotations['annotations']}
+    names = {item['id']: item['name'] for item in annotations['categories']}
+    assert len(lines) == 8
+    labels = set()
+    for line in lines:
+        path, label = re.fullmatch(r'(.+\.jpg) (\d)', line).groups()
+        height, width = cv2.imread(str(crops / 'train' / path)).shape[:2]
+        object_ = objects[int(path.rsplit('_', 1)[1].removesuffix('.jpg'))]
+        assert names[object_['category_id']] == path.split('/')[0]
+        assert 12 <= object_['bbox'][2] <= width <= 1.2 * object_['bbox'][2] + 1
+        assert 12 <= object_['bbox'][3] <= height <= 1.2 * object_['bbox'][3] + 1
+        labels.add((path.split('/')[0], int(label)))
+    names = sorted(path.name for path in (crops / 'train').iterdir())
+    assert labels == set(zip(names, range(2)))
+    assert names == sorted(path.name for path in (crops / 'val').iterdir())
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--classes', 81], r'--classes 81: .* has objects of \d+ categories'),
+        (['--min-side', 0], '--min-side must be at least 1'),
+        (['--margin', -1], r'--margin must be at least 0, got -1'),
+    ],
+)
+def test_crops_refused(sample, tmp_path, options, message):
+    output = run_tool('crop_objects.py', sample / 'coco', tmp_path / 'x', *options, succeeds=False)
+    assert re.search(message, output)
+    assert not (tmp_path / 'x').exists()
+
+
+def test_trains_and_evaluates(trained):
+    work_dir, log = trained
+    checkpoint = torch.load(work_dir / 'epoch_1.pth', weights_only=False)
+    assert checkpoint['meta']['iter'] == 2
+    (rate,) = {group['initial_lr'] for group in checkpoint['optimizer']['param_groups']}
+    assert rate == 1e-3
+    assert re.search(r'Epoch\(val\) \[1\].*accuracy/top1: \d', log)
+    assert list(work_dir.glob('best_accuracy_top1_epoch_1.pth'))
+
+
+def test_missing_data_is_told_before_anything_is_built(tmp_path):
+    output = run_tool('train.py', CONFIG, '--work-dir', tmp_path, succeeds=False)
+    assert re.search(r'error: data are missing:\s+data/imagenet/train \(train_dataloader\)', output)
+    assert 'Traceback' not in output
+
+
+@pytest.mark.parametrize(
+    'recipe', ['detection/mask_rcnn_conv2former_n', 'segmentation/upernet_conv2former_n']
+)
+def test_checkpoint_is_a_start_for_dense_prediction(trained, recipe):
+    checkpoint = trained[0] / 'epoch_1.pth'
+    config = Config.fromfile(ROOT / f'configs/{recipe}.py')
+    config.model.backbone.init_cfg.checkpoint = str(checkpoint)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    model.backbone.init_weights()
+    state = torch.load(checkpoint, weights_only=False)['state_dict']
+    loaded = {
+        name: value
+        for name, value in model.backbone.state_dict().items()
+        if not re.match(r'norm\d', name)
+    }
+    assert len(loaded) == sum(name.startswith('backbone.') for name in state)
+    for name, value in loaded.items():
+        assert torch.equal(value, state[f'backbone.{name}']), name
+
+
+def test_own_image_folders(crops, tmp_path):
+    config = 'configs/classification/conv2former_t_folders.py'
+    options = [
+        *QUICK,
+        'model.backbone.arch=nano',
+        'model.backbone.init_cfg=None',
+        'model.head.in_channels=512',
+        'model.head.num_classes=2',
+    ]
+    log = run_tool(
+        'train.py', config, '--data-root', crops, '--work-dir', tmp_path, '--cfg-options', *options
+    )
+    assert 'accuracy/top1' in log
+    state = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)['state_dict']
+    assert state['head.pred.weight'].shape == (2, 1280)
+
+
+def test_switches_of_the_evaluation():
+    """The options that docs/classification.md names change what they should."""
+    page = (ROOT / 'docs/classification.md').read_text()
+    crop, mean, std = re.search(
+        r'`(\S+scale=233)`.*`(data_preprocessor.mean=\S+) (data_preprocessor.std=\S+)`', page, re.S
+    ).groups()
+    config = Config.fromfile(ROOT / CONFIG)
+    assert config.test_dataloader.dataset.pipeline[1].scale == 256
+    assert config.data_preprocessor.mean == [123.675, 116.28, 103.53]
+    options = {}
+    for option in (crop, mean, std):
+        key, value = option.split('=')
+        options[key] = json.loads(value)
+    config.merge_from_dict(options)
+    resize = config.test_dataloader.dataset.pipeline[1]
+    assert (resize.type, resize.scale) == ('ResizeEdge', round(224 / 0.96))
+    assert config.data_preprocessor.mean == config.data_preprocessor.std == [127.5] * 3

@@ -1,0 +1,107 @@
+"""Cuts the objects out of COCO's images: a small classification data set in ImageNet's layout.
+
+    python tools/crop_objects.py data/coco data/coco_objects --classes 20 --max-objects 100
+
+Writes FOLDER/{train,val}/CATEGORY/IMAGE_OBJECT.jpg and FOLDER/meta/{train,val}.txt, which every
+classification recipe reads with `--data-root FOLDER`. Categories are those with most objects in the
+training images, numbered by name. Crowds and small objects are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import cv2
+from datasets import COCO_SPLITS
+from pycocotools.coco import COCO
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('source', type=Path, help="folder in COCO's layout")
+    parser.add_argument('folder', type=Path, help='new folder')
+    parser.add_argument('--classes', type=int, default=20, help='categories (default: 20)')
+    parser.add_argument('--max-objects', type=int, help='of a category and split (default: all)')
+    parser.add_argument(
+        '--min-side', type=int, default=32, help='pixels of the shorter side (default: 32)'
+    )
+    parser.add_argument('--margin', type=float, default=0.1, help='around, of the size (0.1)')
+    args = parser.parse_args()
+    if args.folder.exists():
+        parser.error(f'{args.folder} exists already')
+    for name in ('classes', 'max_objects', 'min_side'):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f'--{name.replace("_", "-")} must be at least 1')
+    if args.margin < 0:
+        parser.error(f'--margin must be at least 0, got {args.margin}')
+    annotations = {
+        split: args.source / f'annotations/instances_{name}.json'
+        for split, name in COCO_SPLITS.items()
+    }
+    for path in annotations.values():
+        if not path.is_file():
+            parser.error(f'{path} does not exist')
+    cocos = {split: COCO(str(path)) for split, path in annotations.items()}
+    counts = Counter(
+        object_['category_id'] for object_ in large_objects(cocos['train'], args.min_side)
+    )
+    if len(counts) < args.classes:
+        parser.error(
+            f'--classes {args.classes}: {args.source} has objects of {len(counts)} categories'
+        )
+    names = {id_: cocos['train'].cats[id_]['name'] for id_, _ in counts.most_common(args.classes)}
+    for split, coco in cocos.items():
+        lines = crop_split(coco, args.source / COCO_SPLITS[split], args.folder / split, names, args)
+        meta = args.folder / 'meta' / f'{split}.txt'
+        meta.parent.mkdir(parents=True, exist_ok=True)
+        meta.write_text(''.join(f'{line}\n' for line in lines))
+        print(f'{split}: {len(lines)} objects')
+
+
+def large_objects(coco: COCO, min_side: int) -> list[dict]:
+    """Annotations of single objects of at least `min_side` pixels in width and height."""
+    return [
+        annotation
+        for annotation in coco.anns.values()
+        if not annotation['iscrowd'] and min(annotation['bbox'][2:]) >= min_side
+    ]
+
+
+def crop_split(
+    coco: COCO, images: Path, folder: Path, names: dict[int, str], args: argparse.Namespace
+) -> list[str]:
+    """Writes the crops of a split and returns a line for each, 'file label'."""
+    labels = {name: label for label, name in enumerate(sorted(names.values()))}
+    for name in labels:  # empty ones too: labels are counted from the folders
+        (folder / name).mkdir(parents=True)
+    written: Counter[str] = Counter()
+    lines = []
+    for object_ in large_objects(coco, args.min_side):
+        name = names.get(object_['category_id'])
+        if name is None or (args.max_objects and written[name] == args.max_objects):
+            continue
+        file_name = coco.imgs[object_['image_id']]['file_name']
+        image = cv2.imread(str(images / file_name))
+        if image is None:
+            raise SystemExit(f'error: {images / file_name} is missing or no picture')
+        written[name] += 1
+        path = Path(name, f'{Path(file_name).stem}_{object_["id"]}.jpg')
+        cv2.imwrite(str(folder / path), crop(image, object_['bbox'], args.margin))
+        lines.append(f'{path} {labels[name]}')
+    return lines
+
+
+def crop(image, bbox: list[float], margin: float):
+    """The part of an image (H, W, 3) in a box (x, y, width, height) and a margin around it."""
+    x, y, width, height = bbox
+    left, top = (max(0, round(v - margin * size)) for v, size in ((x, width), (y, height)))
+    right, bottom = round(x + width * (1 + margin)), round(y + height * (1 + margin))
+    return image[top:bottom, left:right]
+
+
+if __name__ == '__main__':
+    main()
