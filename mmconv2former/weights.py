@@ -527,4 +527,6 @@ class LoadsPretrained:
         self.init_cfg = init_cfg
         for cfg, pretrained in zip(configs, is_pretrained):
             if pretrained:
-                load_pretrained(self, **{key: cfg[key] for key in cfg if key != 'type'})
+                # `map_location`, which mmengine's takes, has no use: reading is on the CPU.
+                ignored = ('type', 'map_location')
+                load_pretrained(self, **{key: cfg[key] for key in cfg if key not in ignored})

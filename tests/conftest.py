@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from mmengine.runner import CheckpointLoader
+
+from mmconv2former.weights import TRUST_VARIABLE, admit_only_data
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +32,16 @@ def real_samples():
         f'MMCONV2FORMER_SAMPLES={folder} has no coco_sample'
     )
     return Path(folder).resolve()
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """mmengine with our loaders, as the tools set it up, for one test."""
+    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    for variable in (TRUST_VARIABLE, 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'):
+        monkeypatch.setenv(variable, '0')  # so that it is restored
+    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    admit_only_data()
 
 
 def run_tool(name, *args, succeeds=True):

@@ -14,14 +14,13 @@ import pytest
 import torch
 from checkpoints import HOSTILE, in_mmpretrain, published_state_dict, write_call
 from conftest import ROOT
-from mmengine.runner import CheckpointLoader, load_checkpoint
+from mmengine.runner import load_checkpoint
 from safetensors.torch import load_file, save_file
-from test_weights import Head
 from torch import nn
 
 from mmconv2former import Conv2Former
 from mmconv2former.backbone import ARCHS, Arch
-from mmconv2former.weights import TRUST_VARIABLE
+from mmconv2former.cls_head import Conv2FormerClsHead
 
 NARROW = Arch((8, 12, 16, 20), (1, 2, 2, 1), 7)
 STATE = published_state_dict(NARROW)
@@ -30,12 +29,9 @@ BACKBONE = {name for name in STATE if name.startswith(('stages', 'downsample_lay
 
 
 @pytest.fixture
-def convert(monkeypatch, capsys, tmp_path):
+def convert(guarded, monkeypatch, capsys, tmp_path):
     """Runs the tool here; gives what it printed, or its error."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
-    for variable in ('TORCH_FORCE_WEIGHTS_ONLY_LOAD', TRUST_VARIABLE):
-        monkeypatch.setenv(variable, '0')  # so that it is restored
 
     def run(*arguments):
         monkeypatch.setattr(sys, 'argv', ['convert_weights.py', *map(str, arguments)])
@@ -129,7 +125,7 @@ class Classifier(nn.Module):
         self.backbone = Conv2Former(
             dict(channels=NARROW.channels, depths=NARROW.depths), kernel_size=7, out_norm=False
         )
-        self.head = Head(20, 10)
+        self.head = Conv2FormerClsHead(20, 10)
 
 
 @pytest.mark.parametrize('save', [save_timm, save_ema_hook])
@@ -143,6 +139,22 @@ def test_whole_classifier_loads_without_a_missing_key(save, convert):
     load_checkpoint(classifier, path, strict=True)
     expected = in_mmpretrain(AVERAGE if save is save_ema_hook else STATE)
     assert classifier.state_dict().keys() == expected.keys()
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize('form', ['timm', 'plain', 'model', 'module'])
+def test_classifier_takes_an_official_file_as_it_is(form, guarded, tmp_path):
+    """Through mmengine's `load_from`, as the tools set it up."""
+    path = str(tmp_path / 'file.pth')
+    if form == 'timm':
+        save_timm(path)
+    else:
+        state = {('module.' if form == 'module' else '') + name: STATE[name] for name in STATE}
+        torch.save(dict(model=state) if form == 'model' else state, path)
+    classifier = Classifier()
+    load_checkpoint(classifier, path, strict=True)
+    expected = in_mmpretrain(STATE)
     for name, value in classifier.state_dict().items():
         assert torch.equal(value, expected[name]), name
 

@@ -26,15 +26,14 @@ from mmengine.runner import CheckpointLoader
 from safetensors.torch import save_file
 from test_backbone import SMALL_ARCHS, randomized
 from test_tools import SEGMENTATION, quick_segmentation
-from torch import nn
 
-from mmconv2former import Conv2Former
+from mmconv2former import Conv2Former, Conv2FormerIsotropic
 from mmconv2former.backbone import ARCHS, Arch
+from mmconv2former.cls_head import Conv2FormerClsHead
 from mmconv2former.weights import (
     SAFE_GLOBALS,
     TRUST_VARIABLE,
     CheckpointError,
-    admit_only_data,
     load_pretrained,
     read_checkpoint,
     read_state_dict,
@@ -278,23 +277,31 @@ def test_padded_kernels_give_the_same_output(case, tmp_path):
     assert model.stages[0][0].attn.att[2].weight.shape[-1] == (new if new == 11 else new[0])
 
 
+def test_padded_kernels_of_the_isotropic_network(tmp_path):
+    arch = dict(channels=16, depth=3)
+    source = randomized(Conv2FormerIsotropic(arch, kernel_size=5)).double().eval()
+    torch.save(dict(state_dict=source.state_dict()), tmp_path / 'file.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'), adapt_kernel=True)
+    model = Conv2FormerIsotropic(arch, kernel_size=9, init_cfg=init_cfg).double().eval()
+    model.init_weights()
+    x = torch.randn(2, 3, 96, 80).double()
+    torch.testing.assert_close(model(x), source(x), rtol=1e-11, atol=1e-11)
+
+
+def test_unknown_keys_of_init_cfg_are_refused(tmp_path):
+    torch.save(small().state_dict(), tmp_path / 'file.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'))
+    small(init_cfg=init_cfg | dict(map_location='cpu')).init_weights()
+    with pytest.raises(TypeError, match='adapt_kernels'):
+        small(init_cfg=init_cfg | dict(adapt_kernels=True)).init_weights()
+
+
 def test_kernels_are_neither_cut_nor_padded_unasked(tmp_path):
     torch.save(small(kernel_size=7).state_dict(), tmp_path / 'file.pth')
     with pytest.raises(CheckpointError, match=r'can only grow.* 7x7 in the file, 5x5 in the model'):
         load_pretrained(small(), str(tmp_path / 'file.pth'), adapt_kernel=True)
     with pytest.raises(CheckpointError, match=r'adapt_kernel=True'):
         load_pretrained(small(kernel_size=9), str(tmp_path / 'file.pth'))
-
-
-class Head(nn.Module):
-    """The published head's parameters, as a module that initialises itself from a file."""
-
-    def __init__(self, in_channels, num_classes):
-        super().__init__()
-        self.head = nn.Sequential(
-            nn.Conv2d(in_channels, 1280, 1), nn.GELU(), nn.LayerNorm(1280, eps=1e-6)
-        )
-        self.pred = nn.Linear(1280, num_classes)
 
 
 NARROW = Arch((8, 12, 16, 20), (1, 2, 2, 1), 5)
@@ -308,16 +315,23 @@ def test_head_and_backbone_take_the_same_file(form, tmp_path):
         save_file(state, path)
     else:
         torch.save(dict(state_dict=in_mmpretrain(state) if form == 'mmpretrain' else state), path)
-    head, backbone = Head(20, 10), small()
-    load_pretrained(head, path)
-    load_pretrained(backbone, path)
+    init_cfg = dict(type='Pretrained', checkpoint=path)
+    head, backbone = Conv2FormerClsHead(20, 10, init_cfg=init_cfg), small(init_cfg=init_cfg)
+    head.init_weights()
+    backbone.init_weights()
     loaded = head.state_dict() | backbone.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 HEADS_REFUSED = {
-    'other classes': (lambda: Head(20, 1000), 'num_classes is 10 in the file, 1000 in the model'),
-    'other width': (lambda: Head(24, 10), r'head.0.weight is \(1280, 20, 1, 1\) in the file'),
+    'other classes': (
+        lambda: Conv2FormerClsHead(20, 1000),
+        'num_classes is 10 in the file, 1000 in the model',
+    ),
+    'other width': (
+        lambda: Conv2FormerClsHead(24, 10),
+        r'head.0.weight is \(1280, 20, 1, 1\) in the file',
+    ),
 }
 
 
@@ -332,22 +346,12 @@ def test_head_that_does_not_fit(case, tmp_path):
 def test_head_needs_a_head_in_the_file(tmp_path):
     torch.save(small().state_dict(), tmp_path / 'file.pth')
     with pytest.raises(CheckpointError, match=r"6 of 6 names missing, such as \['head.0.weight'"):
-        load_pretrained(Head(20, 10), str(tmp_path / 'file.pth'))
-
-
-@pytest.fixture
-def guarded(monkeypatch):
-    """mmengine with our loaders, for one test."""
-    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
-    monkeypatch.setenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '0')  # so that it is restored
-    monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
-    monkeypatch.delenv(TRUST_VARIABLE, raising=False)
-    admit_only_data()
+        load_pretrained(Conv2FormerClsHead(20, 10), str(tmp_path / 'file.pth'))
 
 
 READERS = {
     'init_cfg': lambda path: load_pretrained(small(), path),
-    'head': lambda path: load_pretrained(Head(20, 10), path),
+    'head': lambda path: load_pretrained(Conv2FormerClsHead(20, 10), path),
     'state dict': read_state_dict,
     'mmengine': CheckpointLoader.load_checkpoint,
     'torch': torch.load,
