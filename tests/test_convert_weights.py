@@ -298,7 +298,8 @@ def test_other_suffixes_are_refused(convert):
     assert 'must end with .pth or .safetensors, got out.bin' in convert('file.pth', 'out.bin')
 
 
-def test_trusted_file_is_run_with_a_warning(convert):
+def test_trusted_file_is_run_with_a_warning(convert, monkeypatch):
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD')  # torch's own, which nothing overrides
     write_call('file.pth', 'trace', dict(state_dict=STATE))
     assert 'WARNING: --trust-checkpoints' in convert(
         'file.pth', 'out/file.pth', '--trust-checkpoints'

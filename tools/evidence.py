@@ -40,6 +40,8 @@ from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
+from mmconv2former.weights import read_checkpoint
+
 FROM_RANDOM_WEIGHTS = ['model.backbone.init_cfg=None']
 
 # ------------------------------------------------------------- two iterations, input made smaller
@@ -313,7 +315,7 @@ def train_and_evaluate(config: Path, data: Path, folder: str, overrides: list[st
     (scalars,) = work_dir.glob('*/vis_data/scalars.json')
     losses = [record['loss'] for record in map(json.loads, scalars.open()) if 'loss' in record]
     return {
-        'iterations': torch.load(checkpoint, weights_only=False)['meta']['iter'],
+        'iterations': read_checkpoint(str(checkpoint))['meta']['iter'],
         'first_loss': round(losses[0], 4),
         'last_loss': round(losses[-1], 4),
         'metrics': {key: found[key] for key in METRICS if key in found},
