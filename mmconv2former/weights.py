@@ -234,8 +234,10 @@ def load_from_checked_file(checkpoint: str, map_location: Any = None) -> dict:
         )
     content = dict(content)  # plain ones: an OrderedDict in a pickle may come with its own `get`
     weights = content.get('state_dict', content.get('model', content))
-    if isinstance(weights, Mapping) and FIRST_KERNEL in (weights := without_module(weights)):
-        content['state_dict'] = in_whole_model(weights)
+    if isinstance(weights, Mapping) and FIRST_KERNEL in (plain := without_module(weights)):
+        content['state_dict'] = in_whole_model(plain)
+    elif 'state_dict' not in content:
+        content = dict(content, state_dict=weights)  # some hooks of mmengine look nowhere else
     if trusts_checkpoints() or 'meta' not in content:
         return content
     if not isinstance(content['meta'], dict):

@@ -159,6 +159,16 @@ def test_classifier_takes_an_official_file_as_it_is(form, guarded, tmp_path):
         assert torch.equal(value, expected[name]), name
 
 
+def test_classifier_as_safetensors(convert):
+    save_timm('source.pth')
+    convert('source.pth', 'out/narrow.safetensors', '--classifier')
+    path, tensors = written('.safetensors')
+    assert CheckpointLoader.load_checkpoint(path)['state_dict'].keys() == tensors.keys()
+    classifier = Classifier()
+    load_checkpoint(classifier, path, strict=True)
+    assert torch.equal(classifier.head.pred.weight, STATE['pred.weight'])
+
+
 @pytest.mark.parametrize('name', ['nano', 'tiny', 'small', 'base'])
 def test_archs_are_recognised(name, convert):
     torch.save(published_state_dict(ARCHS[name], num_classes=1000), 'source.pth')
