@@ -50,12 +50,14 @@ def published_names(arch, num_classes=10):
     return names
 
 
-def published_state_dict(arch, prefix='', num_classes=10, seed=0):
+def published_state_dict(arch, prefix='', num_classes=10, seed=0, constant=False):
+    """Random values; with `constant` one for each tensor, which makes a file of any size small."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in published_names(arch, num_classes).items():
         is_count = name.endswith('num_batches_tracked')
-        value = torch.rand(shape, generator=generator) * 0.1 + 0.01
+        size = [1] * len(shape) if constant else shape
+        value = (torch.rand(size, generator=generator) * 0.1 + 0.01).expand(shape)
         state[prefix + name] = torch.tensor(7) if is_count else value
     return state
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from checkpoints import HOSTILE, in_mmpretrain, published_state_dict, write_call
 from conftest import ROOT
-from mmengine.runner import load_checkpoint
+from mmengine.runner import CheckpointLoader, load_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -169,7 +169,7 @@ def test_classifier_as_safetensors(convert):
     assert torch.equal(classifier.head.pred.weight, STATE['pred.weight'])
 
 
-@pytest.mark.parametrize('name', ['nano', 'tiny', 'small', 'base'])
+@pytest.mark.parametrize('name', ['nano', 'small'])
 def test_archs_are_recognised(name, convert):
     torch.save(published_state_dict(ARCHS[name], num_classes=1000), 'source.pth')
     output = convert('source.pth', 'out/file.pth', '--arch', name[0], '--classifier')
@@ -178,7 +178,7 @@ def test_archs_are_recognised(name, convert):
     assert f'depths {arch.depths}, mlp_ratio 4, 1000 classes' in output
     path, _ = written()
     assert torch.load(path, weights_only=True)['meta']['num_classes'] == 1000
-    os.unlink(path)  # up to 360 MB
+    os.unlink(path)  # 200 MB
     os.unlink('source.pth')
 
 

@@ -47,7 +47,7 @@ def small(**kwargs):
 
 @pytest.mark.parametrize('name', ARCHS)
 def test_published_checkpoint_loads_whole(name, tmp_path):
-    state = published_state_dict(ARCHS[name], 'module.')
+    state = published_state_dict(ARCHS[name], 'module.', constant=name in ('base', 'large'))
     path = tmp_path / f'conv2former_{name[0]}.pth.tar'
     arguments = argparse.Namespace(model=f'conv2former_{name}', lr=1e-3, opt_betas=None)
     content = dict(epoch=299, arch=name, state_dict=state, args=arguments, optimizer={'state': {}})
@@ -55,7 +55,6 @@ def test_published_checkpoint_loads_whole(name, tmp_path):
     with torch.device('meta'):  # for its time: initial weights of L take longer than all the rest
         model = Conv2Former(name, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
     model.to_empty(device='cpu').init_weights()
-    path.unlink()  # up to 800 MB
     loaded = model.state_dict()
     for key in [key for key in loaded if not re.match(r'norm\d', key)]:
         assert torch.equal(loaded[key], state[f'module.{key}']), key
