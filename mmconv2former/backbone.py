@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .deploy import DeployedBlock, deployed_downsample, deployed_stem
-from .depthwise import DepthwiseConv, is_captured, to_channels_first, to_channels_last
+from .depthwise import DepthwiseConv
 from .fusion import FUSIONS
+from .layout import is_captured, to_channels_first, to_channels_last
 from .lean import FeedForwardFunction, ModulationFunction, autocast_dtype, scaled
+from .product import product
 from .registry import MODELS, register
 from .weights import load_pretrained
 
@@ -112,7 +113,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return product(x, self.weight.flatten(1), self.bias)
 
 
 class Modulation(nn.Module):
@@ -140,7 +141,7 @@ class Modulation(nn.Module):
         proj = parameters_of(self.proj)
         if recompute == 'nothing' or not self.is_stock:
             y = self.norm(x)
-            out = F.linear(FUSIONS[self.fusion](self.att(y), self.v(y)), *scaled(proj, folded))
+            out = product(FUSIONS[self.fusion](self.att(y), self.v(y)), *scaled(proj, folded))
         else:
             layers = parameters_of(self.norm, self.att[0], self.att[2], self.v)
             out = ModulationFunction.apply(x, self.norm.eps, folded, *layers, *proj)
@@ -168,7 +169,7 @@ class FeedForward(nn.Module):
         fc2 = parameters_of(self.fc2)
         if recompute == 'nothing':
             hidden = self.act(self.fc1(self.norm(x)))  # (N, H, W, mlp_ratio * C)
-            out = F.linear(hidden + self.act(self.pos(hidden)), *scaled(fc2, folded))
+            out = product(hidden + self.act(self.pos(hidden)), *scaled(fc2, folded))
         else:
             keep_hidden = recompute == 'elementwise'
             layers = parameters_of(self.norm, self.fc1, self.pos)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fusion import FUSIONS
+from .product import product
 
 
 def fold_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,19 +49,19 @@ class DeployedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
-        gate, value = F.linear(y, self.gate_and_value_weight, self.gate_and_value_bias).chunk(2, -1)
+        gate, value = product(y, self.gate_and_value_weight, self.gate_and_value_bias).chunk(2, -1)
         # GELU makes of the half a tensor of its own.
         y = FUSIONS[self.fusion](self.depthwise(F.gelu(gate)), value)
-        x = x + F.linear(y, self.proj_weight, self.proj_bias)
+        x = x + product(y, self.proj_weight, self.proj_bias)
         y = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
-        y = F.gelu(F.linear(y, self.fc1_weight, self.fc1_bias))
+        y = F.gelu(product(y, self.fc1_weight, self.fc1_bias))
         y = y + F.gelu(self.pos(y))
-        return x + F.linear(y, self.fc2_weight, self.fc2_bias)
+        return x + product(y, self.fc2_weight, self.fc2_bias)
 
 
-def scaled(product: nn.Module, scale: Tensor) -> tuple[Tensor, Tensor]:
+def scaled(layer: nn.Module, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (C_out, C_in) and bias of a product with the layer scale in them."""
-    return scale[:, None] * product.weight.flatten(1), scale * product.bias
+    return scale[:, None] * layer.weight.flatten(1), scale * layer.bias
 
 
 def deployed_downsample(downsample: nn.Sequential) -> nn.Sequential:
