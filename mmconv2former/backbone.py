@@ -401,8 +401,9 @@ class Conv2Former(Conv2FormerBase):
         with_cp: Whether each block is recomputed in the backward pass (activation checkpointing),
             for less memory at the price of time.
         recompute: What is computed anew in the backward pass rather than kept from the forward
-            pass: 'nothing' (stock autograd), 'elementwise' (LayerNorm, GELU, Hadamard product) or
-            'expansion' (these and the feed-forward's first product: least memory). With another
+            pass: 'nothing' (stock autograd: most memory, on a CPU fastest), 'elementwise'
+            (LayerNorm, GELU, Hadamard product) or 'expansion' (these and the feed-forward's first
+            product: least memory). With another
             `fusion` or `depthwise_conv` than the defaults it is of the feed-forward only.
         depthwise_conv: Type name of the modulation's depthwise convolution in the registry; see
             `mmconv2former.depthwise.DepthwiseConv`. Another than that is called as it is.
@@ -440,7 +441,7 @@ class Conv2Former(Conv2FormerBase):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
-        recompute: str = 'nothing',
+        recompute: str = 'elementwise',
         depthwise_conv: str = 'DepthwiseConv',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:

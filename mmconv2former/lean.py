@@ -88,7 +88,7 @@ class ModulationFunction(torch.autograd.Function):
             grad, *grads_depthwise = depthwise_conv_backward(
                 grad.mul_(value), F.gelu(gate).contiguous(), depthwise[0]
             )
-            torch.ops.aten.gelu_backward.grad_input(grad, gate, grad_input=grad_gate)
+            gelu_backward(grad, gate, out=grad_gate)
             y, mean, rstd = normalize(x, parameters[:2], ctx.eps)
             grads_first, grad = product_backward(grad_pair, y.to(dtype), gate_and_value[0])
             grad_x, *grads_norm = normalize_backward(grad, x, mean, rstd, parameters[:2])
@@ -149,13 +149,13 @@ class FeedForwardFunction(torch.autograd.Function):
             if hidden is None:
                 hidden = product(y, *fc1)
             active = F.gelu(hidden)
-            grads_fc2, grad = product_backward(grad.to(dtype), F.gelu(mixed).add_(active), fc2[0])
-            grad_active, *grads_pos = depthwise_conv_backward(
-                torch.ops.aten.gelu_backward(grad, mixed), active, pos[0]
-            )
+            total = F.gelu(mixed).add_(active)
+            grads_fc2, grad = product_backward(grad.to(dtype), total, fc2[0])
+            grad_mixed = gelu_backward(grad, mixed, out=total)
+            grad_active, *grads_pos = depthwise_conv_backward(grad_mixed, active, pos[0])
             del active
-            grad = torch.ops.aten.gelu_backward(grad_active.add_(grad), hidden)
-            del grad_active, hidden
+            grad = gelu_backward(grad_active.add_(grad), hidden, out=grad)
+            del total, grad_mixed, grad_active, hidden
             grads_fc1, grad = product_backward(grad, y, fc1[0])
             grad_x, *grads_norm = normalize_backward(grad, x, mean, rstd, parameters[:2])
             grads_fc2, grad_scale = scaled_backward(grads_fc2, in_pairs(parameters)[-1], scale)
@@ -199,6 +199,11 @@ def scaled_backward(grads: Pair, pair: Pair, scale: Tensor | None) -> tuple[Pair
     grad_weight = grad_weight.to(weight.dtype)
     grad_scale = (grad_weight * weight).sum(1).addcmul_(grad_bias, bias)
     return (grad_weight.mul_(scale[:, None]), grad_bias * scale), grad_scale
+
+
+def gelu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Gradient of GELU for x, in memory that is no longer needed: new memory is dear."""
+    return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=out)
 
 
 def normalize(x: Tensor, norm: Pair, eps: float) -> tuple[Tensor, Tensor, Tensor]:
