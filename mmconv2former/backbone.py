@@ -19,16 +19,17 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .deploy import DeployedBlock, deployed_downsample, deployed_stem
-from .depthwise import DepthwiseConv, is_captured, to_channels_first, to_channels_last
+from .depthwise import DepthwiseConv
 from .fusion import FUSIONS
+from .layout import is_captured, to_channels_first, to_channels_last
 from .lean import FeedForwardFunction, ModulationFunction, autocast_dtype, scaled
+from .product import product
 from .registry import MODELS, register
 from .weights import LoadsPretrained
 
@@ -112,7 +113,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return product(x, self.weight.flatten(1), self.bias)
 
 
 class Modulation(nn.Module):
@@ -140,7 +141,7 @@ class Modulation(nn.Module):
         proj = parameters_of(self.proj)
         if recompute == 'nothing' or not self.is_stock:
             y = self.norm(x)
-            out = F.linear(FUSIONS[self.fusion](self.att(y), self.v(y)), *scaled(proj, folded))
+            out = product(FUSIONS[self.fusion](self.att(y), self.v(y)), *scaled(proj, folded))
         else:
             layers = parameters_of(self.norm, self.att[0], self.att[2], self.v)
             out = ModulationFunction.apply(x, self.norm.eps, folded, *layers, *proj)
@@ -168,7 +169,7 @@ class FeedForward(nn.Module):
         fc2 = parameters_of(self.fc2)
         if recompute == 'nothing':
             hidden = self.act(self.fc1(self.norm(x)))  # (N, H, W, mlp_ratio * C)
-            out = F.linear(hidden + self.act(self.pos(hidden)), *scaled(fc2, folded))
+            out = product(hidden + self.act(self.pos(hidden)), *scaled(fc2, folded))
         else:
             keep_hidden = recompute == 'elementwise'
             layers = parameters_of(self.norm, self.fc1, self.pos)
@@ -381,8 +382,9 @@ class Conv2Former(Conv2FormerBase):
         with_cp: Whether each block is recomputed in the backward pass (activation checkpointing),
             for less memory at the price of time.
         recompute: What is computed anew in the backward pass rather than kept from the forward
-            pass: 'nothing' (stock autograd), 'elementwise' (LayerNorm, GELU, Hadamard product) or
-            'expansion' (these and the feed-forward's first product: least memory). With another
+            pass: 'nothing' (stock autograd: most memory, on a CPU fastest), 'elementwise'
+            (LayerNorm, GELU, Hadamard product) or 'expansion' (these and the feed-forward's first
+            product: least memory). With another
             `fusion` or `depthwise_conv` than the defaults it is of the feed-forward only.
         depthwise_conv: Type name of the modulation's depthwise convolution in the registry; see
             `mmconv2former.depthwise.DepthwiseConv`. Another than that is called as it is.
@@ -420,7 +422,7 @@ class Conv2Former(Conv2FormerBase):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
-        recompute: str = 'nothing',
+        recompute: str = 'elementwise',
         depthwise_conv: str = 'DepthwiseConv',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fused import conv, conv_gelu, conv_plus, conv_times, is_fusible
 from .fusion import FUSIONS
 
 
@@ -24,7 +25,8 @@ class DeployedBlock(nn.Module):
     """A `Block` for inference, (N, H, W, C) in and out.
 
     The LayerNorms' scale and shift are in the products behind them, the layer scales in those
-    before the residuals; the two products of the modulation's input are one of twice the width.
+    before the residuals; on a CPU, GELU, Hadamard product and residuals are in the operators
+    before them (`mmconv2former.fused`).
     """
 
     def __init__(self, block: nn.Module) -> None:
@@ -32,15 +34,14 @@ class DeployedBlock(nn.Module):
         attn, mlp = block.attn, block.mlp
         self.eps = attn.norm.eps
         with torch.no_grad():
-            weight = torch.cat([attn.att[0].weight, attn.v.weight]).flatten(1)
-            bias = torch.cat([attn.att[0].bias, attn.v.bias])
-            self._keep('gate_and_value', *fold_norm(attn.norm, weight, bias))
+            self._keep('gate', *fold_norm(attn.norm, *matrix(attn.att[0])))
+            self._keep('value', *fold_norm(attn.norm, *matrix(attn.v)))
             self._keep('proj', *scaled(attn.proj, block.layer_scale_1))
-            self._keep('fc1', *fold_norm(mlp.norm, mlp.fc1.weight.flatten(1), mlp.fc1.bias))
+            self._keep('fc1', *fold_norm(mlp.norm, *matrix(mlp.fc1)))
             self._keep('fc2', *scaled(mlp.fc2, block.layer_scale_2))
         self.depthwise = attn.att[2]
-        self.fusion = attn.fusion
         self.pos = mlp.pos
+        self.fusion = attn.fusion
 
     def _keep(self, name: str, weight: Tensor, bias: Tensor) -> None:
         self.register_buffer(f'{name}_weight', weight.contiguous())
@@ -48,19 +49,32 @@ class DeployedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
-        gate, value = F.linear(y, self.gate_and_value_weight, self.gate_and_value_bias).chunk(2, -1)
-        # GELU makes of the half a tensor of its own.
-        y = FUSIONS[self.fusion](self.depthwise(F.gelu(gate)), value)
-        x = x + F.linear(y, self.proj_weight, self.proj_bias)
+        mixed = self.depthwise(conv_gelu(y, self.gate_weight, self.gate_bias))
+        if self.fusion == 'hadamard':
+            y = conv_times(y, self.value_weight, self.value_bias, mixed)
+        else:
+            y = FUSIONS[self.fusion](mixed, conv(y, self.value_weight, self.value_bias))
+        x = conv_plus(y, self.proj_weight, self.proj_bias, x)
         y = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
-        y = F.gelu(F.linear(y, self.fc1_weight, self.fc1_bias))
-        y = y + F.gelu(self.pos(y))
-        return x + F.linear(y, self.fc2_weight, self.fc2_bias)
+        y = conv_gelu(y, self.fc1_weight, self.fc1_bias)
+        y = add(conv_gelu(y, self.pos.weight, self.pos.bias), y)
+        return conv_plus(y, self.fc2_weight, self.fc2_bias, x)
 
 
-def scaled(product: nn.Module, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (C_out, C_in) and bias of a product with the layer scale in them."""
-    return scale[:, None] * product.weight.flatten(1), scale * product.bias
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """Sum, in the place of `x` where that may be: new memory costs as much as the arithmetic."""
+    return x.add_(y) if is_fusible(x) else x + y
+
+
+def matrix(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weight (C_out, C_in) and bias of a 1x1 convolution."""
+    return layer.weight.flatten(1), layer.bias
+
+
+def scaled(layer: nn.Module, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (C_out, C_in) and bias of a 1x1 convolution with the layer scale in them."""
+    weight, bias = matrix(layer)
+    return scale[:, None] * weight, scale * bias
 
 
 def deployed_downsample(downsample: nn.Sequential) -> nn.Sequential:

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .layout import is_captured, is_cpu_float32, to_channels_first, to_channels_last
 from .registry import MODELS
 
 ROWS_PER_BLOCK = 16  # of the gradient in one product: few waste less, many need fewer products
+CACHE_BYTES = 2**22  # of the input at once, for which the products stay in a core's cache
 
 # How the weight gradient is computed: 'auto' as `has_fast_weight_gradient` says, 'stock' never by
 # matrix products, 'products' always by them.
@@ -40,16 +42,6 @@ class DepthwiseConv(nn.Conv2d):
         if torch.is_grad_enabled() and has_fast_weight_gradient(to_channels_first(x), self.weight):
             return DepthwiseConvFunction.apply(x, self.weight, self.bias)
         return depthwise_conv(x, self.weight, self.bias)
-
-
-def to_channels_first(x: Tensor) -> Tensor:
-    """(N, H, W, C) -> (N, C, H, W), a view; of a contiguous tensor it is `torch.channels_last`."""
-    return x.permute(0, 3, 1, 2)
-
-
-def to_channels_last(x: Tensor) -> Tensor:
-    """(N, C, H, W) -> contiguous (N, H, W, C), a view if `x` is `torch.channels_last`."""
-    return x.permute(0, 2, 3, 1).contiguous()
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -83,10 +75,12 @@ def depthwise_conv_backward(
     padding = weight.shape[-1] // 2
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
         grad, x, weight, [weight.shape[0]], [1, 1], [padding, padding], [1, 1], False, [0, 0],
-        weight.shape[0], [needs_x, needs_weight and not is_fast, needs_bias],
+        weight.shape[0], [needs_x, needs_weight and not is_fast, needs_bias and not is_fast],
     )  # fmt: skip
     if is_fast:
         grad_weight = weight_gradient(x, grad, weight.shape[-1])
+        # oneDNN would compute the weight gradient to give that of the bias.
+        grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
     return to_channels_last(grad_x) if needs_x else None, grad_weight, grad_bias
 
 
@@ -104,19 +98,14 @@ def has_fast_weight_gradient(x: Tensor, weight: Tensor) -> bool:
         return False
     if weight_gradient_method == 'products':
         return True
-    is_measured = x.device.type == 'cpu' and x.dtype == torch.float32 and not is_cpu_autocast()
-    return is_measured and weight.shape[-1] >= 9 and x.shape[2] * x.shape[3] <= x.shape[1]
-
-
-def is_captured() -> bool:
-    """Whether a graph is being made of what runs: there only stock operators belong."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
-
-
-def is_cpu_autocast() -> bool:
-    if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4
-        return torch.is_autocast_enabled('cpu')
-    return torch.is_autocast_cpu_enabled()
+    if not is_cpu_float32(x):
+        return False
+    kernel_size, channels, positions = weight.shape[-1], x.shape[1], x.shape[2] * x.shape[3]
+    if kernel_size >= 13:
+        return positions >= 512
+    if kernel_size >= 9:
+        return positions >= 1024 or channels >= 512
+    return kernel_size >= 5 and positions >= 2048
 
 
 class DepthwiseConvFunction(torch.autograd.Function):
@@ -148,24 +137,40 @@ def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int) -> Tensor:
     batch, channels, height, width = x.shape
     rows = min(ROWS_PER_BLOCK, height)
     blocks = -(-height // rows)
+    padded_rows = rows + 2 * (kernel_size // 2)
+    bytes_per_channel = blocks * padded_rows * (width + kernel_size) * x.element_size()
+    channels_at_once = max(1, CACHE_BYTES // bytes_per_channel)
+    result = x.new_zeros(channels, kernel_size, kernel_size)
+    for image in range(batch):
+        for start in range(0, channels, channels_at_once):
+            part = slice(start, start + channels_at_once)
+            result[part] += weight_gradient_of_part(
+                x[image, part].contiguous(), grad[image, part].contiguous(), kernel_size, rows
+            )
+    return result.unsqueeze(1)
+
+
+def weight_gradient_of_part(x: Tensor, grad: Tensor, kernel_size: int, rows: int) -> Tensor:
+    """`weight_gradient` of some channels of one image, (C, H, W) -> (C, K, K)."""
+    channels, height, width = x.shape
+    blocks = -(-height // rows)
     missing_rows = blocks * rows - height
     pad = kernel_size // 2
     padded_rows = rows + 2 * pad
-    matrices = batch * channels * blocks
 
-    x = F.pad(x.contiguous(), (pad, pad, pad, pad + missing_rows))
-    x = x.unfold(2, padded_rows, rows).transpose(3, 4)  # (N, C, blocks, padded_rows, padded W)
-    x = x.reshape(matrices, padded_rows, width + 2 * pad)
-    grad = F.pad(grad.contiguous(), (0, 0, 0, missing_rows))
-    grad = grad.view(matrices, rows, width).transpose(1, 2)
-    products = x.new_empty(kernel_size, matrices, padded_rows, rows)
+    x = F.pad(x, (pad, pad, pad, pad + missing_rows))
+    x = x.unfold(1, padded_rows, rows).transpose(2, 3)  # (C, blocks, padded_rows, padded W)
+    x = x.reshape(channels * blocks, padded_rows, width + 2 * pad)
+    grad = F.pad(grad, (0, 0, 0, missing_rows))
+    grad = grad.view(channels * blocks, rows, width).transpose(1, 2)
+    products = x.new_empty(kernel_size, channels * blocks, padded_rows, rows)
     for column, product in enumerate(products):
         torch.bmm(x[..., column : column + width], grad, out=product)
-    products = products.view(kernel_size, batch, channels, blocks, padded_rows, rows)
-    # [j, n, c, b, i + r, r] for all rows r: a step along r is one row down and one column right
+    products = products.view(kernel_size, channels, blocks, padded_rows, rows)
+    # [j, c, b, i + r, r] for all rows r: a step along r is one row down and one column right
     *outer, row_stride, column_stride = products.stride()
     diagonals = products.as_strided(
-        (kernel_size, batch, channels, blocks, kernel_size, rows),
+        (kernel_size, channels, blocks, kernel_size, rows),
         (*outer, row_stride, row_stride + column_stride),
     )
-    return diagonals.sum((1, 3, 5)).permute(1, 2, 0).unsqueeze(1)
+    return diagonals.sum((2, 4)).permute(1, 2, 0)

@@ -122,7 +122,7 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         with_cp: bool = False,
-        recompute: str = 'nothing',
+        recompute: str = 'elementwise',
         depthwise_conv: str = 'DepthwiseConv',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .depthwise import depthwise_conv, depthwise_conv_backward
+from .product import product, product_backward
 
 Pair = tuple[Tensor, Tensor]  # weight and bias of a layer, or their gradients
 
@@ -51,10 +52,10 @@ class ModulationFunction(torch.autograd.Function):
             prepared = ModulationFunction.prepare(scale, parameters, dtype)
             gate_and_value, depthwise, proj = in_pairs(prepared)
             y = normalize(x, parameters[:2], eps)[0].to(dtype)
-            pair = F.linear(y, *gate_and_value)  # (N, H, W, 2 C)
+            pair = product(y, *gate_and_value)  # (N, H, W, 2 C)
             gate, value = pair.chunk(2, -1)
             mixed = depthwise_conv(F.gelu(gate).contiguous(), *depthwise)
-            out = F.linear(mixed * value, *proj)
+            out = product(mixed * value, *proj)
         is_cast = dtype != parameters[2].dtype
         ctx.save_for_backward(x, pair, mixed, scale, *parameters, *(prepared if is_cast else ()))
         ctx.eps = eps
@@ -87,7 +88,7 @@ class ModulationFunction(torch.autograd.Function):
             grad, *grads_depthwise = depthwise_conv_backward(
                 grad.mul_(value), F.gelu(gate).contiguous(), depthwise[0]
             )
-            torch.ops.aten.gelu_backward.grad_input(grad, gate, grad_input=grad_gate)
+            gelu_backward(grad, gate, out=grad_gate)
             y, mean, rstd = normalize(x, parameters[:2], ctx.eps)
             grads_first, grad = product_backward(grad_pair, y.to(dtype), gate_and_value[0])
             grad_x, *grads_norm = normalize_backward(grad, x, mean, rstd, parameters[:2])
@@ -113,10 +114,10 @@ class FeedForwardFunction(torch.autograd.Function):
         with without_autocast(x):
             prepared = FeedForwardFunction.prepare(scale, parameters, dtype)
             fc1, pos, fc2 = in_pairs(prepared)
-            hidden = F.linear(normalize(x, parameters[:2], eps)[0].to(dtype), *fc1)
+            hidden = product(normalize(x, parameters[:2], eps)[0].to(dtype), *fc1)
             active = F.gelu(hidden)
             mixed = depthwise_conv(active, *pos)
-            out = F.linear(active.add_(F.gelu(mixed)), *fc2)
+            out = product(active.add_(F.gelu(mixed)), *fc2)
         is_cast = dtype != parameters[2].dtype
         ctx.save_for_backward(
             x, mixed, hidden if keep_hidden else None, scale, *parameters,
@@ -146,15 +147,15 @@ class FeedForwardFunction(torch.autograd.Function):
             y, mean, rstd = normalize(x, parameters[:2], ctx.eps)
             y = y.to(dtype)
             if hidden is None:
-                hidden = F.linear(y, *fc1)
+                hidden = product(y, *fc1)
             active = F.gelu(hidden)
-            grads_fc2, grad = product_backward(grad.to(dtype), F.gelu(mixed).add_(active), fc2[0])
-            grad_active, *grads_pos = depthwise_conv_backward(
-                torch.ops.aten.gelu_backward(grad, mixed), active, pos[0]
-            )
+            total = F.gelu(mixed).add_(active)
+            grads_fc2, grad = product_backward(grad.to(dtype), total, fc2[0])
+            grad_mixed = gelu_backward(grad, mixed, out=total)
+            grad_active, *grads_pos = depthwise_conv_backward(grad_mixed, active, pos[0])
             del active
-            grad = torch.ops.aten.gelu_backward(grad_active.add_(grad), hidden)
-            del grad_active, hidden
+            grad = gelu_backward(grad_active.add_(grad), hidden, out=grad)
+            del total, grad_mixed, grad_active, hidden
             grads_fc1, grad = product_backward(grad, y, fc1[0])
             grad_x, *grads_norm = normalize_backward(grad, x, mean, rstd, parameters[:2])
             grads_fc2, grad_scale = scaled_backward(grads_fc2, in_pairs(parameters)[-1], scale)
@@ -181,23 +182,28 @@ def as_parameters(grads: tuple[Tensor, ...], parameters: tuple[Tensor, ...]) -> 
     return tuple(grad.to(parameter.dtype) for grad, parameter in zip(grads, parameters))
 
 
-def scaled(product: Pair, scale: Tensor | None) -> Pair:
+def scaled(pair: Pair, scale: Tensor | None) -> Pair:
     """Weight (C_out, C_in) and bias of a product with the layer scale in them.
 
     That saves a pass over the activations.
     """
-    weight, bias = product
-    return product if scale is None else (scale[:, None] * weight, scale * bias)
+    weight, bias = pair
+    return pair if scale is None else (scale[:, None] * weight, scale * bias)
 
 
-def scaled_backward(grads: Pair, product: Pair, scale: Tensor | None) -> tuple[Pair, Tensor | None]:
+def scaled_backward(grads: Pair, pair: Pair, scale: Tensor | None) -> tuple[Pair, Tensor | None]:
     """Gradients of `scaled` for the product and the scale."""
     if scale is None:
         return grads, None
-    (grad_weight, grad_bias), (weight, bias) = grads, product
+    (grad_weight, grad_bias), (weight, bias) = grads, pair
     grad_weight = grad_weight.to(weight.dtype)
     grad_scale = (grad_weight * weight).sum(1).addcmul_(grad_bias, bias)
     return (grad_weight.mul_(scale[:, None]), grad_bias * scale), grad_scale
+
+
+def gelu_backward(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+    """Gradient of GELU for x, in memory that is no longer needed: new memory is dear."""
+    return torch.ops.aten.gelu_backward.grad_input(grad, x, grad_input=out)
 
 
 def normalize(x: Tensor, norm: Pair, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,16 +218,3 @@ def normalize_backward(
     return torch.ops.aten.native_layer_norm_backward(
         grad.to(x.dtype), x, (x.shape[-1],), mean, rstd, *norm, (True, True, True)
     )
-
-
-def product_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Pair, Tensor]:
-    """Gradients of `F.linear(x, weight, bias)`: those of weight and bias, that of x.
-
-    Args:
-        grad: Gradient of the output (..., C_out).
-        x: Input (..., C_in).
-        weight: (C_out, C_in).
-    """
-    flat = grad.flatten(0, -2)  # (positions, C_out)
-    dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
-    return (flat.t() @ x.flatten(0, -2), flat.sum(0, dtype=dtype)), grad @ weight

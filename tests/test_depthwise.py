@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mmconv2former import depthwise
 from mmconv2former.depthwise import DepthwiseConv, has_fast_weight_gradient, weight_gradient
 
 
@@ -27,14 +28,15 @@ def test_weight_gradient_equals_autograd(kernel_size, shape, memory_format):
     torch.testing.assert_close(weight_gradient(x, grad, kernel_size), expected)
 
 
-@pytest.mark.parametrize('shape', [(2, 160, 12, 12), (1, 64, 7, 9), (3, 256, 4, 4)])
+@pytest.mark.parametrize('shape', [(2, 160, 36, 34), (1, 64, 37, 29), (3, 520, 4, 4)])
 @pytest.mark.parametrize('kernel_size', [9, 11, 13])
-def test_module_equals_the_stock_convolution(shape, kernel_size):
+@pytest.mark.parametrize('method', ['auto', 'stock', 'products'])
+def test_module_equals_the_stock_convolution(shape, kernel_size, method, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(depthwise, 'weight_gradient_method', method)
     conv = DepthwiseConv(shape[1], kernel_size)
     nn.init.normal_(conv.bias)
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
-    assert has_fast_weight_gradient(x, conv.weight)
     grad = torch.randn(shape)
     output = conv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     torch.testing.assert_close(output, nn.Conv2d.forward(conv, x))
@@ -44,19 +46,52 @@ def test_module_equals_the_stock_convolution(shape, kernel_size):
         assert (value - reference).norm() < 1e-5 * reference.norm()
 
 
+@pytest.mark.parametrize('cache_bytes', [1, 3000, 10**9])
+def test_parts_do_not_matter(cache_bytes, monkeypatch):
+    """All channels of an image at once, some, or one by one."""
+    monkeypatch.setattr(depthwise, 'CACHE_BYTES', cache_bytes)
+    torch.manual_seed(0)
+    x, grad = (torch.randn(2, 7, 20, 9, dtype=torch.double) for _ in range(2))
+    weight = torch.randn(7, 1, 11, 11, dtype=torch.double)
+    _, expected, _ = stock_gradients(x, weight, weight[:, 0, 0, 0], grad)
+    torch.testing.assert_close(weight_gradient(x, grad, 11), expected)
+
+
 def test_input_that_needs_no_gradient():
     conv = DepthwiseConv(64, 11)
     conv(torch.randn(1, 8, 8, 64)).sum().backward()
     assert conv.weight.grad.abs().sum() > 0
 
 
+def zeros(channels, side):
+    return torch.zeros(1, channels, side, side)
+
+
+def kernel(channels, size):
+    return nn.Parameter(torch.zeros(channels, 1, size, size))
+
+
 def test_the_rule():
-    x, weight = torch.zeros(1, 64, 8, 8), nn.Parameter(torch.zeros(64, 1, 11, 11))
+    for channels, side, size, expected in [
+        (8, 8, 3, False), (8, 64, 3, False),
+        (8, 64, 5, True), (8, 32, 5, False), (8, 64, 7, True), (8, 32, 7, False),
+        (8, 32, 9, True), (8, 28, 9, False), (512, 4, 9, True), (512, 4, 7, False),
+        (8, 32, 11, True), (8, 28, 11, False), (512, 4, 11, True),
+        (8, 24, 13, True), (8, 14, 13, False), (512, 4, 13, False), (8, 24, 31, True),
+    ]:  # fmt: skip
+        chosen = has_fast_weight_gradient(zeros(channels, side), kernel(channels, size))
+        assert chosen == expected, (channels, side, size)
+
+
+def test_where_nothing_was_measured_the_stock_operator_stays(monkeypatch):
+    x, weight = zeros(8, 64), kernel(8, 11)
     assert has_fast_weight_gradient(x, weight)
-    assert not has_fast_weight_gradient(torch.zeros(1, 64, 16, 16), weight)  # a large map
-    assert not has_fast_weight_gradient(x, nn.Parameter(weight[..., :7, :7]))  # a small kernel
     assert not has_fast_weight_gradient(x, weight.detach())  # frozen
     assert not has_fast_weight_gradient(x.double(), weight)
     assert not has_fast_weight_gradient(x.to('meta'), weight)
     with torch.autocast('cpu', torch.bfloat16):
         assert not has_fast_weight_gradient(x, weight)
+    monkeypatch.setattr(depthwise, 'weight_gradient_method', 'stock')
+    assert not has_fast_weight_gradient(x, weight)
+    monkeypatch.setattr(depthwise, 'weight_gradient_method', 'products')
+    assert has_fast_weight_gradient(x.double(), weight)

@@ -1,4 +1,4 @@
-"""Times the two weight gradients of large depthwise convolutions, in turn, on the CPU.
+"""Times the backward pass of depthwise convolutions with both weight gradients, on the CPU.
 
     python tools/benchmark_depthwise.py
 
@@ -16,13 +16,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mmconv2former.depthwise import has_fast_weight_gradient, weight_gradient
+from mmconv2former import depthwise
+from mmconv2former.layout import to_channels_first
 
-# batch, channels, side: size T at 128x128 (batch 4), 512x512 (batch 1), 800x800 (batch 2)
+# batch, channels, height, width: of size T at 512x512 and 800x1280, and of small crops
 SHAPES = [
-    *((4, 72 * 2**i, 32 // 2**i) for i in range(4)),
-    *((1, 72 * 2**i, 128 // 2**i) for i in range(4)),
-    *((2, 72 * 2**i, 200 // 2**i) for i in range(4)),
+    *((1, 72 * 2**i, 128 // 2**i, 128 // 2**i) for i in range(4)),
+    *((2, 72 * 2**i, 200 // 2**i, 320 // 2**i) for i in range(4)),
+    *((8, 72 * 2**i, 56 // 2**i, 56 // 2**i) for i in range(4)),
+    *((4, 72 * 2**i, 32 // 2**i, 32 // 2**i) for i in range(4)),
 ]
 
 
@@ -30,38 +32,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--kernel-sizes', type=int, nargs='+', default=[7, 11])
+    parser.add_argument('--kernel-sizes', type=int, nargs='+', default=[5, 7, 9, 11, 15, 21])
     parser.add_argument('--repeats', type=int, default=9)
     args = parser.parse_args()
     print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n')
     print('| kernel | N, C, H, W | stock, ms | matrix products, ms | ratio | chosen |')
     print('|---|---|---|---|---|---|')
     for kernel_size in args.kernel_sizes:
-        for batch, channels, side in SHAPES:
-            shape = (batch, channels, side, side)
-            x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-            grad = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+        for shape in SHAPES:
+            batch, channels, height, width = shape
+            x, grad = (torch.randn(batch, height, width, channels) for _ in range(2))
             weight = nn.Parameter(torch.randn(channels, 1, kernel_size, kernel_size))
             stock, products = medians(
                 args.repeats,
-                lambda x=x, grad=grad, weight=weight: stock_gradient(x, grad, weight),
-                lambda x=x, grad=grad, k=kernel_size: weight_gradient(x, grad, k),
+                lambda g=grad, x=x, w=weight: backward(g, x, w, 'stock'),
+                lambda g=grad, x=x, w=weight: backward(g, x, w, 'products'),
             )
-            chosen = 'yes' if has_fast_weight_gradient(x, weight) else 'no'
+            is_chosen = depthwise.has_fast_weight_gradient(to_channels_first(x), weight)
             print(
                 f'| {kernel_size} | {", ".join(map(str, shape))} | {stock:.2f} | {products:.2f} '
-                f'| {products / stock:.2f} | {chosen} |',
+                f'| {products / stock:.2f} | {"yes" if is_chosen else "no"} |',
                 flush=True,
             )
 
 
-def stock_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
-    """The weight gradient alone, as autograd computes it."""
-    pad = weight.shape[-1] // 2
-    return torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=pad, groups=x.shape[1])
+def backward(grad: Tensor, x: Tensor, weight: Tensor, method: str) -> None:
+    """All three gradients, the kernel's by the method named."""
+    depthwise.weight_gradient_method = method
+    depthwise.depthwise_conv_backward(grad, x, weight)
+    depthwise.weight_gradient_method = 'auto'
 
 
-def medians(repeats: int, *functions: Callable[[], Tensor]) -> list[float]:
+def medians(repeats: int, *functions: Callable[[], None]) -> list[float]:
     """Median milliseconds of each function, called in turn."""
     times: list[list[float]] = [[] for _ in functions]
     for repeat in range(repeats + 2):  # two to warm up
