@@ -16,7 +16,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .backbone import Conv2Former
+from .comparators import Comparator
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
 
-__all__ = ['Conv2Former', 'LayerDecayOptimWrapperConstructor', '__version__']
+__all__ = ['Comparator', 'Conv2Former', 'LayerDecayOptimWrapperConstructor', '__version__']

@@ -93,7 +93,12 @@ def read_state_dict(checkpoint: str) -> dict[str, Tensor]:
     return tensors
 
 
-def load_pretrained(backbone: nn.Module, checkpoint: str, prefix: str | None = None) -> None:
+def load_pretrained(
+    backbone: nn.Module,
+    checkpoint: str,
+    prefix: str | None = None,
+    may_miss: re.Pattern | None = NEW_FOR_DENSE_PREDICTION,
+) -> None:
     """Loads a checkpoint into a backbone; every parameter must be in it, in its shape.
 
     Output norms (`norm{i}`) may be missing, as ImageNet networks have none. What the backbone has
@@ -103,6 +108,7 @@ def load_pretrained(backbone: nn.Module, checkpoint: str, prefix: str | None = N
         backbone: The module to fill.
         checkpoint: See `read_state_dict`.
         prefix: What the backbone's names begin with in the file; None finds `backbone.` itself.
+        may_miss: Matches the names that need not be in the file; None: all must be.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -127,7 +133,7 @@ def load_pretrained(backbone: nn.Module, checkpoint: str, prefix: str | None = N
     missing = [
         name
         for name in expected
-        if name not in found and not NEW_FOR_DENSE_PREDICTION.fullmatch(name)
+        if name not in found and not (may_miss and may_miss.fullmatch(name))
     ]
     misshaped = [
         f'{name} is {tuple(found[name].shape)} in the file, {tuple(value.shape)} in the model'
