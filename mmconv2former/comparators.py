@@ -253,7 +253,8 @@ class Variant:
         family: What it has in common with others.
         arch: mmpretrain's name of the size, or timm's of the model.
         channels: Of the four feature maps; of CoAtNet's, stage by stage.
-        weights: The library's name of its ImageNet-1K weights, None if it has none.
+        weights: The library's name of its ImageNet-1K weights, or their address; None if it has
+            none.
         published: Numbers of the source.
         classifier_channels: What the linear layer of the classifier reads, if not `channels[-1]`.
     """
@@ -274,6 +275,11 @@ def doubled(channels: int) -> tuple[int, int, int, int]:
     return channels, 2 * channels, 4 * channels, 8 * channels
 
 
+# The file itself: `mmpretrain.get_model` cannot read mmpretrain's configs of RepLKNet.
+REPLKNET_31B_WEIGHTS = (
+    'https://mmassets.onedl.ai/mmclassification/v0/replknet/'
+    'replknet-31B_3rdparty_in1k_20221118-fd08e268.pth'
+)
 COMPARATORS = {
     'convnext_tiny': Variant(
         CONVNEXT, 'tiny', doubled(96), 'convnext-tiny_32xb128_in1k', Published(29, 4.5, 82.1)
@@ -308,7 +314,7 @@ COMPARATORS = {
     ),
     'hornet_large': Variant(HORNET, 'large', doubled(192), None, Published(None, 34.8, None)),
     'replknet_31b': Variant(
-        REPLKNET, '31B', doubled(128), 'replknet-31B_3rdparty_in1k', Published(79, 15.3, 83.5)
+        REPLKNET, '31B', doubled(128), REPLKNET_31B_WEIGHTS, Published(79, 15.3, 83.5)
     ),
     'replknet_31l': Variant(
         REPLKNET, '31L', doubled(192), None, Published(172, 96.0, None, size=384)
@@ -422,6 +428,8 @@ def how_to_get_weights(name: str) -> str:
     path = f'pretrain/{name}.pth'
     if variant.weights is None:
         start = f'{variant.family.library} has no ImageNet-1K weights of {name}: bring a file'
+    elif '://' in variant.weights:
+        start = f'Download {variant.weights} to {path}'
     elif variant.family.library == 'timm':
         start = (
             'With a network connection: python -c "import torch, timm; '

@@ -1,4 +1,4 @@
-"""Writes the tables of README and docs/recipes.md from the metafiles and docs/evidence.json.
+"""Writes the tables of README and docs from the metafiles and docs/evidence.json.
 
     python tools/make_tables.py            # write
     python tools/make_tables.py --check    # only say whether they are up to date
@@ -15,10 +15,25 @@ from pathlib import Path
 
 import yaml
 
+from mmconv2former.comparators import COMPARATORS as TABLE
+from mmconv2former.comparators import Published
+
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / 'docs/evidence.json'
-PAGES = [ROOT / 'README.md', ROOT / 'docs/recipes.md']
-COMPARATORS = 'comparators'  # the key in evidence.json that is no recipe
+PAGES = [ROOT / 'README.md', ROOT / 'docs/recipes.md', ROOT / 'docs/comparators.md']
+# The keys in evidence.json that are no recipes: whole models of others, and backbones.
+COMPARATORS = 'comparators'
+BACKBONES = 'backbones'
+
+# From arXiv 2211.11943, nano from the official repository; parameters and FLOPs are with the head
+# of those, which has a 1x1 convolution to 1280 channels before the linear layer.
+OURS = {
+    'conv2former_nano': Published(15, 2.2, 81.5),
+    'conv2former_tiny': Published(27, 4.4, 83.2),
+    'conv2former_small': Published(50, 8.7, 84.1),
+    'conv2former_base': Published(90, 15.9, 84.4),
+    'conv2former_large': Published(199, 36.0, None),
+}
 
 # From least to most; what a recipe has shown on a machine of this project.
 LEVELS = ('builds', 'steps on real data', 'fits real data', 'trained to the published number')
@@ -42,6 +57,8 @@ def write_tables(dry_run: bool = False) -> list[str]:
         'recipes': recipe_table(evidence),
         'evidence': evidence_table(evidence),
         'cost': cost_table(evidence),
+        'backbones': backbone_table(evidence),
+        'backbones in dense prediction': dense_backbone_table(evidence),
     }
     outdated = []
     for page in PAGES:
@@ -153,6 +170,55 @@ def cost_table(evidence: dict[str, dict]) -> str:
             rows.append([name, *size_and_cost(cost), '', *kept])
     header = ['model', 'input', 'parameters', 'FLOPs, counted', 'FLOPs, published']
     return table([*header, 'kept by the backbone', 'with `with_cp`'], rows)
+
+
+def backbone_names() -> list[str]:
+    return [*OURS, *TABLE]
+
+
+def backbone_table(evidence: dict[str, dict]) -> str:
+    rows = []
+    for name in backbone_names():
+        cost = evidence.get(BACKBONES, {}).get(name, {}).get('classification')
+        published = OURS[name] if name in OURS else TABLE[name].published
+        parameters, flops = ('', '') if cost is None else precise_cells(cost)
+        rows.append(
+            [
+                f'`{name}`',
+                'this package' if name in OURS else TABLE[name].family.library,
+                f'{published.size}',
+                parameters,
+                '' if published.parameters is None else f'{published.parameters} M',
+                flops,
+                f'{published.flops} G',
+                '' if published.top1 is None else f'{published.top1}',
+                'arXiv 2211.11943' if name in OURS else TABLE[name].family.source,
+            ]
+        )
+    header = ['name', 'built by', 'input', 'parameters', 'published', 'FLOPs', 'published']
+    return table([*header, 'top-1, published', 'source'], rows)
+
+
+def precise_cells(cost: dict) -> list[str]:
+    return [f'{cost["parameters"] / 1e6:.1f} M', f'{cost["flops"] / 1e9:.2f} G']
+
+
+def dense_backbone_table(evidence: dict[str, dict]) -> str:
+    rows = []
+    for name in backbone_names():
+        record = evidence.get(BACKBONES, {}).get(name, {})
+        if 'dense' not in record:
+            continue
+        rows.append(
+            [
+                f'`{name}`',
+                *cost_cells(record['dense']),
+                *cost_cells(record.get('mask_rcnn')),
+                *cost_cells(record.get('upernet')),
+            ]
+        )
+    header = ['backbone', 'parameters', 'FLOPs', 'Mask R-CNN, parameters', 'Mask R-CNN, FLOPs']
+    return table([*header, 'UperNet, parameters', 'UperNet, FLOPs'], rows)
 
 
 def size_and_cost(cost: dict) -> list[str]:
