@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from common import set_backbone
+from common import check_files, set_backbone
 from conftest import ROOT, run_tool
 from evidence import count_flops, segmentation_size
 from make_tables import BACKBONES, OURS, backbone_names, read_evidence
@@ -445,6 +445,12 @@ def test_recipe_without_a_place_for_feature_maps():
         set_backbone(config, 'swin_tiny')
 
 
+def test_missing_weights_are_asked_for_before_anything_is_built():
+    config = load('comparison/upernet_swin_t')
+    with pytest.raises(SystemExit, match=r'swin_tiny.pth are missing. .*swin-tiny_3rdparty_in1k'):
+        check_files(config, [], check_weights=True)
+
+
 def test_train_and_test_with_the_flag(sample, tmp_path):
     recipe = 'configs/segmentation/upernet_conv2former_n.py'
     options = [
@@ -455,9 +461,6 @@ def test_train_and_test_with_the_flag(sample, tmp_path):
         'param_scheduler.0.end=1', 'param_scheduler.1.end=2',
         'default_hooks.checkpoint.interval=2', 'default_hooks.logger.interval=1',
     ]  # fmt: skip
-    output = run_tool('train.py', recipe, *options, succeeds=False)
-    assert 'pretrain/efficientnet_b0.pth are missing' in output
-    assert "get_model('efficientnet-b0_3rdparty_8xb32-aa_in1k'" in output
     run_tool('train.py', recipe, *options, 'model.backbone.init_cfg=None')
     weights = torch.load(tmp_path / 'iter_2.pth', weights_only=False)['state_dict']
     assert 'backbone.body.layers.5.4.expand_conv.conv.weight' in weights

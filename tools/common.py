@@ -70,6 +70,10 @@ def load_config(args: argparse.Namespace) -> Config:
     return config
 
 
+# Of any classification head of mmpretrain.
+CLASSIFIER_SETTINGS = ('num_classes', 'loss', 'topk', 'cal_acc')
+
+
 def set_backbone(config: Config, name: str) -> None:
     """Puts a comparator in the backbone's place and fits what reads its feature maps to it.
 
@@ -108,10 +112,6 @@ def set_backbone(config: Config, name: str) -> None:
     for part in variant.family.no_weight_decay:
         custom_keys = {part: dict(decay_mult=0.0)}
         config.merge_from_dict({'optim_wrapper.paramwise_cfg': dict(custom_keys=custom_keys)})
-
-
-# Of any classification head of mmpretrain.
-CLASSIFIER_SETTINGS = ('num_classes', 'loss', 'topk', 'cal_acc')
 
 
 def take(values: Sequence[int], index: int | Sequence[int]) -> int | list[int]:
