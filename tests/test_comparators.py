@@ -494,7 +494,7 @@ def test_counts_are_the_published_ones():
         counted = evidence[name]['classification']
         published = variant.published
         assert counted['size'] == [published.size, published.size]
-        tolerance = 0.10 if name.startswith('coatnet') else 0.03
+        tolerance = {'coatnet': 0.10, 'efficientnet': 0.08}.get(name.split('_')[0], 0.03)
         assert counted['flops'] / 1e9 == pytest.approx(published.flops, rel=tolerance), name
     for name in ('conv2former_small', 'conv2former_base'):  # whose own head costs next to nothing
         counted = evidence[name]['classification']['flops'] / 1e9

@@ -213,12 +213,20 @@ def dense_backbone_table(evidence: dict[str, dict]) -> str:
             [
                 f'`{name}`',
                 *cost_cells(record['dense']),
-                *cost_cells(record.get('mask_rcnn')),
-                *cost_cells(record.get('upernet')),
+                *cost_cells(whole_model(evidence, name, 'mask_rcnn')),
+                *cost_cells(whole_model(evidence, name, 'upernet')),
             ]
         )
     header = ['backbone', 'parameters', 'FLOPs', 'Mask R-CNN, parameters', 'Mask R-CNN, FLOPs']
     return table([*header, 'UperNet, parameters', 'UperNet, FLOPs'], rows)
+
+
+def whole_model(evidence: dict[str, dict], name: str, kind: str) -> dict | None:
+    """Cost of a recipe of ours, or of Conv2Former-T's with a comparator."""
+    if name in OURS:
+        size = name.removeprefix('conv2former_')[0]
+        return evidence.get(f'{kind}_conv2former_{size}', {}).get('cost')
+    return evidence[BACKBONES][name].get(kind)
 
 
 def size_and_cost(cost: dict) -> list[str]:
