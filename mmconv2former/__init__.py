@@ -16,11 +16,13 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .backbone import Conv2Former
+from .comparators import Comparator
 from .isotropic import Conv2FormerIsotropic
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .version import __version__
 
 __all__ = [
+    'Comparator',
     'Conv2Former',
     'Conv2FormerClsHead',
     'Conv2FormerIsotropic',

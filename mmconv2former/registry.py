@@ -21,7 +21,7 @@ MODELS = Registry(
     'model',
     parent=ROOT_MODELS,
     scope='mmconv2former',
-    locations=['mmconv2former.backbone', 'mmconv2former.isotropic'],
+    locations=['mmconv2former.backbone', 'mmconv2former.isotropic', 'mmconv2former.comparators'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',

@@ -427,8 +427,14 @@ def behind_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Te
     return found
 
 
-def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_fit(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    may_miss: re.Pattern | None = NEW_FOR_DENSE_PREDICTION,
+) -> None:
     """Checks that a file has every tensor of a model, in its shape, and is of the same depth.
+
+    Names that `may_miss` matches need not be in the file.
 
     Raises:
         CheckpointError: It does not; the message says what differs and lists names.
@@ -436,7 +442,7 @@ def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
     missing = [
         name
         for name in expected
-        if name not in found and not NEW_FOR_DENSE_PREDICTION.fullmatch(name)
+        if name not in found and not (may_miss and may_miss.fullmatch(name))
     ]
     misshaped = [
         f'{name} is {tuple(found[name].shape)} in the file, {tuple(value.shape)} in the model'
@@ -455,12 +461,16 @@ def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
 
 
 def load_pretrained(
-    module: nn.Module, checkpoint: str, prefix: str | None = None, adapt_kernel: bool = False
+    module: nn.Module,
+    checkpoint: str,
+    prefix: str | None = None,
+    adapt_kernel: bool = False,
+    may_miss: re.Pattern | None = NEW_FOR_DENSE_PREDICTION,
 ) -> None:
     """Loads a checkpoint into a backbone or a head; every parameter must be in it, in its shape.
 
-    Output norms (`norm{i}`) may be missing, as ImageNet networks have none. What the module has
-    no use for, such as a classification head, is left out and logged.
+    By default output norms (`norm{i}`) may be missing, as ImageNet networks have none. What the
+    module has no use for, such as a classification head, is left out and logged.
 
     `LoadsPretrained` calls this for a module's `init_cfg`.
 
@@ -472,6 +482,7 @@ def load_pretrained(
             `head.` by itself: an official file as well as one of mmpretrain, mmdet or mmseg.
         adapt_kernel: Whether smaller kernels of the modulation are padded with zeros to the
             module's size, which does not change the output.
+        may_miss: Matches the names that need not be in the file; None: all must be.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -488,7 +499,7 @@ def load_pretrained(
         found = behind_prefix(state_dict, prefix)
         if adapt_kernel:
             found = pad_kernels(found, expected)
-        check_fit(found, expected)
+        check_fit(found, expected, may_miss)
     except CheckpointError as error:
         raise CheckpointError(
             f'checkpoint {checkpoint!r} does not fit this {type(module).__name__}: {error}'

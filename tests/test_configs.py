@@ -24,7 +24,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
-LEAVES = [path for path in CONFIGS if '_base_' not in path.parts]
+LEAVES = [path for path in CONFIGS if not {'_base_', 'comparison'} & set(path.parts)]
 NAMES = [path.stem for path in LEAVES]
 DENSE = [path for path in LEAVES if task(path) in ('detection', 'segmentation')]
 CLASSIFICATION = [path for path in LEAVES if path not in DENSE]

@@ -50,7 +50,7 @@ def test_importing_the_package_imports_no_host_library():
     code = """
 import sys
 import mmconv2former
-print(sorted({'mmdet', 'mmseg', 'mmpretrain', 'mmcv'} & set(sys.modules)))
+print(sorted({'mmdet', 'mmseg', 'mmpretrain', 'mmcv', 'timm'} & set(sys.modules)))
 """
     assert run_python(code) == '[]'
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 
+from mmconv2former.comparators import COMPARATORS, find_comparator, how_to_get_weights
 from mmconv2former.weights import (
     HOW_TO_GET_WEIGHTS,
     TRUST_VARIABLE,
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of both tools."""
     parser.add_argument('--work-dir', help='for logs and checkpoints (default: work_dirs/CONFIG)')
     parser.add_argument('--data-root', help="where the data lie, instead of the config's data_root")
+    parser.add_argument(
+        '--backbone',
+        choices=list(COMPARATORS),
+        metavar='NAME',
+        help="another network in Conv2Former's place: a name of docs/comparators.md",
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -92,17 +99,68 @@ def load_config(args: argparse.Namespace) -> Config:
     if not Path(args.config).is_file():
         raise SystemExit(f'error: config {args.config} does not exist')
     config = Config.fromfile(args.config)
+    if args.backbone is not None:
+        set_backbone(config, args.backbone)
     if args.data_root is not None:
         set_data_root(config, args.data_root)
     config.merge_from_dict(args.cfg_options)
     if args.work_dir is not None:
         config.work_dir = args.work_dir
     elif config.get('work_dir') is None:
-        config.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+        names = [Path(args.config).stem] + ([args.backbone] if args.backbone else [])
+        config.work_dir = str(Path('work_dirs') / '_'.join(names))
     config.launcher = args.launcher
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         use_gloo(config)
     return config
+
+
+# Of any classification head of mmpretrain.
+CLASSIFIER_SETTINGS = ('num_classes', 'loss', 'topk', 'cal_acc')
+
+
+def set_backbone(config: Config, name: str) -> None:
+    """Puts a comparator in the backbone's place and fits what reads its feature maps to it.
+
+    All else stays: schedule, augmentation, drop path, heads. Where the recipe starts from
+    pretrained weights, those of the comparator are expected in `pretrain/NAME.pth`. In a classifier
+    global average pooling and a linear layer, with which all comparators were published, take the
+    place of Conv2Former's head, with its loss.
+
+    Raises:
+        ValueError: There is no comparator of this name.
+        SystemExit: The recipe has no place for its feature maps.
+    """
+    variant = find_comparator(name)
+    model = config.model
+    old = model.backbone
+    model.backbone = dict(
+        type='mmconv2former.Comparator', name=name, drop_path_rate=old.get('drop_path_rate', 0.0)
+    )
+    if old.get('init_cfg') is not None:
+        model.backbone.init_cfg = dict(type='Pretrained', checkpoint=f'pretrain/{name}.pth')
+
+    if model.type == 'ImageClassifier':
+        model.backbone.classification = True
+        model.neck = dict(type='GlobalAveragePooling')
+        kept = {key: model.head[key] for key in CLASSIFIER_SETTINGS if key in model.head}
+        model.head = dict(type='LinearClsHead', in_channels=variant.linear_channels, **kept)
+    elif 'neck' in model:
+        model.neck.in_channels = list(variant.channels)
+    elif 'decode_head' in model:
+        for head in (model.decode_head, model.get('auxiliary_head')):
+            if head is not None:
+                head.in_channels = take(variant.channels, head.in_index)
+    else:
+        raise SystemExit(f'error: --backbone: {config.filename} has no neck and no decode_head')
+
+    for part in variant.family.no_weight_decay:
+        custom_keys = {part: dict(decay_mult=0.0)}
+        config.merge_from_dict({'optim_wrapper.paramwise_cfg': dict(custom_keys=custom_keys)})
+
+
+def take(values: Sequence[int], index: int | Sequence[int]) -> int | list[int]:
+    return values[index] if isinstance(index, int) else [values[i] for i in index]
 
 
 def use_gloo(config: Config) -> None:
@@ -175,12 +233,13 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
             + '\nPut them there, or say where they lie with --data-root DIR (README, section Data).'
         )
     for part in ('backbone', 'head') if check_weights else ():
-        init_cfg = (config.model.get(part) or {}).get('init_cfg')
+        settings = config.model.get(part) or {}
+        init_cfg = settings.get('init_cfg')
         weights = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
         if weights and is_local(weights) and not os.path.isfile(weights):
-            raise SystemExit(
-                f'error: pretrained weights {weights} are missing. {HOW_TO_GET_WEIGHTS}'
-            )
+            name = settings.get('name')
+            advice = how_to_get_weights(name) if name in COMPARATORS else HOW_TO_GET_WEIGHTS
+            raise SystemExit(f'error: pretrained weights {weights} are missing. {advice}')
     checkpoint = config.get('load_from')
     if checkpoint and is_local(checkpoint) and not os.path.isfile(checkpoint):
         raise SystemExit(f'error: load_from: checkpoint {checkpoint} does not exist')

@@ -4,10 +4,11 @@
     python tools/evidence.py steps       # every recipe: two training iterations, one evaluation
     python tools/evidence.py fit         # one recipe of each kind: fits eight images
     python tools/evidence.py cost        # every recipe: parameters and FLOPs at the paper's size
+    python tools/evidence.py backbones   # ours and every comparator's: the same
 
-Each takes names of recipes to do only those. Results go to docs/evidence.json after each recipe,
-tables are written by tools/make_tables.py. Models are whole, but inputs small: on two CPU cores an
-iteration at the recipes' own sizes takes minutes.
+Each takes names of recipes (or backbones) to do only those. Results go to docs/evidence.json after
+each one, tables are written by tools/make_tables.py. Models are whole, but inputs small: on two CPU
+cores an iteration at the recipes' own sizes takes minutes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import shlex
 import subprocess
@@ -26,20 +28,26 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from common import set_backbone
 from make_tables import (
+    BACKBONES,
     COMPARATORS,
     DENSE,
     EVIDENCE,
+    OURS,
     ROOT,
+    backbone_names,
     read_evidence,
     recipes,
     task,
     write_tables,
 )
-from mmengine.analysis import get_model_complexity_info
+from mmengine.analysis import FlopAnalyzer
+from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
+from mmconv2former.comparators import find_comparator
 from mmconv2former.weights import read_checkpoint
 
 FROM_RANDOM_WEIGHTS = ['model.backbone.init_cfg=None']
@@ -221,10 +229,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('kind', choices=['steps', 'fit', 'cost'])
-    parser.add_argument('recipes', nargs='*', metavar='RECIPE', help='default: all')
+    parser.add_argument('kind', choices=['steps', 'fit', 'cost', 'backbones'])
+    parser.add_argument('recipes', nargs='*', metavar='NAME', help='default: all')
     parser.add_argument('--out', type=Path, default=EVIDENCE, help='default: docs/evidence.json')
     args = parser.parse_args()
+    if args.kind == 'backbones':
+        for name in args.recipes or backbone_names():
+            result = measure_backbone(name)
+            print(name, json.dumps(result), flush=True)
+            evidence = read_evidence(args.out)
+            evidence.setdefault(BACKBONES, {})[name] = result
+            write_evidence(evidence, args.out)
+        write_tables()
+        return
     configs = recipes()
     for name in args.recipes:
         if name not in configs:
@@ -422,7 +439,7 @@ def count_cost(config: Config) -> dict:
     else:
         size = DETECTION_SIZE
     model = MODELS.build(config.model).eval()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = count_parameters(model)
     if config.default_scope == 'mmpretrain':
         inputs = torch.zeros(1, 3, *size)
     else:
@@ -430,13 +447,78 @@ def count_cost(config: Config) -> dict:
         batch = pack(model, config.default_scope, size)
         model.forward = partial(model.forward, data_samples=batch['data_samples'])
         inputs = batch['inputs']
-    with torch.no_grad():  # else Large keeps more than 24 GB
-        analysis = get_model_complexity_info(
-            model, inputs=(inputs,), show_table=False, show_arch=False
-        )
+    flops = count_flops(model, inputs)
     del model
     gc.collect()
-    return {'parameters': parameters, 'flops': int(analysis['flops']), 'size': list(size)}
+    return {'parameters': parameters, 'flops': flops, 'size': list(size)}
+
+
+def count_flops(model: torch.nn.Module, images: torch.Tensor) -> int:
+    """FLOPs of one forward pass, by mmengine's counter and what it does not know of attention."""
+    with torch.no_grad():  # else Large keeps more than 24 GB
+        analyzer = FlopAnalyzer(model, (images,))
+        analyzer.set_op_handle('aten::scaled_dot_product_attention', count_attention)
+        return int(analyzer.total())
+
+
+def count_attention(inputs: list, outputs: list) -> int:
+    """The two matrix products of attention; queries, keys, values are (..., length, channels)."""
+    queries, keys, values = (get_shape(value) for value in inputs[:3])
+    pairs = math.prod(queries[:-1]) * keys[-2]
+    return pairs * (queries[-1] + values[-1])
+
+
+CLASSES = 1000
+# Whole models are counted for these, in the place of Conv2Former-T.
+IN_WHOLE_MODELS = (
+    'convnext_tiny', 'swin_tiny', 'hornet_tiny', 'replknet_31b', 'efficientnet_b5', 'deit3_small',
+    'focalnet_tiny',
+)  # fmt: skip
+WHOLE_MODELS = {'mask_rcnn': 'mask_rcnn_conv2former_t', 'upernet': 'upernet_conv2former_t'}
+
+
+def measure_backbone(name: str) -> dict:
+    """Parameters and FLOPs of a backbone for classification (with a linear layer) and detection.
+
+    Detection and segmentation with whole models are counted for some.
+    """
+    size = 224 if name in OURS else find_comparator(name).published.size
+    backbone = build_backbone(name, classification=True)
+    head = torch.nn.Linear(backbone.channels[-1], CLASSES)
+    result = {
+        'classification': {
+            'parameters': count_parameters(backbone) + count_parameters(head),
+            'flops': count_flops(backbone, torch.zeros(1, 3, size, size)) + head.weight.numel(),
+            'size': [size, size],
+        }
+    }
+    if name in OURS or find_comparator(name).family.dense is not None:
+        backbone = build_backbone(name, classification=False)
+        result['dense'] = {
+            'parameters': count_parameters(backbone),
+            'flops': count_flops(backbone, torch.zeros(1, 3, *DETECTION_SIZE)),
+            'size': list(DETECTION_SIZE),
+        }
+    if name in IN_WHOLE_MODELS:
+        for key, recipe in WHOLE_MODELS.items():
+            config = Config.fromfile(recipes()[recipe])
+            set_backbone(config, name)
+            result[key] = count_cost(config)
+    return result
+
+
+def build_backbone(name: str, classification: bool) -> torch.nn.Module:
+    if name not in OURS:
+        settings = dict(type='mmconv2former.Comparator', name=name, classification=classification)
+    else:
+        settings = dict(type='mmconv2former.Conv2Former', arch=name.removeprefix('conv2former_'))
+        if classification:
+            settings |= dict(out_indices=(3,), out_norm=False)
+    return MODELS.build(settings).eval()
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 MASKS = 100  # for which the papers count the mask heads; boxes for 1,000 proposals

@@ -1,4 +1,4 @@
-"""Writes the tables of README and docs/recipes.md from the metafiles and docs/evidence.json.
+"""Writes the tables of README and docs from the metafiles and docs/evidence.json.
 
     python tools/make_tables.py            # write
     python tools/make_tables.py --check    # only say whether they are up to date
@@ -17,10 +17,28 @@ from pathlib import Path
 import yaml
 from mmengine.config import Config
 
+from mmconv2former.comparators import COMPARATORS as TABLE
+from mmconv2former.comparators import Published
+
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / 'docs/evidence.json'
-PAGES = [ROOT / name for name in ('README.md', 'docs/recipes.md', 'docs/classification.md')]
-COMPARATORS = 'comparators'  # the key in evidence.json that is no recipe
+PAGES = [
+    ROOT / 'README.md',
+    *(ROOT / f'docs/{name}.md' for name in ('recipes', 'classification', 'comparators')),
+]
+# The keys in evidence.json that are no recipes: whole models of others, and backbones.
+COMPARATORS = 'comparators'
+BACKBONES = 'backbones'
+
+# From arXiv 2211.11943, nano from the official repository; parameters and FLOPs are with the head
+# of those, which has a 1x1 convolution to 1280 channels before the linear layer.
+OURS = {
+    'conv2former_nano': Published(15, 2.2, 81.5),
+    'conv2former_tiny': Published(27, 4.4, 83.2),
+    'conv2former_small': Published(50, 8.7, 84.1),
+    'conv2former_base': Published(90, 15.9, 84.4),
+    'conv2former_large': Published(199, 36.0, None),
+}
 
 DENSE = ('detection', 'segmentation')
 
@@ -49,6 +67,8 @@ def write_tables(dry_run: bool = False) -> list[str]:
         'evidence': evidence_table(evidence, DENSE),
         'classification evidence': evidence_table(evidence, ['classification', 'ablations']),
         'cost': cost_table(evidence),
+        'backbones': backbone_table(evidence),
+        'backbones in dense prediction': dense_backbone_table(evidence),
     }
     outdated = []
     for page in PAGES:
@@ -194,6 +214,63 @@ def cost_table(evidence: dict[str, dict]) -> str:
             rows.append([name, *size_and_cost(cost), '', *kept])
     header = ['model', 'input', 'parameters', 'FLOPs, counted', 'FLOPs, published']
     return table([*header, 'kept by the backbone', 'with `with_cp`'], rows)
+
+
+def backbone_names() -> list[str]:
+    return [*OURS, *TABLE]
+
+
+def backbone_table(evidence: dict[str, dict]) -> str:
+    rows = []
+    for name in backbone_names():
+        cost = evidence.get(BACKBONES, {}).get(name, {}).get('classification')
+        published = OURS[name] if name in OURS else TABLE[name].published
+        parameters, flops = ('', '') if cost is None else precise_cells(cost)
+        rows.append(
+            [
+                f'`{name}`',
+                'this package' if name in OURS else TABLE[name].family.library,
+                f'{published.size}',
+                parameters,
+                '' if published.parameters is None else f'{published.parameters} M',
+                flops,
+                f'{published.flops} G',
+                '' if published.top1 is None else f'{published.top1}',
+                'arXiv 2211.11943' if name in OURS else TABLE[name].family.source,
+            ]
+        )
+    header = ['name', 'built by', 'input', 'parameters', 'published', 'FLOPs', 'published']
+    return table([*header, 'top-1, published', 'source'], rows)
+
+
+def precise_cells(cost: dict) -> list[str]:
+    return [f'{cost["parameters"] / 1e6:.1f} M', f'{cost["flops"] / 1e9:.2f} G']
+
+
+def dense_backbone_table(evidence: dict[str, dict]) -> str:
+    rows = []
+    for name in backbone_names():
+        record = evidence.get(BACKBONES, {}).get(name, {})
+        if 'dense' not in record:
+            continue
+        rows.append(
+            [
+                f'`{name}`',
+                *cost_cells(record['dense']),
+                *cost_cells(whole_model(evidence, name, 'mask_rcnn')),
+                *cost_cells(whole_model(evidence, name, 'upernet')),
+            ]
+        )
+    header = ['backbone', 'parameters', 'FLOPs', 'Mask R-CNN, parameters', 'Mask R-CNN, FLOPs']
+    return table([*header, 'UperNet, parameters', 'UperNet, FLOPs'], rows)
+
+
+def whole_model(evidence: dict[str, dict], name: str, kind: str) -> dict | None:
+    """Cost of a recipe of ours, or of Conv2Former-T's with a comparator."""
+    if name in OURS:
+        size = name.removeprefix('conv2former_')[0]
+        return evidence.get(f'{kind}_conv2former_{size}', {}).get('cost')
+    return evidence[BACKBONES][name].get(kind)
 
 
 def size_and_cost(cost: dict) -> list[str]:

@@ -1,0 +1,15 @@
+"""Mask R-CNN, Swin-T in the place of Conv2Former-T, all else equal; not trained here."""
+
+_base_ = '../detection/mask_rcnn_conv2former_t.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmconv2former.Comparator',
+        name='swin_tiny',
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint='pretrain/swin_tiny.pth'),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'relative_position_bias': dict(decay_mult=0)}))

@@ -1,0 +1,15 @@
+"""UperNet, ConvNeXt-T in the place of Conv2Former-T, all else equal; not trained here."""
+
+_base_ = '../segmentation/upernet_conv2former_t.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmconv2former.Comparator',
+        name='convnext_tiny',
+        drop_path_rate=0.4,
+        init_cfg=dict(type='Pretrained', checkpoint='pretrain/convnext_tiny.pth'),
+    ),
+    decode_head=dict(in_channels=[96, 192, 384, 768]),
+    auxiliary_head=dict(in_channels=384),
+)
