@@ -15,7 +15,7 @@ import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pickle import UnpicklingError
@@ -37,8 +37,8 @@ HOW_TO_GET_WEIGHTS = (
     'The published weights are ImageNet checkpoints linked from the README of '
     'github.com/HVision-NKU/Conv2Former; download one and put it there, or give its path as '
     'model.backbone.init_cfg.checkpoint. To train from random weights instead, set '
-    'model.backbone.init_cfg=None (on the command line: --cfg-options '
-    'model.backbone.init_cfg=None).'
+    'model.backbone.init_cfg=None, and of a classifier model.head.init_cfg=None (on the command '
+    'line: --cfg-options model.backbone.init_cfg=None).'
 )
 HOW_TO_TRUST = (
     'If you trust whoever made it, --trust-checkpoints of the tools or '
@@ -465,6 +465,7 @@ def load_pretrained(
     checkpoint: str,
     prefix: str | None = None,
     adapt_kernel: bool = False,
+    new_layers: Sequence[str] = (),
     may_miss: re.Pattern | None = NEW_FOR_DENSE_PREDICTION,
 ) -> None:
     """Loads a checkpoint into a backbone or a head; every parameter must be in it, in its shape.
@@ -482,6 +483,8 @@ def load_pretrained(
             `head.` by itself: an official file as well as one of mmpretrain, mmdet or mmseg.
         adapt_kernel: Whether smaller kernels of the modulation are padded with zeros to the
             module's size, which does not change the output.
+        new_layers: Layers that keep the values they have, such as `['pred']` of a head for other
+            classes than the file's.
         may_miss: Matches the names that need not be in the file; None: all must be.
 
     Raises:
@@ -490,7 +493,7 @@ def load_pretrained(
             in what it differs. The module is then unchanged.
     """
     state_dict = read_state_dict(checkpoint)
-    expected = module.state_dict()
+    expected = without_layers(module.state_dict(), new_layers)
     try:
         if prefix is None:
             prefix = find_prefix(state_dict, expected)
@@ -499,6 +502,7 @@ def load_pretrained(
         found = behind_prefix(state_dict, prefix)
         if adapt_kernel:
             found = pad_kernels(found, expected)
+        found = without_layers(found, new_layers)
         check_fit(found, expected, may_miss)
     except CheckpointError as error:
         raise CheckpointError(
@@ -514,6 +518,12 @@ def load_pretrained(
         logger='current',
         level=logging.INFO,
     )
+
+
+def without_layers(state_dict: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Tensor]:
+    """The part of a state dict that is not of some layers."""
+    prefixes = tuple(f'{layer}.' for layer in layers)
+    return {name: value for name, value in state_dict.items() if not name.startswith(prefixes)}
 
 
 class LoadsPretrained:

@@ -1,15 +1,19 @@
 """ImageNet training through the tools, and what comes of it in the dense recipes."""
 
 import json
+import pickle
 import re
 
 import cv2
 import pytest
 import torch
+from checkpoints import published_state_dict
 from conftest import ROOT, run_tool
 from evidence import STEPS_CLASSIFICATION, STEPS_CLASSIFICATION_VAL
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+
+from mmconv2former.backbone import ARCHS
 
 CONFIG = 'configs/classification/conv2former_n_in1k.py'
 QUICK = [*STEPS_CLASSIFICATION, *STEPS_CLASSIFICATION_VAL, 'randomness.seed=0']
@@ -104,12 +108,39 @@ def test_checkpoint_is_a_start_for_dense_prediction(trained, recipe):
         assert torch.equal(value, state[f'backbone.{name}']), name
 
 
+def test_official_file_is_evaluated_as_it_is(crops, tmp_path):
+    """As `load_from`, and as `init_cfg` of backbone and head, it gives the same scores."""
+    state = published_state_dict(ARCHS['nano'], num_classes=1000)
+    state['pred.weight'] = 10 * state['pred.weight']  # else it would tell nothing apart
+    torch.save(dict(state_dict=state, arch='conv2former_n'), tmp_path / 'official.pth.tar')
+    common = ['--data-root', crops, '--cfg-options', *STEPS_CLASSIFICATION_VAL]
+    initial = f'init_cfg.checkpoint={tmp_path}/official.pth.tar'
+    routes = {
+        'load_from': (tmp_path / 'official.pth.tar', []),
+        'init_cfg': (
+            'none',
+            [f'model.{part}.{option}' for part in ('backbone', 'head')
+             for option in (initial, 'init_cfg.type=Pretrained')],
+        ),
+    }  # fmt: skip
+    scores = []
+    for route, (checkpoint, options) in routes.items():
+        out = tmp_path / f'{route}.pkl'
+        command = [CONFIG, checkpoint, '--out', out, '--work-dir', tmp_path, *common, *options]
+        run_tool('test.py', *command)
+        scores.append([item['pred_score'] for item in pickle.loads(out.read_bytes())])
+    assert len(scores[0]) == len((crops / 'meta/val.txt').read_text().splitlines())
+    torch.testing.assert_close(*scores)
+    assert scores[0][0].max() > 2 / 1000  # the initial weights' are all about 1 / 1000
+
+
 def test_own_image_folders(crops, tmp_path):
     config = 'configs/classification/conv2former_t_folders.py'
     options = [
         *QUICK,
         'model.backbone.arch=nano',
         'model.backbone.init_cfg=None',
+        'model.head.init_cfg=None',
         'model.head.in_channels=512',
         'model.head.num_classes=2',
     ]

@@ -462,3 +462,19 @@ def test_resuming_does_not_run_a_config_in_the_checkpoint(sample, tmp_path):
     output = run_tool('train.py', SEGMENTATION, '--resume', *arguments)
     assert 'resumed epoch: 0, iter: 4' in output
     assert not trace.exists()
+
+
+def test_new_layers_keep_their_values(tmp_path):
+    """A head for other classes takes the rest of the file."""
+    source = randomized(Conv2FormerClsHead(in_channels=6, num_classes=5, hidden_channels=8))
+    torch.save({f'head.{n}': v for n, v in source.state_dict().items()}, tmp_path / 'file.pth')
+    init_cfg = dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth'))
+    sizes = dict(in_channels=6, num_classes=3, hidden_channels=8)
+    with pytest.raises(CheckpointError, match=r'pred.weight is \(5, 8\) in the file, \(3, 8\)'):
+        Conv2FormerClsHead(**sizes, init_cfg=init_cfg).init_weights()
+    head = Conv2FormerClsHead(**sizes, init_cfg=dict(init_cfg, new_layers=['pred']))
+    before = head.pred.weight.clone()
+    head.init_weights()
+    assert torch.equal(head.pred.weight, before)
+    for name, value in head.head.state_dict().items():
+        assert torch.equal(value, source.head.state_dict()[name]), name

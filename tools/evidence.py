@@ -186,6 +186,7 @@ FIT_SEGMENTATION = [
 FIT_CROP = 96
 FIT_CLASSIFICATION = [
     *FIT,
+    'model.head.init_cfg=None',
     'train_cfg.max_epochs=30',
     'train_cfg.val_interval=10',
     'param_scheduler.0.end=30',
@@ -296,9 +297,14 @@ def measure_steps(name: str, config: Path) -> dict:
 
 
 def classification_steps(config: Path) -> list[str]:
-    """Overrides for small crops; those of evaluation only where there is one."""
-    is_evaluated = Config.fromfile(config).test_dataloader is not None
-    return STEPS_CLASSIFICATION + (STEPS_CLASSIFICATION_VAL if is_evaluated else [])
+    """Overrides for small crops; of evaluation and of the head's weights where there are such."""
+    settings = Config.fromfile(config)
+    overrides = list(STEPS_CLASSIFICATION)
+    if settings.test_dataloader is not None:
+        overrides += STEPS_CLASSIFICATION_VAL
+    if 'init_cfg' in settings.model.head:
+        overrides.append('model.head.init_cfg=None')
+    return overrides
 
 
 def measure_fit(name: str, config: Path) -> dict:
@@ -429,6 +435,7 @@ def count_cost(config: Config) -> dict:
     """
     init_default_scope(config.default_scope)
     config.model.backbone.init_cfg = None
+    config.model.get('head', {}).pop('init_cfg', None)
     if config.default_scope == 'mmseg':
         long_side, short_side = config.test_dataloader.dataset.pipeline[1].scale
         size = (short_side, long_side)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from common import add_arguments, check_files, checkpoint_errors, load_config
 from mmengine.config import Config
+from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
@@ -57,7 +59,14 @@ def main() -> None:
         metric = METRICS.build(dict(type=name, out_file_path=args.out))
         runner.test_evaluator.metrics.append(metric)
     with checkpoint_errors():
+        if args.checkpoint == 'none':
+            initialize(runner.model)
         runner.test()
+
+
+def initialize(model: torch.nn.Module) -> None:
+    """Gives a model its initial weights, pretrained ones too, which mmengine does to train only."""
+    (model.module if is_model_wrapper(model) else model).init_weights()
 
 
 def augment_at_test_time(config: Config) -> None:

@@ -27,5 +27,8 @@ optim_wrapper = dict(
     paramwise_cfg=dict(decay_rate=0.8),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=512)
-model = dict(train_cfg=None)
+model = dict(
+    train_cfg=None,
+    head=dict(init_cfg=dict(type='Pretrained', new_layers=['pred'])),  # other classes than 22K's
+)
 train_dataloader = dict(batch_size=64)

@@ -3,11 +3,12 @@
 _base_ = '../_base_/image_folders.py'
 
 num_classes = 20
+weights = 'pretrain/conv2former_t.pth'
 model = dict(
     backbone=dict(
         arch='tiny',
         drop_path_rate=0.1,
-        init_cfg=dict(type='Pretrained', checkpoint='pretrain/conv2former_t.pth'),
+        init_cfg=dict(type='Pretrained', checkpoint=weights),
     ),
-    head=dict(in_channels=576, num_classes=num_classes),
+    head=dict(in_channels=576, num_classes=num_classes, init_cfg=dict(checkpoint=weights)),
 )
