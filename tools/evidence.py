@@ -46,7 +46,9 @@ from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmpretrain.models import GlobalAveragePooling, LinearClsHead
 
+from mmconv2former.cls_head import Conv2FormerClsHead
 from mmconv2former.comparators import find_comparator
 from mmconv2former.weights import read_checkpoint
 
@@ -485,22 +487,21 @@ WHOLE_MODELS = {'mask_rcnn': 'mask_rcnn_conv2former_t', 'upernet': 'upernet_conv
 
 
 def measure_backbone(name: str) -> dict:
-    """Parameters and FLOPs of a backbone for classification (with a linear layer) and detection.
+    """Parameters and FLOPs of a backbone for classification (with its head) and detection.
 
     Detection and segmentation with whole models are counted for some.
     """
     size = 224 if name in OURS else find_comparator(name).published.size
-    backbone = build_backbone(name, classification=True)
-    head = torch.nn.Linear(backbone.channels[-1], CLASSES)
+    network = build_network(name)
     result = {
         'classification': {
-            'parameters': count_parameters(backbone) + count_parameters(head),
-            'flops': count_flops(backbone, torch.zeros(1, 3, size, size)) + head.weight.numel(),
+            'parameters': count_parameters(network),
+            'flops': count_flops(network, torch.zeros(1, 3, size, size)),
             'size': [size, size],
         }
     }
     if name in OURS or find_comparator(name).family.dense is not None:
-        backbone = build_backbone(name, classification=False)
+        backbone = build_backbone(name)
         result['dense'] = {
             'parameters': count_parameters(backbone),
             'flops': count_flops(backbone, torch.zeros(1, 3, *DETECTION_SIZE)),
@@ -514,14 +515,24 @@ def measure_backbone(name: str) -> dict:
     return result
 
 
-def build_backbone(name: str, classification: bool) -> torch.nn.Module:
-    if name not in OURS:
-        settings = dict(type='mmconv2former.Comparator', name=name, classification=classification)
+def build_network(name: str) -> torch.nn.Module:
+    """Backbone and classification head, as published."""
+    if name in OURS:
+        backbone = build_backbone(name, out_indices=(3,), out_norm=False)
+        head = Conv2FormerClsHead(backbone.channels[-1], CLASSES)
     else:
-        settings = dict(type='mmconv2former.Conv2Former', arch=name.removeprefix('conv2former_'))
-        if classification:
-            settings |= dict(out_indices=(3,), out_norm=False)
-    return MODELS.build(settings).eval()
+        backbone = build_backbone(name, classification=True)
+        head = LinearClsHead(CLASSES, backbone.channels[-1])
+        head = torch.nn.Sequential(GlobalAveragePooling(), head)
+    return torch.nn.Sequential(backbone, head).eval()
+
+
+def build_backbone(name: str, **options) -> torch.nn.Module:
+    if name in OURS:
+        options |= dict(type='mmconv2former.Conv2Former', arch=name.removeprefix('conv2former_'))
+    else:
+        options |= dict(type='mmconv2former.Comparator', name=name)
+    return MODELS.build(options).eval()
 
 
 def count_parameters(module: torch.nn.Module) -> int:

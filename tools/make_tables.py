@@ -30,8 +30,7 @@ PAGES = [
 COMPARATORS = 'comparators'
 BACKBONES = 'backbones'
 
-# From arXiv 2211.11943, nano from the official repository; parameters and FLOPs are with the head
-# of those, which has a 1x1 convolution to 1280 channels before the linear layer.
+# From arXiv 2211.11943, nano from the official repository.
 OURS = {
     'conv2former_nano': Published(15, 2.2, 81.5),
     'conv2former_tiny': Published(27, 4.4, 83.2),
