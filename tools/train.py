@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from common import add_arguments, check_files, checkpoint_errors, load_config
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 
@@ -70,9 +71,28 @@ def main() -> None:
         config.resume = True
         config.load_from = None if args.resume == 'auto' else args.resume
     check_files(config, ['train_dataloader', 'val_dataloader'], check_weights=True)
+    compile_settings = config.pop('compile', False)
 
     with checkpoint_errors():
-        Runner.from_cfg(config).train()
+        runner = Runner.from_cfg(config)
+        if compile_settings:
+            compile_backbone(runner, {} if compile_settings is True else compile_settings)
+        runner.train()
+
+
+def compile_backbone(runner: Runner, settings: dict) -> None:
+    """Obeys mmengine's key `compile` with the backbone alone, for all sizes of input at once.
+
+    mmengine would compile the whole training step, at which torch fails in the optimizer's `step`
+    that mmengine wraps; and heads change their shapes with every image.
+
+    Args:
+        runner: A runner whose model is built.
+        settings: Arguments of `torch.compile`.
+    """
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model.backbone.compile(**{'dynamic': True, **settings})
+    runner.logger.info('The backbone is compiled with torch.compile at its first iteration.')
 
 
 if __name__ == '__main__':
