@@ -88,7 +88,7 @@ def test_options_of_a_model():
         build('resnet')
 
 
-@pytest.mark.parametrize('name', ['convnext_t', 'swin_t', 'hornet_t', 'replknet_31b'])
+@pytest.mark.parametrize('name', ['convnext_tiny', 'deit3_small'])
 def test_comparators_have_four_outputs(name):
     model = BUILDERS[name]()
     model.eval()

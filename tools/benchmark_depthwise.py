@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from benchmark import show, table
 from torch import Tensor, nn
 
 from mmconv2former import depthwise
@@ -34,10 +35,11 @@ def main() -> None:
     )
     parser.add_argument('--kernel-sizes', type=int, nargs='+', default=[5, 7, 9, 11, 15, 21])
     parser.add_argument('--repeats', type=int, default=9)
+    parser.add_argument(
+        '--page', action='store_true', help='keep what is printed in docs/performance.md'
+    )
     args = parser.parse_args()
-    print(f'torch {torch.__version__}, {torch.get_num_threads()} threads, float32\n')
-    print('| kernel | N, C, H, W | stock, ms | matrix products, ms | ratio | chosen |')
-    print('|---|---|---|---|---|---|')
+    rows = []
     for kernel_size in args.kernel_sizes:
         for shape in SHAPES:
             batch, channels, height, width = shape
@@ -49,11 +51,12 @@ def main() -> None:
                 lambda g=grad, x=x, w=weight: backward(g, x, w, 'products'),
             )
             is_chosen = depthwise.has_fast_weight_gradient(to_channels_first(x), weight)
-            print(
-                f'| {kernel_size} | {", ".join(map(str, shape))} | {stock:.2f} | {products:.2f} '
-                f'| {products / stock:.2f} | {"yes" if is_chosen else "no"} |',
-                flush=True,
-            )
+            rows.append(
+                [str(kernel_size), ', '.join(map(str, shape)), f'{stock:.2f}', f'{products:.2f}',
+                 f'{products / stock:.2f}', 'yes' if is_chosen else 'no']
+            )  # fmt: skip
+    header = ['kernel', 'N, C, H, W', 'stock, ms', 'matrix products, ms', 'ratio', 'chosen']
+    show('depthwise', table(header, rows), args.page)
 
 
 def backward(grad: Tensor, x: Tensor, weight: Tensor, method: str) -> None:

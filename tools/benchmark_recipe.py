@@ -12,9 +12,11 @@ with the plain operators that stand for it (see benchmark.py).
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -24,23 +26,16 @@ from benchmark import (
     Setting,
     machine,
     measure_product_rate,
+    show,
     spread,
     table,
     timed,
 )
-from common import set_data_root
+from common import set_backbone, set_data_root
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import Tensor, nn
 
-CONVNEXT_T = dict(
-    type='mmpretrain.ConvNeXt',
-    arch='tiny',
-    out_indices=(0, 1, 2, 3),
-    gap_before_final_norm=False,
-    init_cfg=None,
-)
-CONVNEXT_T_CHANNELS = [96, 192, 384, 768]
 OBJECTS = 8  # in each made-up image
 
 
@@ -54,13 +49,13 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=5, help='rounds that count')
     parser.add_argument('--data-root', help='measure the training pipeline on these data')
     parser.add_argument('--images', type=int, default=60, help='images that the pipeline makes')
+    parser.add_argument(
+        '--page', action='store_true', help='keep what is printed in docs/performance.md'
+    )
     args = parser.parse_args()
-    rate = measure_product_rate(Setting((0, 0)))
-    print(machine(rate) + '\n')
-    if args.data_root is not None:
-        print(measure_pipeline(args))
-    else:
-        print(measure_steps(args))
+    title = machine(measure_product_rate(Setting((0, 0)))) + '\n\n'
+    kind, measure = ('data', measure_pipeline) if args.data_root else ('recipe', measure_steps)
+    show(f'{kind} {Path(args.config).stem}', title + measure(args), args.page)
 
 
 # ------------------------------------------------------------------------------------------ steps
@@ -103,8 +98,8 @@ def measure_steps(args: argparse.Namespace) -> str:
 
 
 def build(config: Config) -> nn.Module:
-    config = config.copy()
-    config.model.backbone.init_cfg = None
+    config = copy.deepcopy(config)
+    config.model.backbone.pop('init_cfg', None)
     torch.manual_seed(0)
     model = MODELS.build(config.model)
     model.train()
@@ -112,13 +107,8 @@ def build(config: Config) -> nn.Module:
 
 
 def with_convnext(config: Config) -> Config:
-    config = config.copy()
-    config.model.backbone = CONVNEXT_T
-    if 'neck' in config.model:
-        config.model.neck.in_channels = CONVNEXT_T_CHANNELS
-    else:
-        config.model.decode_head.in_channels = CONVNEXT_T_CHANNELS
-        config.model.auxiliary_head.in_channels = CONVNEXT_T_CHANNELS[2]
+    config = copy.deepcopy(config)
+    set_backbone(config, 'convnext_tiny')
     return config
 
 

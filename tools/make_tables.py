@@ -74,15 +74,18 @@ def write_tables(dry_run: bool = False) -> list[str]:
         old = page.read_text()
         new = old
         for name, table in tables.items():
-            pattern = rf'(<!-- table {name} -->\n).*?(<!-- end -->)'
-            new = re.sub(
-                pattern, lambda found, table=table: found[1] + table + found[2], new, flags=re.S
-            )
+            new = with_table(new, name, table)
         if new != old:
             outdated.append(page.name)
             if not dry_run:
                 page.write_text(new)
     return outdated
+
+
+def with_table(page: str, name: str, table: str) -> str:
+    """The text of a page with what stands at the mark `name` replaced; unchanged without a mark."""
+    pattern = rf'(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)'
+    return re.sub(pattern, lambda found: found[1] + table + found[2], page, flags=re.S)
 
 
 # ----------------------------------------------------------------------------------------- inputs
