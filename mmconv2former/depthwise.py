@@ -102,10 +102,10 @@ def has_fast_weight_gradient(x: Tensor, weight: Tensor) -> bool:
         return False
     kernel_size, channels, positions = weight.shape[-1], x.shape[1], x.shape[2] * x.shape[3]
     if kernel_size >= 13:
-        return positions >= 512
+        return channels * positions >= 70_000
     if kernel_size >= 9:
-        return positions >= 1024 or channels >= 512
-    return kernel_size >= 5 and positions >= 2048
+        return channels * positions >= 200_000 or channels >= 512
+    return kernel_size == 7 and positions >= 2048
 
 
 class DepthwiseConvFunction(torch.autograd.Function):

@@ -41,23 +41,6 @@ def load(path):
     return config
 
 
-def classifier_config():
-    """A classification recipe's model, around the smallest of ours."""
-    model = dict(
-        type='ImageClassifier',
-        data_preprocessor=dict(num_classes=10),
-        backbone=dict(
-            type='mmconv2former.Conv2Former', arch='nano', out_indices=(3,), out_norm=False,
-            drop_path_rate=0.1,
-        ),
-        head=dict(
-            type='mmconv2former.Conv2FormerClsHead', num_classes=10, in_channels=512,
-            loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1),
-        ),
-    )  # fmt: skip
-    return Config(dict(default_scope='mmpretrain', model=model, optim_wrapper=dict()))
-
-
 # ------------------------------------------------------------------------------------- one by one
 @pytest.mark.parametrize('name', DENSE)
 def test_states_its_channels_strides_and_depths(name):
@@ -424,13 +407,13 @@ def test_classifier_learns_with_a_comparator():
 
     torch.manual_seed(0)
     for name, channels in (('efficientnet_b0', 1280), ('convnext_tiny', 768)):
-        config = classifier_config()
-        init_default_scope('mmpretrain')
+        config = load('classification/conv2former_t_in1k')
+        config.model.train_cfg = None  # labels stay whole numbers
         set_backbone(config, name)
         assert config.model.backbone.drop_path_rate == 0.1
         assert 'init_cfg' not in config.model.backbone  # the recipe is trained from random weights
         model = MODELS.build(config.model)
-        assert model.head.fc.weight.shape == (10, channels)
+        assert model.head.fc.weight.shape == (1000, channels)
         assert model.head.loss_module.label_smooth_val == 0.1
         samples = [DataSample().set_gt_label(label) for label in (3, 5)]
         losses = model(torch.randn(2, 3, 64, 64), samples, mode='loss')

@@ -28,7 +28,7 @@ def test_weight_gradient_equals_autograd(kernel_size, shape, memory_format):
     torch.testing.assert_close(weight_gradient(x, grad, kernel_size), expected)
 
 
-@pytest.mark.parametrize('shape', [(2, 160, 36, 34), (1, 64, 37, 29), (3, 520, 4, 4)])
+@pytest.mark.parametrize('shape', [(2, 160, 36, 36), (1, 64, 37, 29), (3, 520, 4, 4)])
 @pytest.mark.parametrize('kernel_size', [9, 11, 13])
 @pytest.mark.parametrize('method', ['auto', 'stock', 'products'])
 def test_module_equals_the_stock_convolution(shape, kernel_size, method, monkeypatch):
@@ -57,6 +57,22 @@ def test_parts_do_not_matter(cache_bytes, monkeypatch):
     torch.testing.assert_close(weight_gradient(x, grad, 11), expected)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_by_products(dtype, monkeypatch):
+    """Not chosen there, but right where a user asks for it."""
+    monkeypatch.setattr(depthwise, 'weight_gradient_method', 'products')
+    torch.manual_seed(0)
+    conv = DepthwiseConv(6, 11).to(dtype)
+    x = torch.randn(2, 20, 24, 6).to(dtype).requires_grad_()
+    grad = torch.randn(2, 20, 24, 6).to(dtype)
+    conv(x).backward(grad)
+    wide = [tensor.float() for tensor in (x.permute(0, 3, 1, 2), conv.weight, conv.bias)]
+    expected = stock_gradients(*wide, grad.float().permute(0, 3, 1, 2))
+    values = (x.grad.permute(0, 3, 1, 2), conv.weight.grad, conv.bias.grad)
+    for value, reference in zip(values, expected):
+        assert (value.float() - reference).norm() < 0.02 * reference.norm()
+
+
 def test_input_that_needs_no_gradient():
     conv = DepthwiseConv(64, 11)
     conv(torch.randn(1, 8, 8, 64)).sum().backward()
@@ -73,18 +89,18 @@ def kernel(channels, size):
 
 def test_the_rule():
     for channels, side, size, expected in [
-        (8, 8, 3, False), (8, 64, 3, False),
-        (8, 64, 5, True), (8, 32, 5, False), (8, 64, 7, True), (8, 32, 7, False),
-        (8, 32, 9, True), (8, 28, 9, False), (512, 4, 9, True), (512, 4, 7, False),
-        (8, 32, 11, True), (8, 28, 11, False), (512, 4, 11, True),
-        (8, 24, 13, True), (8, 14, 13, False), (512, 4, 13, False), (8, 24, 31, True),
+        (8, 64, 3, False), (72, 128, 5, False), (512, 64, 5, False),
+        (8, 64, 7, True), (8, 32, 7, False), (512, 32, 7, False),
+        (72, 56, 9, True), (72, 32, 9, False), (288, 32, 9, True), (512, 4, 9, True),
+        (72, 56, 11, True), (72, 32, 11, False), (288, 14, 11, False), (512, 4, 11, True),
+        (72, 32, 13, True), (72, 24, 13, False), (512, 4, 13, False), (72, 32, 31, True),
     ]:  # fmt: skip
         chosen = has_fast_weight_gradient(zeros(channels, side), kernel(channels, size))
         assert chosen == expected, (channels, side, size)
 
 
 def test_where_nothing_was_measured_the_stock_operator_stays(monkeypatch):
-    x, weight = zeros(8, 64), kernel(8, 11)
+    x, weight = zeros(72, 64), kernel(72, 11)
     assert has_fast_weight_gradient(x, weight)
     assert not has_fast_weight_gradient(x, weight.detach())  # frozen
     assert not has_fast_weight_gradient(x.double(), weight)

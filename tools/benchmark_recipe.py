@@ -3,6 +3,7 @@
     python tools/benchmark_recipe.py configs/detection/mask_rcnn_conv2former_t.py
     python tools/benchmark_recipe.py configs/segmentation/upernet_conv2former_t.py --size 512 512
     python tools/benchmark_recipe.py CONFIG --data-root DIR       # the training pipeline alone
+    python tools/benchmark_recipe.py CONFIG --evaluate 500        # COCO's metrics alone
 
 The first two run training steps (forward and backward of all losses) on made-up images, the models
 in turn; detection at 512x512 by default, segmentation at its crop. `published code` is the recipe
@@ -13,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
+import tempfile
 import time
 from collections import defaultdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -32,8 +36,10 @@ from benchmark import (
     timed,
 )
 from common import set_backbone, set_data_root
+from datasets import COCO_IDS
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
+from pycocotools.mask import frPyObjects
 from torch import Tensor, nn
 
 OBJECTS = 8  # in each made-up image
@@ -45,14 +51,20 @@ def main() -> None:
     )
     parser.add_argument('config')
     parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'))
-    parser.add_argument('--batch', type=int, default=1)
+    parser.add_argument('--batch', type=int, help='default: 1, in segmentation 2, for BatchNorm')
     parser.add_argument('--rounds', type=int, default=5, help='rounds that count')
     parser.add_argument('--data-root', help='measure the training pipeline on these data')
     parser.add_argument('--images', type=int, default=60, help='images that the pipeline makes')
     parser.add_argument(
+        '--evaluate', type=int, metavar='N', help='measure the metrics on N made-up results'
+    )
+    parser.add_argument(
         '--page', action='store_true', help='keep what is printed in docs/performance.md'
     )
     args = parser.parse_args()
+    if args.evaluate is not None:
+        show('evaluation', measure_evaluation(args.evaluate), args.page)
+        return
     title = machine(measure_product_rate(Setting((0, 0)))) + '\n\n'
     kind, measure = ('data', measure_pipeline) if args.data_root else ('recipe', measure_steps)
     show(f'{kind} {Path(args.config).stem}', title + measure(args), args.page)
@@ -72,8 +84,11 @@ def measure_steps(args: argparse.Namespace) -> str:
         'published code': with_published_operators(build(config)),
         'ConvNeXt-T': build(with_convnext(config)),
     }
-    make_batch = detection_batch if config.default_scope == 'mmdet' else segmentation_batch
-    batch = make_batch(args.batch, size)
+    if config.default_scope == 'mmdet':
+        images, make_batch = args.batch or 1, detection_batch
+    else:
+        images, make_batch = args.batch or 2, segmentation_batch
+    batch = make_batch(images, size)
     times: dict[str, list[float]] = defaultdict(list)
     kept = {name: count_kept(model, batch) for name, model in models.items()}
     for number in range(args.rounds + 1):  # one to warm up
@@ -92,7 +107,7 @@ def measure_steps(args: argparse.Namespace) -> str:
         ]
         for name in models
     ]
-    title = f'{args.config}, {args.batch}x3x{size[0]}x{size[1]}, {args.rounds} rounds\n\n'
+    title = f'{args.config}, {images}x3x{size[0]}x{size[1]}, {args.rounds} rounds\n\n'
     header = ['backbone', 'training step, ms', 'ours to it', 'kept for backward, MiB', 'ours to it']
     return title + table(header, rows)
 
@@ -195,6 +210,70 @@ def measure_pipeline(args: argparse.Namespace) -> str:
     ]
     title = f'{args.config}: {count / total:.1f} images a second with one worker\n\n'
     return title + table(['transform', 'ms an image', 'share'], rows)
+
+
+# ------------------------------------------------------------------------------------- evaluation
+IMAGE_SIZE = (480, 640)
+PREDICTIONS = 100  # of an image, as the recipes keep
+
+
+def measure_evaluation(images: int) -> str:
+    """Seconds of COCO's metrics for boxes and masks, by pycocotools and by faster-coco-eval.
+
+    Raises:
+        SystemExit: faster-coco-eval is not installed.
+    """
+    if find_spec('faster_coco_eval') is None:
+        raise SystemExit('error: --evaluate: pip install faster-coco-eval')
+    from mmdet.evaluation.metrics import CocoMetric, FasterCocoMetric
+
+    rng = np.random.default_rng(0)
+    categories = list(COCO_IDS.values())
+    truth = {
+        'images': [dict(id=i, height=IMAGE_SIZE[0], width=IMAGE_SIZE[1]) for i in range(images)],
+        'categories': [dict(id=id_, name=name) for name, id_ in COCO_IDS.items()],
+        'annotations': [
+            dict(id=number + 1, image_id=number // OBJECTS, category_id=int(rng.choice(categories)),
+                 bbox=box, area=box[2] * box[3], iscrowd=0, segmentation=[outline(box)])
+            for number, box in enumerate(random_boxes(rng, images * OBJECTS))
+        ],
+    }  # fmt: skip
+    results = []
+    for image in range(images):
+        boxes = random_boxes(rng, PREDICTIONS)
+        corners = torch.tensor(boxes)
+        corners[:, 2:] += corners[:, :2]
+        instances = dict(
+            bboxes=corners,
+            scores=torch.rand(PREDICTIONS),
+            labels=torch.randint(len(categories), (PREDICTIONS,)),
+            masks=frPyObjects([outline(box) for box in boxes], *IMAGE_SIZE),
+        )
+        results.append(dict(img_id=image, ori_shape=IMAGE_SIZE, pred_instances=instances))
+    rows = []
+    with tempfile.NamedTemporaryFile('w', suffix='.json') as file:
+        json.dump(truth, file)
+        file.flush()
+        for metric_type in (CocoMetric, FasterCocoMetric):
+            metric = metric_type(ann_file=file.name, metric=['bbox', 'segm'])
+            metric.dataset_meta = dict(classes=tuple(COCO_IDS))
+            metric.process({}, results)
+            seconds = timed(metric.evaluate, images, device='cpu')
+            rows.append([f'`{metric_type.__name__}`', f'{seconds:.1f}'])
+    title = f'{images} made-up images, {PREDICTIONS} boxes and masks each\n\n'
+    return title + table(['metric', 'seconds'], rows)
+
+
+def random_boxes(rng: np.random.Generator, count: int) -> list[list[float]]:
+    """Boxes (x, y, width, height) inside the image."""
+    sizes = rng.uniform(20, 200, (count, 2))
+    places = rng.uniform(0, 1, (count, 2)) * (np.array(IMAGE_SIZE[::-1]) - sizes)
+    return np.concatenate([places, sizes], 1).tolist()
+
+
+def outline(box: list[float]) -> list[float]:
+    x, y, width, height = box
+    return [x, y, x + width, y, x + width, y + height, x, y + height]
 
 
 if __name__ == '__main__':
