@@ -169,7 +169,10 @@ class FeedForward(nn.Module):
         fc2 = parameters_of(self.fc2)
         if recompute == 'nothing':
             hidden = self.act(self.fc1(self.norm(x)))  # (N, H, W, mlp_ratio * C)
-            out = product(hidden + self.act(self.pos(hidden)), *scaled(fc2, folded))
+            total = self.act(self.pos(hidden))
+            # In its place, as nothing else needs it: new memory costs as much as the sum.
+            total = total + hidden if is_captured() else total.add_(hidden)
+            out = product(total, *scaled(fc2, folded))
         else:
             keep_hidden = recompute == 'elementwise'
             layers = parameters_of(self.norm, self.fc1, self.pos)

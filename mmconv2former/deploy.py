@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import conv, conv_gelu, conv_plus, conv_times, is_fusible
+from .fused import FusedConv, is_fusible
 from .fusion import FUSIONS
 
 
@@ -34,31 +34,27 @@ class DeployedBlock(nn.Module):
         attn, mlp = block.attn, block.mlp
         self.eps = attn.norm.eps
         with torch.no_grad():
-            self._keep('gate', *fold_norm(attn.norm, *matrix(attn.att[0])))
-            self._keep('value', *fold_norm(attn.norm, *matrix(attn.v)))
-            self._keep('proj', *scaled(attn.proj, block.layer_scale_1))
-            self._keep('fc1', *fold_norm(mlp.norm, *matrix(mlp.fc1)))
-            self._keep('fc2', *scaled(mlp.fc2, block.layer_scale_2))
+            self.gate = FusedConv(*fold_norm(attn.norm, *matrix(attn.att[0])))
+            self.value = FusedConv(*fold_norm(attn.norm, *matrix(attn.v)))
+            self.proj = FusedConv(*scaled(attn.proj, block.layer_scale_1))
+            self.fc1 = FusedConv(*fold_norm(mlp.norm, *matrix(mlp.fc1)))
+            self.fc2 = FusedConv(*scaled(mlp.fc2, block.layer_scale_2))
+            self.pos = FusedConv(mlp.pos.weight.detach(), mlp.pos.bias.detach())
         self.depthwise = attn.att[2]
-        self.pos = mlp.pos
         self.fusion = attn.fusion
-
-    def _keep(self, name: str, weight: Tensor, bias: Tensor) -> None:
-        self.register_buffer(f'{name}_weight', weight.contiguous())
-        self.register_buffer(f'{name}_bias', bias)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
-        mixed = self.depthwise(conv_gelu(y, self.gate_weight, self.gate_bias))
+        mixed = self.depthwise(self.gate.gelu(y))
         if self.fusion == 'hadamard':
-            y = conv_times(y, self.value_weight, self.value_bias, mixed)
+            y = self.value.times(y, mixed)
         else:
-            y = FUSIONS[self.fusion](mixed, conv(y, self.value_weight, self.value_bias))
-        x = conv_plus(y, self.proj_weight, self.proj_bias, x)
+            y = FUSIONS[self.fusion](mixed, self.value(y))
+        x = self.proj.plus(y, x)
         y = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
-        y = conv_gelu(y, self.fc1_weight, self.fc1_bias)
-        y = add(conv_gelu(y, self.pos.weight, self.pos.bias), y)
-        return conv_plus(y, self.fc2_weight, self.fc2_bias, x)
+        y = self.fc1.gelu(y)
+        y = add(self.pos.gelu(y), y)
+        return self.fc2.plus(y, x)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:

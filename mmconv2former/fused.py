@@ -1,19 +1,27 @@
 """Convolutions with what follows them in one operator, for inference on a CPU.
 
 oneDNN writes the result of a convolution once, with GELU, a product or a sum applied, where stock
-operators write and read it again. The operators are those that `torch.compile` uses on CPUs.
-Elsewhere, and wherever gradients or a graph are wanted, stock operators compute the same.
+operators write and read it again; and it takes weights that are laid out for it beforehand. The
+operators are those that `torch.compile` uses on CPUs. Elsewhere, and wherever gradients or a graph
+are wanted, stock operators compute the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .depthwise import depthwise_conv
 from .layout import is_captured, is_cpu_float32, to_channels_first, to_channels_last
 from .product import product
+
+HAS_FUSED_OPERATORS = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name)
+    for name in ('_convolution_pointwise', '_reorder_convolution_weight')
+)
 
 
 def is_fusible(x: Tensor) -> bool:
@@ -23,58 +31,64 @@ def is_fusible(x: Tensor) -> bool:
     return is_plain and not wants_more and is_cpu_float32(x) and HAS_FUSED_OPERATORS
 
 
-HAS_FUSED_OPERATORS = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, '_convolution_pointwise'
-)
-
-
-def conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """1x1 or depthwise convolution, by the shape of the weight.
+class FusedConv(nn.Module):
+    """1x1 or depthwise convolution for inference, (N, H, W, C_in) -> (N, H, W, C_out).
 
     Args:
-        x: Input (N, H, W, C_in).
         weight: (C_out, C_in), or a depthwise kernel (C_in, 1, K, K) with 'same' padding.
         bias: (C_out,).
-
-    Returns:
-        (N, H, W, C_out).
     """
-    return product(x, weight, bias) if weight.dim() == 2 else depthwise_conv(x, weight, bias)
 
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.register_buffer('weight', weight.contiguous())
+        self.register_buffer('bias', bias)
+        self.is_depthwise = weight.dim() == 4
+        self.packed_weight: Tensor | None = None
 
-def conv_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU of `conv`."""
-    if not is_fusible(x):
-        return F.gelu(conv(x, weight, bias))
-    operator = torch.ops.mkldnn._convolution_pointwise.default
-    return to_channels_last(operator(*operands(x, weight, bias), 'gelu', [], 'none'))
+    def forward(self, x: Tensor) -> Tensor:
+        convolve = depthwise_conv if self.is_depthwise else product
+        return convolve(x, self.weight, self.bias)
 
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the convolution."""
+        if not is_fusible(x):
+            return F.gelu(self(x))
+        operator = torch.ops.mkldnn._convolution_pointwise.default
+        x = to_channels_first(x)
+        return to_channels_last(operator(x, *self._pack(x), 'gelu', [], 'none'))
 
-def conv_times(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor) -> Tensor:
-    """`conv` times a tensor (N, H, W, C_out)."""
-    if not is_fusible(x):
-        return conv(x, weight, bias) * other
-    return binary(x, weight, bias, other, 'mul')
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """The convolution times a tensor (N, H, W, C_out)."""
+        return self._binary(x, other, 'mul') if is_fusible(x) else self(x) * other
 
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        """The convolution plus a tensor (N, H, W, C_out)."""
+        return self._binary(x, other, 'add') if is_fusible(x) else self(x) + other
 
-def conv_plus(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor) -> Tensor:
-    """`conv` plus a tensor (N, H, W, C_out)."""
-    if not is_fusible(x):
-        return conv(x, weight, bias) + other
-    return binary(x, weight, bias, other, 'add')
+    def _binary(self, x: Tensor, other: Tensor, operation: str) -> Tensor:
+        operator = torch.ops.mkldnn._convolution_pointwise.binary
+        x, other = to_channels_first(x), to_channels_first(other)
+        return to_channels_last(operator(x, other, *self._pack(x), operation, 1.0, None, [], None))
 
+    def _pack(self, x: Tensor) -> tuple:
+        """Weight, bias, padding, stride, dilation, groups, as oneDNN takes them.
 
-def binary(x: Tensor, weight: Tensor, bias: Tensor, other: Tensor, operation: str) -> Tensor:
-    operator = torch.ops.mkldnn._convolution_pointwise.binary
-    first, *rest = operands(x, weight, bias)
-    other = to_channels_first(other)
-    return to_channels_last(operator(first, other, *rest, operation, 1.0, None, [], None))
+        The weight is laid out for the first size of x (N, C_in, H, W), and is right for any.
+        """
+        groups = self.weight.shape[0] if self.is_depthwise else 1
+        padding = [self.weight.shape[-1] // 2] * 2 if self.is_depthwise else [0, 0]
+        geometry = (padding, [1, 1], [1, 1], groups)
+        if self.packed_weight is None:
+            weight = self.weight if self.is_depthwise else self.weight[..., None, None]
+            self.packed_weight = torch.ops.mkldnn._reorder_convolution_weight(
+                weight, *geometry, list(x.shape)
+            )
+        return self.packed_weight, self.bias, *geometry
 
+    def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
+        self.packed_weight = None  # of other values, another dtype or device from here on
+        return super()._apply(function, recurse)
 
-def operands(x: Tensor, weight: Tensor, bias: Tensor) -> list:
-    """Input, weight, bias, padding, stride, dilation, groups, as oneDNN takes them."""
-    is_depthwise = weight.dim() == 4
-    weight = weight if is_depthwise else weight[..., None, None]
-    groups = weight.shape[0] if is_depthwise else 1
-    padding = [weight.shape[-1] // 2] * 2
-    return [to_channels_first(x), weight, bias, padding, [1, 1], [1, 1], groups]
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {'packed_weight': None}  # neither copied nor saved

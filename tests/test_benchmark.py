@@ -142,6 +142,7 @@ def test_verdict():
     assert verdict([0.7, 0.8], 0.8, 0.6) == 'must'
     assert verdict([0.5, 0.6], 0.8, 0.6) == 'aim'
     assert verdict([0.5], 0.8, None) == 'must'
+    assert verdict([0.5], None, None) == ''
 
 
 def test_page_keeps_what_is_printed(tmp_path, monkeypatch, capsys):
