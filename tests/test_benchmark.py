@@ -18,6 +18,7 @@ from benchmark import (
     count_macs,
     count_table,
     count_traffic,
+    profile_table,
     show,
     sweep,
     verdict,
@@ -135,6 +136,14 @@ def test_command(tmp_path):
     assert [len(result['inference']) for result in results] == [2, 2, 2]
     assert results[0]['bytes_kept'] > results[1]['bytes_kept'] > 0
     assert 'at least 2' in run_tool('benchmark.py', '--rounds', 1, succeeds=False)
+
+
+def test_profile_adds_up():
+    text = profile_table('conv2former_n', Setting((64, 64)))
+    shares = [int(share) for share in re.findall(r'(\d+)% \|', text)]
+    assert shares == sorted(shares, reverse=True)
+    assert 50 < sum(shares) <= 105
+    assert '`aten::convolution_backward`' in text
 
 
 def test_verdict():

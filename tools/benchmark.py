@@ -3,6 +3,7 @@
     python tools/benchmark.py                           # ours against the published code
     python tools/benchmark.py conv2former_t convnext_tiny swin_tiny --size 800 1280
     python tools/benchmark.py conv2former_t:recompute=elementwise plain_t --dtype bfloat16
+    python tools/benchmark.py conv2former_t --profile
     python tools/benchmark.py --count                # operators launched and bytes moved, counted
     python tools/benchmark.py conv2former_t deit3_small --sweep resolution --plot sweep.png
     python tools/benchmark.py conv2former_t --sweep kernel --plot kernels.png
@@ -460,6 +461,28 @@ def count_table(specs: list[str], setting: Setting) -> str:
     return table(header, rows)
 
 
+OPERATORS = 12  # rows of a profile
+
+
+def profile_table(spec: str, setting: Setting) -> str:
+    """Where the time of a training step goes, by operator; on a CPU."""
+    model = build(spec)
+    model.train()
+    images = setting.images()
+    for _ in range(2):
+        train_step(model, images, setting)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        train_step(model, images, setting)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    rows = [
+        [f'`{event.key}`', str(event.count), f'{event.self_cpu_time_total / 1e3:.0f}',
+         f'{event.self_cpu_time_total / total:.0%}']
+        for event in events[:OPERATORS]
+    ]  # fmt: skip
+    return table(['operator', 'calls', 'ms', 'share'], rows)
+
+
 # ----------------------------------------------------------------------------------------- sweeps
 RESOLUTIONS = (224, 320, 448, 640, 896)
 KERNELS = (5, 7, 11, 15, 21, 31)
@@ -527,6 +550,9 @@ def main() -> None:
     parser.add_argument('--rounds', type=int, default=7, help='rounds that count')
     parser.add_argument('--only', choices=['training', 'inference'], help='measure only that')
     parser.add_argument('--count', action='store_true', help='count operators and traffic instead')
+    parser.add_argument(
+        '--profile', action='store_true', help='show where the time of a training step goes'
+    )
     parser.add_argument('--sweep', choices=['resolution', 'kernel'])
     parser.add_argument('--plot', type=Path, help='picture of the sweep')
     parser.add_argument('--runs', type=int, default=1, help='of the table of goals')
@@ -542,6 +568,10 @@ def main() -> None:
     if args.count:
         specs = args.models or [PLAIN[0], DEFAULT, FASTEST, LEAST, CHECKPOINTED, DEPLOYED, RIVAL]
         show('count', f'{COUNT}, counted\n\n{count_table(specs, COUNT)}', args.page)
+        return
+    if args.profile:
+        for spec in args.models or [DEFAULT]:
+            show(f'profile {spec}', f'{setting}\n\n{profile_table(spec, setting)}', args.page)
         return
     rate = measure_product_rate(Setting(SPEED.size, device=args.device))
     title = f'{machine(rate)}\n\n'
