@@ -93,6 +93,12 @@ def test_options_of_a_model():
         build('resnet')
 
 
+def test_birder_is_asked_for(monkeypatch):
+    monkeypatch.setattr(benchmark, 'find_spec', lambda name: None)
+    with pytest.raises(SystemExit, match='birder_t: pip install birder'):
+        build('birder_t')
+
+
 @pytest.mark.parametrize('name', ['convnext_tiny', 'deit3_small'])
 def test_comparators_have_four_outputs(name):
     model = BUILDERS[name]()

@@ -82,12 +82,24 @@ def build_conv2former(arch: str, deploy: bool = False, **options) -> nn.Module:
     return model.switch_to_deploy() if deploy else model
 
 
+class BirderBackbone(nn.Module):
+    """The four feature maps of a network of birder."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return list(self.network.detection_features(x).values())
+
+
 def build_birder() -> nn.Module:
     if find_spec('birder') is None:
         raise SystemExit('error: birder_t: pip install birder (it is no part of this project)')
-    from birder.net.conv2former import Conv2Former as BirderConv2Former
+    import birder.net  # noqa: F401  (fills the registry)
+    from birder.model_registry import registry
 
-    return BirderConv2Former.registered_t(input_channels=3, num_classes=0).body
+    return BirderBackbone(registry.net_factory('conv2former_t', num_classes=0))
 
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {
