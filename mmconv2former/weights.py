@@ -502,7 +502,6 @@ def load_pretrained(
         found = behind_prefix(state_dict, prefix)
         if adapt_kernel:
             found = pad_kernels(found, expected)
-        found = without_layers(found, new_layers)
         check_fit(found, expected, may_miss)
     except CheckpointError as error:
         raise CheckpointError(
