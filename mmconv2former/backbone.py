@@ -387,8 +387,8 @@ class Conv2Former(Conv2FormerBase):
         recompute: What is computed anew in the backward pass rather than kept from the forward
             pass: 'nothing' (stock autograd: most memory, on a CPU fastest), 'elementwise'
             (LayerNorm, GELU, Hadamard product) or 'expansion' (these and the feed-forward's first
-            product: least memory). With another
-            `fusion` or `depthwise_conv` than the defaults it is of the feed-forward only.
+            product: least memory). With another `fusion` or `depthwise_conv` than the defaults it
+            is of the feed-forward only.
         depthwise_conv: Type name of the modulation's depthwise convolution in the registry; see
             `mmconv2former.depthwise.DepthwiseConv`. Another than that is called as it is.
         init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
