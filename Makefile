@@ -6,7 +6,7 @@ PYTHON_IN_VENV := .venv/bin/python
 
 help:
 	@echo 'make setup   create .venv with everything, mmcv compiled (about 10 minutes, once)'
-	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (13 minutes)'
+	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (9 minutes)'
 	@echo 'make test    all tests (set MMCONV2FORMER_SAMPLES to run those on real pictures too)'
 	@echo 'make lint    ruff: lint and format check'
 	@echo 'make bench   speed and memory beside the published code, kept in docs/performance.md (8 minutes)'
