@@ -256,14 +256,15 @@ class Downsample(nn.Sequential):
 class Conv2FormerBase(LoadsPretrained, BaseModule):
     """What the hierarchical and the isotropic network share: weights, modes, form for inference.
 
-    Subclasses have `channels`, `strides`, `smallest_input` (pixels of a side), output norms
-    `norm{i}` if `out_norm`, and the methods below that raise NotImplementedError here. Arguments
-    are those of `Conv2Former`.
+    Subclasses have `channels`, `strides`, `smallest_input` (pixels of a side), `out_indices`, norms
+    `norm{i}` of these if `out_norm`, and the methods below that raise NotImplementedError here.
+    Arguments are those of `Conv2Former`.
     """
 
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     smallest_input: int
+    out_indices: tuple[int, ...]
 
     def __init__(
         self,
@@ -286,6 +287,10 @@ class Conv2FormerBase(LoadsPretrained, BaseModule):
     def _frozen_modules(self) -> list[nn.Module]:
         """The modules that `frozen_stages` freezes."""
         raise NotImplementedError(f'{type(self).__name__} must say which modules are frozen')
+
+    def _frozen_norms(self, last: int) -> list[nn.Module]:
+        """The output norms of indices below `last`."""
+        return [getattr(self, f'norm{i}') for i in self.out_indices if self.out_norm and i < last]
 
     def _deploy(self) -> None:
         """Exchanges modules for those of `mmconv2former.deploy`."""
@@ -532,7 +537,7 @@ class Conv2Former(Conv2FormerBase):
         return [
             *self.downsample_layers[: max(last, 1)],
             *self.stages[:last],
-            *(getattr(self, f'norm{i}') for i in self.out_indices if self.out_norm and i < last),
+            *self._frozen_norms(last),
         ]
 
 

@@ -191,11 +191,7 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         return [
             self.patch_embed,
             *self.blocks[: self.frozen_stages],
-            *(
-                getattr(self, f'norm{i}')
-                for i in self.out_indices
-                if self.out_norm and i < self.frozen_stages
-            ),
+            *self._frozen_norms(self.frozen_stages),
         ]
 
 
