@@ -2,13 +2,14 @@
 
 PYTHON_IN_VENV := .venv/bin/python
 
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test lint bench reliability
 
 help:
 	@echo 'make setup   create .venv with everything, mmcv compiled (about 10 minutes, once)'
 	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (9 minutes)'
 	@echo 'make test    all tests (set MMCONV2FORMER_SAMPLES to run those on real pictures too)'
 	@echo 'make lint    ruff: lint and format check'
+	@echo 'make reliability  every fault injected at full count, kept in docs/reliability.md (1 hour)'
 	@echo 'make bench   speed and memory beside the published code, kept in docs/performance.md (8 minutes)'
 
 setup:
@@ -26,3 +27,6 @@ lint: setup
 
 bench: setup
 	@$(PYTHON_IN_VENV) tools/benchmark.py --runs 3 --page
+
+reliability: setup
+	@$(PYTHON_IN_VENV) -m pytest tests/reliability --slow --reliability-page docs/reliability.md

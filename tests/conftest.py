@@ -1,4 +1,8 @@
-"""Fixtures that several test files share."""
+"""Fixtures and options that several test files share.
+
+    pytest --slow                                      # every test at its full count
+    pytest tests/reliability --slow --reliability-page docs/reliability.md
+"""
 
 import os
 import subprocess
@@ -6,11 +10,72 @@ import sys
 from pathlib import Path
 
 import pytest
+from make_tables import with_table
 from mmengine.runner import CheckpointLoader
 
 from mmconv2former.weights import TRUST_VARIABLE, admit_only_data
 
 ROOT = Path(__file__).parents[1]
+FAULTS = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        '--slow', action='store_true', help='also what takes minutes, and every fault at full count'
+    )
+    parser.addoption(
+        '--reliability-page', type=Path, help='page whose table of faults is written anew'
+    )
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes minutes; runs with --slow only')
+    config.stash[FAULTS] = []
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselects, rather than skips: what CI does not run is documented, not excused."""
+    if config.option.slow:
+        return
+    slow = [item for item in items if item.get_closest_marker('slow')]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
+def pytest_sessionfinish(session):
+    page = session.config.option.reliability_page
+    if page is not None:
+        lines = ['| | fault | tries | survived | what the user sees |', '|---|---|---|---|---|']
+        area_before = None
+        for area, fault, tries, survived, seen in session.config.stash[FAULTS]:
+            shown = seen.replace('|', '\\|').replace('\n', ' ')
+            title = f'**{area}**' if area != area_before else ''
+            lines.append(f'| {title} | {fault} | {tries} | {survived} | {shown} |')
+            area_before = area
+        table = '\n'.join(lines) + '\n'
+        page.write_text(with_table(page.read_text(), 'reliability', table))
+
+
+@pytest.fixture
+def slow(request):
+    """Whether tests run at their full count."""
+    return request.config.option.slow
+
+
+@pytest.fixture
+def fault_report(request):
+    """Enters a fault that a test injected in the table of docs/reliability.md.
+
+    `fault_report(area, fault, tries, survived, seen)`, once or more in a test, before it asserts
+    that `survived == tries`. `area` is the table's group ('Killed', 'Disk', 'Data', 'Numbers',
+    'Checkpoints', 'Configs', 'Processes', 'Long runs', 'Supply chain'), `fault` what was done,
+    `seen` what the user sees, in the program's own words.
+    """
+
+    def report(area, fault, tries, survived, seen):
+        request.config.stash[FAULTS].append((area, fault, tries, survived, seen))
+
+    return report
 
 
 @pytest.fixture(scope='session')
