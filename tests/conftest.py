@@ -1,7 +1,7 @@
 """Fixtures and options that several test files share.
 
-    pytest --slow                                      # every test at its full count
-    pytest tests/reliability --slow --reliability-page docs/reliability.md
+pytest --slow                                      # every test at its full count
+pytest tests/reliability --slow --reliability-page docs/reliability.md
 """
 
 import os
