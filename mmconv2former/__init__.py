@@ -19,6 +19,7 @@ from .backbone import Conv2Former
 from .comparators import Comparator
 from .isotropic import Conv2FormerIsotropic
 from .layer_decay import LayerDecayOptimWrapperConstructor
+from .runner import ReliableRunner
 from .version import __version__
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     'Conv2FormerClsHead',
     'Conv2FormerIsotropic',
     'LayerDecayOptimWrapperConstructor',
+    'ReliableRunner',
     '__version__',
 ]
 

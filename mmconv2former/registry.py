@@ -11,9 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from mmengine.registry import DATASETS as ROOT_DATASETS
+from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.registry import Registry
+from mmengine.registry import RUNNERS as ROOT_RUNNERS
+from mmengine.registry import Registry, build_runner_from_cfg
 
 Class = TypeVar('Class', bound=type)
 
@@ -28,6 +31,25 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='mmconv2former',
     locations=['mmconv2former.layer_decay'],
+)
+RUNNERS = Registry(
+    'runner',
+    parent=ROOT_RUNNERS,
+    scope='mmconv2former',
+    locations=['mmconv2former.runner'],
+    build_func=build_runner_from_cfg,
+)
+HOOKS = Registry(
+    'hook',
+    parent=ROOT_HOOKS,
+    scope='mmconv2former',
+    locations=['mmconv2former.hooks'],
+)
+DATASETS = Registry(
+    'dataset',
+    parent=ROOT_DATASETS,
+    scope='mmconv2former',
+    locations=['mmconv2former.checked_data'],
 )
 
 

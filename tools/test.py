@@ -15,7 +15,8 @@ from common import add_arguments, check_files, checkpoint_errors, load_config
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
-from mmengine.runner import Runner
+
+from mmconv2former import ReliableRunner
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
     if args.tta:
         augment_at_test_time(config)
 
-    runner = Runner.from_cfg(config)
+    runner = ReliableRunner.from_cfg(config)
     if args.out is not None:
         # mmdet's own packs the masks; mmengine's serves the others.
         name = 'DumpDetResults' if config.get('default_scope') == 'mmdet' else 'DumpResults'

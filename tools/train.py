@@ -17,6 +17,8 @@ from common import add_arguments, check_files, checkpoint_errors, load_config
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from mmconv2former import ReliableRunner
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -68,13 +70,14 @@ def main() -> None:
     if args.resume is not None:
         if args.resume != 'auto' and not Path(args.resume).is_file():
             raise SystemExit(f'error: --resume: checkpoint {args.resume} does not exist')
-        config.resume = True
-        config.load_from = None if args.resume == 'auto' else args.resume
+        config.resume = 'auto' if args.resume == 'auto' else True
+        if args.resume != 'auto':
+            config.load_from = args.resume
     check_files(config, ['train_dataloader', 'val_dataloader'], check_weights=True)
     compile_settings = config.pop('compile', False)
 
     with checkpoint_errors():
-        runner = Runner.from_cfg(config)
+        runner = ReliableRunner.from_cfg(config)
         if compile_settings:
             compile_backbone(runner, {} if compile_settings is True else compile_settings)
         runner.train()

@@ -1,0 +1,192 @@
+"""mmengine's runner, made to survive: the one place where faults of it are worked round.
+
+    runner_type = 'mmconv2former.ReliableRunner'    # in any config for mmengine's Runner
+
+- A checkpoint is written wholly or not at all, and the one before it is kept until then.
+- A resumed run goes on as if it had not been interrupted: same order of samples, same augmentation,
+  same random numbers in the network, and a validation that was missed is made up for.
+- The log kept in memory has an end: mmengine copies all of it at each iteration.
+
+The hooks that do a part of this are in `mmconv2former.hooks`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import broadcast_object_list, get_rank, master_only
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch.utils.data import BatchSampler, DataLoader
+
+from .registry import RUNNERS, register
+from .reproducible import PositionedSampler, ResumedBatches, give_positions
+from .weights import CheckpointError
+
+PARTIAL = '.checkpoint.partial'  # one name, so that an interrupted run leaves at most one such file
+LAST_CHECKPOINT = 'last_checkpoint'  # mmengine's: holds the path of the newest checkpoint
+
+
+@register(RUNNERS)
+class ReliableRunner(Runner):
+    """A `Runner` whose runs can be killed at any moment; arguments as of mmengine's.
+
+    `resume` may also be 'auto': resumes from the newest checkpoint of the work dir that can be
+    read, and without one begins as if nothing had been said of resuming.
+    """
+
+    @property
+    def run_seed(self) -> int:
+        """The seed that all processes have in common."""
+        has_rank_added = self._randomness_cfg.get('diff_rank_seed', False)
+        return self.seed - get_rank() if has_rank_added else self.seed
+
+    # ------------------------------------------------------------------------------------- build
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """As mmengine's, of checked samples with seeds of their own.
+
+        Raises:
+            DataError: The dataset cannot be read, or has no samples.
+        """
+        if isinstance(dataloader, DataLoader):
+            return dataloader
+        if isinstance(dataloader.get('dataset'), dict):
+            dataset = dict(type='mmconv2former.CheckedDataset', dataset=dataloader['dataset'])
+            dataloader = {**dataloader, 'dataset': dataset}
+        loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        if seed is not None:
+            give_positions(loader, seed - get_rank() if diff_rank_seed else seed)
+        return loader
+
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """Registers the default hooks, with ours for mmengine's `CheckpointHook`, and ours."""
+        hooks = dict(hooks or {})
+        checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+        if isinstance(checkpoint, dict) and checkpoint['type'] == 'CheckpointHook':
+            hooks['checkpoint'] = {**checkpoint, 'type': 'mmconv2former.ReliableCheckpointHook'}
+        hooks.setdefault('seed', dict(type='mmconv2former.SeedHook'))
+        hooks.setdefault('log_length', dict(type='mmconv2former.LogLengthHook'))
+        super().register_default_hooks(hooks)
+
+    # ------------------------------------------------------------------------------------ resume
+    def load_or_resume(self) -> None:
+        """Loads or resumes; from the newest readable checkpoint if none is named.
+
+        Raises:
+            CheckpointError: See `mmconv2former.weights`; of `resume` without a name only if there
+                are checkpoints and none can be read.
+        """
+        if self._has_loaded or not (
+            self._resume == 'auto' or (self._resume and not self._load_from)
+        ):
+            super().load_or_resume()
+            return
+        # The first process decides: file systems may show others less.
+        found = [[str(path) for path in checkpoints_of(Path(self.work_dir))]]
+        broadcast_object_list(found)
+        for number, checkpoint in enumerate(found[0], start=1):
+            try:
+                self.resume(checkpoint)
+                return
+            except CheckpointError as error:
+                if number == len(found[0]):
+                    raise
+                self.logger.warning(f'{error}. Trying the checkpoint before it.')
+        self.logger.info(f'There is no checkpoint in {self.work_dir} yet: the run begins.')
+        self._resume = False
+        super().load_or_resume()
+
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: str | Callable = 'default',
+    ) -> None:
+        """Resumes as mmengine does, and the order of samples with it.
+
+        Raises:
+            FileNotFoundError, CheckpointError: See `mmconv2former.weights.read_checkpoint`.
+        """
+        super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
+        loop = self.train_loop
+        loader = loop.dataloader
+        sampler = getattr(loader.batch_sampler, 'sampler', None)
+        if isinstance(loop, EpochBasedTrainLoop):
+            # The epochs may have been of another number of processes.
+            loop._iter = loop.epoch * len(loader)
+        if not isinstance(sampler, PositionedSampler):
+            return
+        sampler.begin(self.run_seed)
+        if isinstance(loop, IterBasedTrainLoop) and type(loader.batch_sampler) is BatchSampler:
+            is_told = hasattr(loop.dataloader_iterator, 'skip_iter')
+            loop.dataloader_iterator = ResumedBatches(
+                loader, self.run_seed, loop.iter, ignored_calls=0 if is_told else loop.iter
+            )
+
+    # -------------------------------------------------------------------------------------- save
+    @master_only
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        *args: Any,
+        backend_args: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves as mmengine does, but wholly or not at all.
+
+        Raises:
+            OSError: The folder is not writable or the disk is full; what was there is untouched.
+        """
+        is_local = backend_args is None and kwargs.get('file_client_args') is None
+        if not is_local or '://' in out_dir:  # storage that writes whole objects
+            super().save_checkpoint(out_dir, filename, *args, backend_args=backend_args, **kwargs)
+            return
+        partial, path = Path(out_dir, PARTIAL), Path(out_dir, filename)
+        try:
+            super().save_checkpoint(out_dir, PARTIAL, *args, **kwargs)
+            replace(partial, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            partial.unlink(missing_ok=True)
+            raise CheckpointNotSaved(f'cannot save {path}: {error}') from error
+
+
+class CheckpointNotSaved(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+def replace(partial: Path, path: Path) -> None:
+    """Puts a file that was just written in the place of another, so that a crash leaves either."""
+    with partial.open('rb') as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def checkpoints_of(work_dir: Path) -> list[Path]:
+    """The checkpoints of a run that it can be resumed from, the newest first.
+
+    That is what `last_checkpoint` names, in this folder if it was moved, then those by number.
+    """
+    named: list[Path] = []
+    marker = work_dir / LAST_CHECKPOINT
+    if marker.is_file() and (text := marker.read_text(errors='replace').strip()):
+        named = [path for path in (work_dir / Path(text).name, Path(text)) if path.is_file()][:1]
+    numbered = [
+        (int(digits), path)
+        for pattern in ('epoch_*.pth', 'iter_*.pth')
+        for path in work_dir.glob(pattern)
+        if (digits := path.stem.rpartition('_')[2]).isdecimal()
+    ]
+    others = [path for _, path in sorted(numbered, reverse=True)]
+    return named + [path for path in others if path not in named]
