@@ -1,0 +1,118 @@
+"""Training killed with SIGKILL at any moment, again and again, ends as if nothing had happened."""
+
+import random
+import time
+
+import pytest
+import torch
+from tiny import scalars, tiny_config
+from training_server import TrainingServer
+
+TASKS = {
+    # task: length and interval, in epochs of four iterations or in iterations
+    'detection': (6, 1),
+    'segmentation': (24, 3),
+}
+SECONDS = 4  # after which random kills come at the latest
+
+
+@pytest.fixture(scope='module')
+def server():
+    server = TrainingServer()
+    yield server
+    server.close()
+
+
+class Run:
+    """A run in its work dir, of which the state on the disk is watched."""
+
+    def __init__(self, server, config, folder):
+        self.server = server
+        self.config = folder / 'config.py'
+        self.work_dir = folder / 'work'
+        self.log = folder / 'output.txt'
+        config.dump(self.config)
+        self.newest = 0
+
+    def start(self):
+        self.log.write_text('')
+        self.server.start([self.config, '--work-dir', self.work_dir, '--resume'], self.log)
+
+    def moment(self, kind, rng):
+        """A function that says whether the moment of a kind has come."""
+        begin = time.monotonic()
+        before = set(self.work_dir.glob('*.pth'))
+        later = begin + rng.uniform(0.5, SECONDS)
+        return {
+            'at a random moment': lambda: time.monotonic() > later,
+            'while a checkpoint is written': (self.work_dir / '.checkpoint.partial').exists,
+            'when a checkpoint is there': lambda: set(self.work_dir.glob('*.pth')) - before,
+            'in an evaluation': lambda: '(val)' in self.log.read_text(),
+        }[kind]
+
+    def check(self):
+        """All that looks like a checkpoint is one, and nothing that was reached is lost."""
+        for path in self.work_dir.glob('*.pth'):
+            checkpoint = torch.load(path, weights_only=False)
+            assert {'state_dict', 'meta', 'message_hub'} <= checkpoint.keys(), path
+            if not path.name.startswith('best_'):
+                assert 'optimizer' in checkpoint, path
+        marker = self.work_dir / 'last_checkpoint'
+        if self.newest or marker.exists():
+            newest = torch.load(marker.read_text(), weights_only=False)['meta']['iter']
+            assert newest >= self.newest
+            self.newest = newest
+
+    def files(self):
+        return {path.name for path in self.work_dir.iterdir() if not path.is_dir()}
+
+
+@pytest.mark.parametrize(
+    'task', [pytest.param('detection', marks=pytest.mark.slow), 'segmentation']
+)
+def test_killed_again_and_again(task, server, sample, tmp_path, fault_report, slow):
+    length, interval = TASKS[task]
+    options = {
+        'train_dataloader.num_workers': 1,
+        'val_dataloader.num_workers': 1,
+        'log_level': 'INFO',
+    }
+    runs = {}
+    for name in ('whole', 'killed'):
+        (tmp_path / name).mkdir()
+        config = tiny_config(task, sample, 'unused', length, interval, options=options)
+        config.pop('experiment_name')
+        runs[name] = Run(server, config, tmp_path / name)
+    whole, killed = runs.values()
+    whole.start()
+    assert server.wait() == 0, whole.log.read_text()
+
+    rng = random.Random(0)
+    kinds = ['at a random moment', 'while a checkpoint is written', 'when a checkpoint is there',
+             'in an evaluation']  # fmt: skip
+    counts = dict.fromkeys(kinds, 0)
+    for kind in kinds * (5 if slow else 1):
+        killed.start()
+        counts[kind] += server.kill_when(killed.moment(kind, rng))
+        killed.check()
+    killed.start()
+    assert server.wait() == 0, killed.log.read_text()
+
+    expected, actual = (
+        torch.load((run.work_dir / 'last_checkpoint').read_text(), weights_only=False)
+        for run in (whole, killed)
+    )
+    for part in ('state_dict', 'optimizer'):
+        torch.testing.assert_close(actual[part], expected[part], rtol=0, atol=0)
+    assert actual['meta']['iter'] == expected['meta']['iter']
+    rates, other_rates = (
+        {key: value for key, value in scalars(run.work_dir).items() if key[0] == 'lr'}
+        for run in (whole, killed)
+    )
+    assert other_rates == rates
+    assert killed.files() == whole.files()
+    for kind, count in counts.items():
+        seen = 'nothing: `--resume` goes on, the result is that of a run without interruption'
+        fault_report('Killed', f'{task}: SIGKILL {kind}', count, count, seen)
+    assert min(counts.values()) >= 1
+    assert sum(counts.values()) >= (16 if slow else 3)
