@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from make_tables import with_table
 from mmengine.runner import CheckpointLoader
+from training_server import TrainingServer
 
 from mmconv2former.weights import TRUST_VARIABLE, admit_only_data
 
@@ -97,6 +98,14 @@ def real_samples():
         f'MMCONV2FORMER_SAMPLES={folder} has no coco_sample'
     )
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope='session')
+def server():
+    """Runs train.py and test.py without the time of their imports."""
+    server = TrainingServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture

@@ -1,17 +1,20 @@
-"""Starts tools/train.py in forked processes, which saves each the five seconds of its imports.
+"""Runs tools in forked processes, which saves each the five seconds of its imports.
 
-    python training_server.py      # then lines of JSON on its input: {"argv": [...], "log": FILE}
+    python training_server.py      # then a line of JSON on its input for each run: see `serve`
 
-Each run is a session of its own with all its processes, whose number is printed; when it has ended,
-its exit status is printed (negative: the signal that killed it). `TrainingServer` is the client.
+Each process of a run is the leader of a session, of which its data workers are members.
+`TrainingServer` is the client.
 """
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+import traceback
+from contextlib import suppress
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -23,24 +26,43 @@ def serve():
     sys.path.insert(0, str(TESTS.parent / 'tools'))
     import mmseg.evaluation
     import mmseg.models  # noqa: F401
+    import test as test_tool
     import train
 
+    mains = {'train.py': train.main, 'test.py': test_tool.main}
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            os.setsid()
-            log = os.open(request['log'], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            for stream in (1, 2):
-                os.dup2(log, stream)
-            sys.argv = ['train.py', *request['argv']]
-            os.environ |= request.get('environment', {})
-            train.main()
-            sys.stdout.flush()
-            os._exit(0)
-        print(pid, file=answers, flush=True)
-        _, status = os.waitpid(pid, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        pids = []
+        for environment in request['environments']:
+            pid = os.fork()
+            if pid == 0:
+                run(mains[request['argv'][0]], request['argv'], request['log'], environment)
+            pids.append(pid)
+        print(json.dumps(pids), file=answers, flush=True)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+        print(json.dumps(statuses), file=answers, flush=True)
+
+
+def run(main, argv, log, environment):
+    """What a forked process does: the main function of a tool, and no more."""
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = argv
+    os.environ |= environment
+    status = 1
+    try:
+        main()
+        status = 0
+    except SystemExit as error:
+        print(error)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 class TrainingServer:
@@ -55,42 +77,66 @@ class TrainingServer:
             env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'},
             start_new_session=True,
         )
+        self.pids = []
 
-    def start(self, argv, log):
-        """Starts a run and returns the number of its process group."""
-        request = dict(argv=[str(arg) for arg in argv], log=str(log))
+    def start(self, argv, log, processes=1, environment=None):
+        """Starts a tool, as one process or as one of several of a distributed run."""
+        environments = [environment or {}]
+        if processes > 1:
+            argv = [*argv, '--launcher', 'pytorch']
+            common = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+            environments = [
+                common | {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': str(processes)}
+                for rank in map(str, range(processes))
+            ]
+        request = dict(argv=[str(arg) for arg in argv], log=str(log), environments=environments)
         self.process.stdin.write(json.dumps(request) + '\n')
         self.process.stdin.flush()
-        self.pid = int(self.process.stdout.readline())
-        return self.pid
+        self.pids = json.loads(self.process.stdout.readline())
 
-    def is_running(self):
-        """Whether the run's main process is there (a zombie, not waited for yet, is not)."""
+    def is_running(self, rank=0):
+        """Whether a process of the run is there (a zombie, not waited for yet, is not)."""
         try:
-            state = Path(f'/proc/{self.pid}/stat').read_text().rpartition(')')[2].split()[0]
-        except FileNotFoundError:
+            stat = Path(f'/proc/{self.pids[rank]}/stat').read_text()
+        except (FileNotFoundError, ProcessLookupError):
             return False
-        return state != 'Z'
+        return stat.rpartition(')')[2].split()[0] != 'Z'
 
-    def kill_when(self, moment, seconds=120):
-        """Kills the run when `moment()` is true; returns whether that was before its end."""
+    def kill_when(self, moment, rank=0, seconds=240, number=signal.SIGKILL):
+        """Signals a process of the run, and its workers, when `moment()` is true.
+
+        Returns whether that was before its end.
+        """
         deadline = time.monotonic() + seconds
-        while self.is_running():
-            assert time.monotonic() < deadline, f'{moment} did not come in {seconds} s'
+        while self.is_running(rank):
+            assert time.monotonic() < deadline, f'the moment did not come in {seconds} s'
             if moment():
-                # between the test and the signal the run may end by itself
-                os.killpg(self.pid, signal.SIGKILL)
-                break
+                os.killpg(self.pids[rank], number)
+                return True
             time.sleep(0.0002)
-        return self.wait() == -signal.SIGKILL
+        return False
+
+    def run(self, argv, log, processes=1, environment=None):
+        """Exit statuses of the processes of a whole run."""
+        self.start(argv, log, processes, environment)
+        return self.wait()
 
     def wait(self):
-        """The exit status of the run."""
-        return int(self.process.stdout.readline())
+        """The exit status of each process (negative: the signal that killed it), when all ended."""
+        return json.loads(self.process.stdout.readline())
 
     def close(self):
+        for pid in self.pids:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
         self.process.stdin.close()
         self.process.wait()
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(('127.0.0.1', 0))
+        return server.getsockname()[1]
 
 
 if __name__ == '__main__':

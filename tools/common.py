@@ -10,7 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
 
 from mmconv2former.comparators import COMPARATORS, find_comparator, how_to_get_weights
+from mmconv2former.runner import CheckpointNotSaved
 from mmconv2former.weights import (
     HOW_TO_GET_WEIGHTS,
     TRUST_VARIABLE,
@@ -81,10 +84,13 @@ def guard_checkpoints(args: argparse.Namespace) -> None:
 
 @contextmanager
 def checkpoint_errors() -> Iterator[None]:
-    """Turns the refusal of a checkpoint, deep in a run, into the tool's one-line error."""
+    """Turns the refusal of a checkpoint, deep in a run, into the tool's one-line error.
+
+    So it does when a checkpoint cannot be saved.
+    """
     try:
         yield
-    except CheckpointError as error:
+    except (CheckpointError, CheckpointNotSaved) as error:
         raise SystemExit(f'error: {error}') from None
 
 
@@ -168,7 +174,9 @@ def use_gloo(config: Config) -> None:
 
     SyncBN works on CUDA only: it becomes BN, with statistics of each process alone.
     """
-    torch.distributed.init_process_group('gloo')
+    seconds = config.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
+    timeout = None if seconds is None else timedelta(seconds=seconds)
+    torch.distributed.init_process_group('gloo', timeout=timeout)
     config.model = replace_values(config.model, lambda value: 'BN' if value == 'SyncBN' else value)
     config.setdefault(
         'model_wrapper_cfg',
@@ -207,6 +215,22 @@ def replace_values(settings: Any, replace: Callable[[Any], Any]) -> Any:
     if isinstance(settings, (list, tuple)):
         return type(settings)(replace_values(item, replace) for item in settings)
     return replace(settings)
+
+
+def check_work_dir(config: Config) -> None:
+    """Checks that a run can write where its logs and checkpoints go.
+
+    Raises:
+        SystemExit: It cannot; the message says why.
+    """
+    try:
+        os.makedirs(config.work_dir, exist_ok=True)
+        with TemporaryFile(dir=config.work_dir) as file:
+            file.write(b'0')
+    except OSError as error:
+        raise SystemExit(
+            f'error: --work-dir {config.work_dir} cannot be written to: {error.strerror}'
+        ) from None
 
 
 def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> None:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import add_arguments, check_files, checkpoint_errors, load_config
+from common import add_arguments, check_files, check_work_dir, checkpoint_errors, load_config
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
@@ -48,6 +48,7 @@ def main() -> None:
     else:
         raise SystemExit(f'error: checkpoint {args.checkpoint} does not exist')
     check_files(config, ['test_dataloader'], check_weights=args.checkpoint == 'none')
+    check_work_dir(config)
     if args.show or args.show_dir:
         draw_predictions(config, args)
     if args.tta:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from common import add_arguments, check_files, checkpoint_errors, load_config
+from common import add_arguments, check_files, check_work_dir, checkpoint_errors, load_config
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
@@ -74,6 +74,7 @@ def main() -> None:
         if args.resume != 'auto':
             config.load_from = args.resume
     check_files(config, ['train_dataloader', 'val_dataloader'], check_weights=True)
+    check_work_dir(config)
     compile_settings = config.pop('compile', False)
 
     with checkpoint_errors():

@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 from tiny import scalars, tiny_config
-from training_server import TrainingServer
 
 TASKS = {
     # task: length and interval, in epochs of four iterations or in iterations
@@ -14,13 +13,6 @@ TASKS = {
     'segmentation': (24, 3),
 }
 SECONDS = 4  # after which random kills come at the latest
-
-
-@pytest.fixture(scope='module')
-def server():
-    server = TrainingServer()
-    yield server
-    server.close()
 
 
 class Run:
@@ -36,7 +28,8 @@ class Run:
 
     def start(self):
         self.log.write_text('')
-        self.server.start([self.config, '--work-dir', self.work_dir, '--resume'], self.log)
+        argv = ['train.py', self.config, '--work-dir', self.work_dir, '--resume']
+        self.server.start(argv, self.log)
 
     def moment(self, kind, rng):
         """A function that says whether the moment of a kind has come."""
@@ -85,7 +78,7 @@ def test_killed_again_and_again(task, server, sample, tmp_path, fault_report, sl
         runs[name] = Run(server, config, tmp_path / name)
     whole, killed = runs.values()
     whole.start()
-    assert server.wait() == 0, whole.log.read_text()
+    assert server.wait() == [0], whole.log.read_text()
 
     rng = random.Random(0)
     kinds = ['at a random moment', 'while a checkpoint is written', 'when a checkpoint is there',
@@ -94,9 +87,10 @@ def test_killed_again_and_again(task, server, sample, tmp_path, fault_report, sl
     for kind in kinds * (5 if slow else 1):
         killed.start()
         counts[kind] += server.kill_when(killed.moment(kind, rng))
+        server.wait()
         killed.check()
     killed.start()
-    assert server.wait() == 0, killed.log.read_text()
+    assert server.wait() == [0], killed.log.read_text()
 
     expected, actual = (
         torch.load((run.work_dir / 'last_checkpoint').read_text(), weights_only=False)
