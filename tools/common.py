@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 
 from mmconv2former.comparators import COMPARATORS, find_comparator, how_to_get_weights
 from mmconv2former.runner import CheckpointNotSaved
@@ -119,6 +121,12 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         use_gloo(config)
     return config
+
+
+def build_runner(config: Config) -> Runner:
+    """The config's runner; ours if it names none."""
+    config.setdefault('runner_type', 'mmconv2former.ReliableRunner')
+    return RUNNERS.build(config)
 
 
 # Of any classification head of mmpretrain.

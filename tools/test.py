@@ -11,12 +11,17 @@ import argparse
 from pathlib import Path
 
 import torch
-from common import add_arguments, check_files, check_work_dir, checkpoint_errors, load_config
+from common import (
+    add_arguments,
+    build_runner,
+    check_files,
+    check_work_dir,
+    checkpoint_errors,
+    load_config,
+)
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
-
-from mmconv2former import ReliableRunner
 
 
 def main() -> None:
@@ -54,7 +59,7 @@ def main() -> None:
     if args.tta:
         augment_at_test_time(config)
 
-    runner = ReliableRunner.from_cfg(config)
+    runner = build_runner(config)
     if args.out is not None:
         # mmdet's own packs the masks; mmengine's serves the others.
         name = 'DumpDetResults' if config.get('default_scope') == 'mmdet' else 'DumpResults'

@@ -13,11 +13,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from common import add_arguments, check_files, check_work_dir, checkpoint_errors, load_config
+from common import (
+    add_arguments,
+    build_runner,
+    check_files,
+    check_work_dir,
+    checkpoint_errors,
+    load_config,
+)
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
-
-from mmconv2former import ReliableRunner
 
 
 def main() -> None:
@@ -78,7 +83,7 @@ def main() -> None:
     compile_settings = config.pop('compile', False)
 
     with checkpoint_errors():
-        runner = ReliableRunner.from_cfg(config)
+        runner = build_runner(config)
         if compile_settings:
             compile_backbone(runner, {} if compile_settings is True else compile_settings)
         runner.train()

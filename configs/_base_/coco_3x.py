@@ -9,6 +9,7 @@ _base_ = ['mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/default_runt
 custom_imports = dict(
     imports=['mmconv2former', 'mmconv2former.instance_tta'], allow_failed_imports=False
 )
+runner_type = 'mmconv2former.ReliableRunner'  # survives interruptions (docs/reliability.md)
 
 # --------------------------------------------------------------------------------------- schedule
 # 118,287 training images, of which 117,266 have objects; batch 16 = 8 GPUs x 2 images:

@@ -11,6 +11,7 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 custom_imports = dict(imports=['mmconv2former.cls_head'], allow_failed_imports=False)
+runner_type = 'mmconv2former.ReliableRunner'  # survives interruptions (docs/reliability.md)
 
 # --------------------------------------------------------------------------------------- schedule
 # 1,281,167 training images, batch 1024 = 8 GPUs x 128: 1,252 iterations an epoch (the last batch is

@@ -7,6 +7,7 @@ A leaf gives the backbone's arch, drop path and weights, and the heads' channels
 
 default_scope = 'mmseg'
 custom_imports = dict(imports=['mmconv2former'], allow_failed_imports=False)
+runner_type = 'mmconv2former.ReliableRunner'  # survives interruptions (docs/reliability.md)
 
 # --------------------------------------------------------------------------------------- schedule
 # 20,210 training images, batch 16 = 8 GPUs x 2 crops: 160,000 iterations are 126.7 epochs.
