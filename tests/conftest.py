@@ -32,6 +32,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes minutes; runs with --slow only')
     config.stash[FAULTS] = []
+    page = config.option.reliability_page
+    if page is not None and not page.is_file():
+        raise pytest.UsageError(f'--reliability-page {page} does not exist')
 
 
 def pytest_collection_modifyitems(config, items):

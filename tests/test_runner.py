@@ -11,27 +11,31 @@ NOT_REPRODUCED = {'time', 'data_time', 'memory', 'epoch', 'iter'}
 
 
 class Interrupt(Hook):
-    """Raises KeyboardInterrupt in place of the hooks of one iteration, counted from 1."""
+    """Raises KeyboardInterrupt in an iteration, counted from 1, or in the validation behind it."""
 
     priority = 'HIGHEST'
 
-    def __init__(self, iteration):
-        self.iteration = iteration
+    def __init__(self, iteration, in_validation):
+        self.iteration, self.in_validation = iteration, in_validation
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if runner.iter + 1 == self.iteration:
+        if not self.in_validation and runner.iter + 1 == self.iteration:
+            raise KeyboardInterrupt
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if self.in_validation and runner.iter == self.iteration:
             raise KeyboardInterrupt
 
 
 def run(config, interrupt_at=(), resume=False):
     """Trains, with interruptions, each followed by a resumption."""
-    for iteration in [*interrupt_at, None]:
+    for moment in [*interrupt_at, None]:
         config.resume = 'auto' if resume else False
         config.experiment_name += '_'  # mmengine's loggers and visualizers go by their names
         config.visualizer.name = config.experiment_name
         runner = ReliableRunner.from_cfg(config)
-        if iteration is not None:
-            runner.register_hook(Interrupt(iteration))
+        if moment is not None:
+            runner.register_hook(Interrupt(*moment))
             with pytest.raises(KeyboardInterrupt):
                 runner.train()
         else:
@@ -45,9 +49,10 @@ def final(work_dir, name):
 
 
 CASES = {
-    # task: name of the last checkpoint, length, interval, interruptions, workers of the resumed run
-    'detection': ('epoch_3.pth', 3, 1, [3, 7], 0),
-    'segmentation': ('iter_10.pth', 10, 2, [1, 4, 7], 2),
+    # name of the last checkpoint, length, interval, interruptions (iteration, whether in the
+    # validation behind it), data workers of the resumed run
+    'detection': ('epoch_3.pth', 3, 1, [(4, True), (7, False)], 0),
+    'segmentation': ('iter_10.pth', 10, 2, [(1, False), (4, True), (7, False)], 2),
 }
 
 
