@@ -97,7 +97,7 @@ class Network:
     """A backbone to look at, in eval mode and without gradients of its parameters.
 
     Attributes:
-        label: Its name, or that of its file.
+        label: Its name, or its class for a checkpoint alone.
         weights: Where they are from, in words.
         backbone: Gives a tuple of feature maps (N, C, h, w), the last one the deepest.
     """
@@ -108,17 +108,21 @@ class Network:
 
     @property
     def title(self) -> str:
-        return f'{self.label}\n{self.weights}'
+        return f'{self.label}, {self.weights}'
 
 
 def load_network(
-    description: str, fusion: str = 'hadamard', layer_scale: float | None = None
+    description: str,
+    fusion: str = 'hadamard',
+    with_cp: bool = False,
+    layer_scale: float | None = None,
 ) -> Network:
     """A network from what the command line says.
 
     Args:
         description: `NAME`, `CHECKPOINT` or `NAME=CHECKPOINT`.
         fusion: Of Conv2Former: the shapes in a file do not tell it.
+        with_cp: Whether blocks are computed anew in the backward pass, for less memory.
         layer_scale: Value of all layer scales of random weights; None leaves them as they are.
 
     Raises:
@@ -131,44 +135,57 @@ def load_network(
         name, checkpoint = '', description
     torch.manual_seed(0)  # the same random weights each time
     make = partial(build_backbone, name) if name else partial(backbone_of_checkpoint, checkpoint)
-    backbone = make(fusion)
+    backbone = make(fusion, with_cp)
     backbone.init_weights()
     if checkpoint:
         if layer_scale is not None:
             raise ValueError(f'--layer-scale is for random weights, got {description}')
         load_weights(backbone, checkpoint)
-        weights = Path(checkpoint).name
+        weights = f'weights of {Path(checkpoint).name}'
     else:
         weights = 'random weights'
         if layer_scale is not None:
             weights += f', layer scale {set_layer_scale(backbone, layer_scale):g}'
-    return Network(name or Path(checkpoint).stem, weights, backbone.eval().requires_grad_(False))
+    backbone.eval().requires_grad_(False)
+    backbone.training = with_cp  # of this module alone: ours look at it; norms and drop path do not
+    return Network(name or type(backbone).__name__, weights, backbone)
 
 
-def build_backbone(name: str, fusion: str) -> nn.Module:
+def conv2former_options(fusion: str, with_cp: bool) -> dict:
+    """Arguments for which the last output is the deepest feature map.
+
+    With stock autograd: without gradients of the parameters it is faster than the functions of
+    `mmconv2former.lean`, which would compute those gradients.
+    """
+    return dict(out_indices=-1, fusion=fusion, with_cp=with_cp, recompute='nothing')
+
+
+def build_backbone(name: str, fusion: str, with_cp: bool) -> nn.Module:
     """A backbone by its name, whose last output is the deepest feature map.
 
     Raises:
         ValueError: There is none of this name, or it takes images of one size only.
         ModuleNotFoundError: A comparator's library is not installed.
     """
-    # Stock autograd: without gradients of the parameters it keeps as little as the lean functions,
-    # which would compute those gradients.
-    options = dict(out_indices=-1, fusion=fusion, recompute='nothing')
+    options = conv2former_options(fusion, with_cp)
     arch = name.removeprefix('conv2former_')
     if arch in ARCHS or arch in ARCH_LETTERS:
         return Conv2Former(arch, **options)
     if arch in ISOTROPIC_LETTERS:
         return Conv2FormerIsotropic(arch, **options)
     if name in COMPARATORS:
-        return Comparator(name)
+        is_of_timm = COMPARATORS[name].family.library == 'timm'
+        comparator = Comparator(name, options={} if is_of_timm else dict(with_cp=with_cp))
+        if is_of_timm:
+            comparator.body.set_grad_checkpointing(with_cp)
+        return comparator
     raise ValueError(
         f'network must be a checkpoint or one of {", ".join([*ARCHS, *ISOTROPIC_LETTERS])}, '
         f'{", ".join(COMPARATORS)}, got {name!r}, which is no file either'
     )
 
 
-def backbone_of_checkpoint(checkpoint: str, fusion: str) -> nn.Module:
+def backbone_of_checkpoint(checkpoint: str, fusion: str, with_cp: bool) -> nn.Module:
     """The Conv2Former that a checkpoint is of, by the shapes of its tensors, still to be loaded.
 
     Raises:
@@ -180,7 +197,7 @@ def backbone_of_checkpoint(checkpoint: str, fusion: str) -> nn.Module:
     found = {
         name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)
     }
-    options = dict(out_indices=-1, fusion=fusion, recompute='nothing')
+    options = conv2former_options(fusion, with_cp)
     architecture = recognise_arch(found)
     if architecture.depths:
         arch = dict(channels=architecture.channels, depths=architecture.depths)
@@ -344,8 +361,9 @@ def input_gradient(backbone: nn.Module, x: Tensor) -> np.ndarray:
     with torch.enable_grad():
         feature = backbone(x)[-1]
         centre = feature[:, :, feature.shape[2] // 2, feature.shape[3] // 2]
-        (gradient,) = torch.autograd.grad(F.relu(centre).sum(), x)
-    field = F.relu(gradient).sum((0, 1)).double().cpu().numpy()
+        # Not `torch.autograd.grad`: the checkpointing of some comparators does not work with it.
+        F.relu(centre).sum().backward()
+    field = F.relu(x.grad).sum((0, 1)).double().cpu().numpy()
     if not np.isfinite(field).all() or not field.any():
         kind = 'zero everywhere' if np.isfinite(field).all() else 'not finite'
         raise ValueError(f'the gradient of an image is {kind}')
@@ -391,6 +409,9 @@ def add_erf_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--layer-scale', type=float, help='value of the layer scales of random weights'
     )
+    parser.add_argument(
+        '--with-cp', action='store_true', help='blocks computed anew: less memory, more time'
+    )
     add_network_arguments(parser)
     parser.add_argument('--out', type=picture_path, default='erf.png')
 
@@ -402,7 +423,9 @@ def draw_erf(args: argparse.Namespace) -> None:
     """
     guard_checkpoints(args)
     images = find_images(args.images, args.limit)
-    networks = [load_network(n, args.fusion, args.layer_scale) for n in args.networks]
+    networks = [
+        load_network(name, args.fusion, args.with_cp, args.layer_scale) for name in args.networks
+    ]
     fields = []
     for network in networks:
         backbone = network.backbone.to(args.device)
@@ -423,7 +446,7 @@ def draw_erf(args: argparse.Namespace) -> None:
 
     save(erf_figure(networks, fields), args.out)
     arrays = args.out.with_suffix('.npz')
-    np.savez_compressed(arrays, **{n.label: f for n, f in zip(networks, fields)})
+    np.savez_compressed(arrays, networks=[n.title for n in networks], fields=fields)
     print(f'\npicture in {args.out}, fields in {arrays}')
 
 
@@ -433,7 +456,8 @@ def area_table(networks: Sequence[Network], fields: Sequence[np.ndarray]) -> lis
     lines = [f'{"":{width}}' + ''.join(f'{share:>16.0%}' for share in SHARES)]
     for network, field in zip(networks, fields):
         cells = [f'{s} ({area:.1%})' for s, area in (smallest_square(field, p) for p in SHARES)]
-        lines.append(f'{network.label:{width}}' + ''.join(f'{cell:>16}' for cell in cells))
+        row = f'{network.label:{width}}' + ''.join(f'{cell:>16}' for cell in cells)
+        lines.append(f'{row}   {network.weights}')
     return lines
 
 
@@ -444,7 +468,7 @@ def erf_figure(networks: Sequence[Network], fields: Sequence[np.ndarray]) -> Fig
     for axis, network, field in zip(axes.flat, networks, fields):
         height, width = field.shape
         axis.imshow(log_scaled(field), cmap='inferno', extent=(0, width, height, 0))
-        axis.set_title(network.title, fontsize=8)
+        axis.set_title(network.title.replace(', ', '\n', 1), fontsize=8)
         for share, colour in zip(SHARES, SHARE_COLOURS):
             side, _ = smallest_square(field, share)
             # Around the middle of the centre pixel
@@ -564,7 +588,7 @@ def modulation_figure(
         rows.append((f'{fused_name}, channel {channel}', lambda found, c=channel: found.fused[c]))
 
     figure, axes = panels(len(rows), 1 + len(maps), 2.6, aspect=image.height / image.width)
-    figure.suptitle(f'{network.label}, {network.weights}', fontsize=9)
+    figure.suptitle(network.title, fontsize=9)
     grey = ImageOps.grayscale(image)
     extent = (0, image.width, image.height, 0)
     axes[0, 0].imshow(image)
@@ -643,7 +667,7 @@ def kernels_figure(
         figsize=(size * count, size * (1.15 * len(kernels)) + 2.4), dpi=DOTS_PER_INCH
     )
     sheet, bottom = figure.subfigures(2, 1, height_ratios=(size * 1.15 * len(kernels), 2.4))
-    sheet.suptitle(f'{network.label}, {network.weights}: kernels, each from -max (blue) to +max '
+    sheet.suptitle(f'{network.title}: kernels, each from -max (blue) to +max '
                    '(red); channel and max above it', fontsize=8)  # fmt: skip
     axes = sheet.subplots(len(kernels), count, squeeze=False)
     for axis in axes.flat:
