@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import cv2
 import numpy as np
@@ -9,6 +10,7 @@ import plot_curves
 import pytest
 import torch
 import visualize
+from conftest import ROOT
 from demo import CONFIG, MODEL
 from evidence import segmentation_size
 from mmengine.config import Config, DictAction
@@ -25,6 +27,7 @@ ARCH = dict(channels=(8, 12), depths=(2, 1), kernel_size=(5, 3))
 def in_process(guarded, monkeypatch):
     """What the tools set for their process is undone after each test."""
     monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.chdir(ROOT)
 
 
 def randomize(module):
@@ -170,6 +173,16 @@ def test_layer_scale_of_random_weights_widens_the_field():
         sides.append(visualize.smallest_square(field, 0.99)[0])
     assert network.title == 'nano, random weights, layer scale 1'
     assert sides[1] > sides[0]
+    network = visualize.load_network('efficientnet_b0', layer_scale=1.0)  # has none
+    assert network.title == 'efficientnet_b0, random weights'
+
+
+@pytest.mark.parametrize('name', ['nano', 'ib', 'convnext_tiny', 'hornet_tiny', 'deit3_small'])
+def test_all_layer_scales_are_found(name):
+    backbone = visualize.load_network(name, layer_scale=7.0).backbone
+    scaled = [key for key, value in backbone.named_parameters() if (value == 7).all()]
+    blocks = {re.sub(r'(layer_scale_|gamma|ls).*', '', key) for key in scaled}
+    assert len(blocks) == sum(getattr(backbone, 'depths', [18]))
 
 
 # --------------------------------------------------------------------------------------- networks
@@ -296,7 +309,7 @@ CASES = {
 
 
 def save_untrained(config_path, options, path):
-    config = Config.fromfile(config_path)
+    config = Config.fromfile(ROOT / config_path)
     parser = argparse.ArgumentParser()
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     config.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
@@ -375,8 +388,6 @@ def test_a_folder_without_images(tmp_path):
         ('erf nano={model} --images {images}', 'does not fit this Conv2Former: channels is'),
         ('erf {text} --images {images}', 'text.pth.* cannot be read'),
         ('erf {other} --images {images}', r'no Conv2Former \(.* NAME=CHECKPOINT'),
-        ('erf {model} --images {images} --layer-scale 1', '--layer-scale is for random weights'),
-        ('erf efficientnet_b0 --images {images} --layer-scale 1', 'has no layer scales'),
         ('erf coatnet_0 --images {images}', 'coatnet_0 is for classification only'),
         ('erf {model} --images {broken} --size 64', 'broken.jpg cannot be read'),
         ('erf {model} --images {images} --size 7', 'input must be at least 8x8 pixels'),
@@ -391,8 +402,7 @@ def test_a_folder_without_images(tmp_path):
         ('predictions configs/classification/conv2former_n_in1k.py {model}', 'is of mmpretrain'),
     ],
 )  # fmt: skip
-def test_one_clear_message(command, message, checkpoint, images, tmp_path, monkeypatch):
-    monkeypatch.chdir(visualize.Path(__file__).parents[1])
+def test_one_clear_message(command, message, checkpoint, images, tmp_path):
     (tmp_path / 'text.pth').write_text('no checkpoint')
     torch.save({'fc.weight': torch.ones(3)}, tmp_path / 'other.pth')
     picture = (images / 'colour.jpg').read_bytes()

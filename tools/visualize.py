@@ -123,7 +123,8 @@ def load_network(
         description: `NAME`, `CHECKPOINT` or `NAME=CHECKPOINT`.
         fusion: Of Conv2Former: the shapes in a file do not tell it.
         with_cp: Whether blocks are computed anew in the backward pass, for less memory.
-        layer_scale: Value of all layer scales of random weights; None leaves them as they are.
+        layer_scale: Value of all layer scales of random weights, of networks that have some; None
+            leaves them as they are.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -137,15 +138,12 @@ def load_network(
     make = partial(build_backbone, name) if name else partial(backbone_of_checkpoint, checkpoint)
     backbone = make(fusion, with_cp)
     backbone.init_weights()
+    weights = 'random weights'
     if checkpoint:
-        if layer_scale is not None:
-            raise ValueError(f'--layer-scale is for random weights, got {description}')
         load_weights(backbone, checkpoint)
         weights = f'weights of {Path(checkpoint).name}'
-    else:
-        weights = 'random weights'
-        if layer_scale is not None:
-            weights += f', layer scale {set_layer_scale(backbone, layer_scale):g}'
+    elif layer_scale is not None and set_layer_scale(backbone, layer_scale):
+        weights += f', layer scale {layer_scale:g}'
     backbone.eval().requires_grad_(False)
     backbone.training = with_cp  # of this module alone: ours look at it; norms and drop path do not
     return Network(name or type(backbone).__name__, weights, backbone)
@@ -239,18 +237,12 @@ def load_weights(backbone: nn.Module, checkpoint: str) -> None:
         backbone.init_weights()
 
 
-def set_layer_scale(backbone: nn.Module, value: float) -> float:
-    """Sets every layer scale of a network to a value, which it returns.
-
-    Raises:
-        ValueError: The network has none.
-    """
+def set_layer_scale(backbone: nn.Module, value: float) -> int:
+    """Sets every layer scale of a network to a value, and tells how many there are."""
     scales = [p for name, p in backbone.named_parameters() if LAYER_SCALE.fullmatch(name)]
-    if not scales:
-        raise ValueError(f'--layer-scale: {type(backbone).__name__} has no layer scales')
     for scale in scales:
         nn.init.constant_(scale, value)
-    return value
+    return len(scales)
 
 
 def blocks_of(network: Network) -> dict[str, Block]:
@@ -407,7 +399,11 @@ def add_erf_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--limit', type=positive_int, default=50, help='images at most')
     parser.add_argument('--size', type=positive_int, default=1024, help='side of the input, pixels')
     parser.add_argument(
-        '--layer-scale', type=float, help='value of the layer scales of random weights'
+        '--layer-scale',
+        type=float,
+        metavar='VALUE',
+        help='of random weights, where a network has layer scales: they begin at 1e-6 or so, with '
+        'which untrained blocks do nothing',
     )
     parser.add_argument(
         '--with-cp', action='store_true', help='blocks computed anew: less memory, more time'
