@@ -3,8 +3,10 @@
 import argparse
 import json
 import re
+from xml.etree import ElementTree
 
 import cv2
+import draw_architecture
 import numpy as np
 import plot_curves
 import pytest
@@ -423,3 +425,34 @@ def test_arguments_out_of_range(options, capsys):
     with pytest.raises(SystemExit):
         visualize.main(['erf', 'nano', '--images', '.', *options])
     assert f'argument {options[0]}' in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------- the block diagram
+def texts_of(picture):
+    """Words of an SVG, and those among them that are names of parameters."""
+    elements = list(ElementTree.parse(picture).iter('{http://www.w3.org/2000/svg}text'))
+    names = {e.text for e in elements if 'monospace' in e.get('style')}
+    return [element.text for element in elements], names
+
+
+def test_block_diagram_names_all_parameters(tmp_path):
+    draw_architecture.draw(tmp_path / 'architecture.svg')
+    words, names = texts_of(tmp_path / 'architecture.svg')
+    backbone = Conv2Former('tiny')
+    layers = {name.rpartition('.')[0] for name, _ in backbone.stages[0][0].named_parameters()}
+    layers |= {'layer_scale_1', 'layer_scale_2'}
+    stem_layers = {f'downsample_layers.0.{i}' for i in (0, 2, 3, 5, 6)}
+    for layer in (layers | stem_layers) - {''}:
+        assert layer in names, layer
+    real = [*backbone.state_dict(), *backbone.stages[0][0].state_dict()]
+    for name in names:
+        assert any(f'{key}.'.startswith(f'{name}.') for key in real), name
+    for channels, stride, depth in zip(backbone.channels, backbone.strides, backbone.depths):
+        assert f'{channels} x H/{stride} x W/{stride}' in words
+        assert f'{depth} x block' in words
+
+
+def test_committed_block_diagram_is_the_present_one(tmp_path):
+    draw_architecture.draw(tmp_path / 'architecture.svg')
+    committed = ROOT / 'docs/images/architecture.svg'
+    assert texts_of(committed) == texts_of(tmp_path / 'architecture.svg')
