@@ -141,7 +141,9 @@ def test_a_gradient_that_is_not_finite_is_refused():
 
 
 def test_logarithm_of_the_picture():
-    np.testing.assert_allclose(visualize.log_scaled(np.array([0.0, 9.0, 99.0])), [0, 0.5, 1])
+    field = np.array([0.0, 9.0, 99.0])
+    np.testing.assert_allclose(visualize.log_scaled(field), [0, 0.5, 1])
+    np.testing.assert_allclose(visualize.log_scaled(field / 1e6, peak=99), [0, 0.5, 1])
 
 
 def test_receptive_fields_of_several_networks(checkpoint, images, tmp_path, capsys):

@@ -387,8 +387,15 @@ def smallest_square(field: np.ndarray, share: float) -> tuple[int, float]:
     return side, side**2 / (height * width)
 
 
-def log_scaled(field: np.ndarray) -> np.ndarray:
-    """log10(x + 1), of which the largest is 1."""
+def log_scaled(field: np.ndarray, peak: float | None = None) -> np.ndarray:
+    """log10(x + 1), of which the largest is 1.
+
+    Args:
+        field: Not negative.
+        peak: What its largest value is made before; None leaves it as it is.
+    """
+    if peak is not None:
+        field = field * (peak / field.max())
     logarithm = np.log10(field + 1)
     return logarithm / logarithm.max()
 
@@ -407,6 +414,12 @@ def add_erf_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--with-cp', action='store_true', help='blocks computed anew: less memory, more time'
+    )
+    parser.add_argument(
+        '--peak',
+        type=positive_int,
+        help='makes this the largest value of each field before the logarithm, in the picture: '
+        'where gradients are far below 1, the logarithm of x + 1 shows their centre only',
     )
     add_network_arguments(parser)
     parser.add_argument('--out', type=picture_path, default='erf.png')
@@ -440,7 +453,7 @@ def draw_erf(args: argparse.Namespace) -> None:
     for line in area_table(networks, fields):
         print(line)
 
-    save(erf_figure(networks, fields), args.out)
+    save(erf_figure(networks, fields, args.peak), args.out)
     arrays = args.out.with_suffix('.npz')
     np.savez_compressed(arrays, networks=[n.title for n in networks], fields=fields)
     print(f'\npicture in {args.out}, fields in {arrays}')
@@ -457,13 +470,15 @@ def area_table(networks: Sequence[Network], fields: Sequence[np.ndarray]) -> lis
     return lines
 
 
-def erf_figure(networks: Sequence[Network], fields: Sequence[np.ndarray]) -> Figure:
-    """One panel a network, with the squares of `SHARES`."""
+def erf_figure(
+    networks: Sequence[Network], fields: Sequence[np.ndarray], peak: float | None
+) -> Figure:
+    """One panel a network, scaled by `log_scaled`, with the squares of `SHARES`."""
     columns = min(4, len(fields))
     figure, axes = panels(-(-len(fields) // columns), columns, size=3.2)
     for axis, network, field in zip(axes.flat, networks, fields):
         height, width = field.shape
-        axis.imshow(log_scaled(field), cmap='inferno', extent=(0, width, height, 0))
+        axis.imshow(log_scaled(field, peak), cmap='inferno', extent=(0, width, height, 0))
         axis.set_title(network.title.replace(', ', '\n', 1), fontsize=8)
         for share, colour in zip(SHARES, SHARE_COLOURS):
             side, _ = smallest_square(field, share)
@@ -634,6 +649,7 @@ def draw_kernels(args: argparse.Namespace) -> None:
     guard_checkpoints(args)
     network = load_network(args.network, args.fusion)
     blocks = blocks_of(network)
+    chosen = {name: kernels_of(b) for name, b in choose_blocks(blocks, args.blocks).items()}
     means = mean_kernels(blocks)
     print(f'{network.label} ({network.weights}): mean absolute kernel of each stage')
     print(f'{"stage":10}{"size":>8}{"centre":>10}{"border":>10}{"holds 50%":>11}{"holds 90%":>11}')
@@ -643,7 +659,6 @@ def draw_kernels(args: argparse.Namespace) -> None:
         sides = [smallest_square(mean, share)[0] for share in (0.5, 0.9)]
         print(f'{stage:10}{f"{size}x{size}":>8}{centre:10.4f}{border:10.4f}'
               + ''.join(f'{f"{side}x{side}":>11}' for side in sides))  # fmt: skip
-    chosen = {name: kernels_of(b) for name, b in choose_blocks(blocks, args.blocks).items()}
     save(kernels_figure(network, chosen, means, args.count), args.out)
     print(f'picture in {args.out}')
 
