@@ -334,26 +334,35 @@ def untrained(tmp_path_factory):
 @pytest.mark.parametrize('kind', CASES)
 def test_predictions_beside_the_truth(kind, untrained, sample, tmp_path, capsys, monkeypatch):
     config, options, root = CASES[kind]
-    drawn = {}
+    drawn = []
     draw = visualize.drawn_pairs
     monkeypatch.setattr(
-        visualize, 'drawn_pairs', lambda *args: drawn.update(draw(*args)) or dict(drawn)
+        visualize, 'drawn_pairs', lambda *args: drawn.extend(draw(*args)) or list(drawn)
     )
     out = tmp_path / 'predictions.png'
     command = ['predictions', config, str(untrained / f'{kind}.pth'), '--data-root',
                str(sample / root), '--score', '0', '--out', str(out)]  # fmt: skip
     visualize.main([*command, '--count', '2', '--cfg-options', *options])
-    assert list(drawn) == ['000000000001.jpg', '000000000006.jpg']  # first and last of six
+    assert [name for name, _ in drawn] == [
+        '000000000001.jpg',
+        '000000000006.jpg',
+    ]  # first and last of six
     assert '2 images of test: 000000000001.jpg, 000000000006.jpg' in capsys.readouterr().out
     assert cv2.imread(str(out)).shape[1] > 2 * 128
-    for picture in drawn.values():
+    for _, picture in drawn:
         truth, prediction = picture[:, :64], picture[:, 64:]
         assert truth.shape == prediction.shape == (64, 64, 3)
         assert (truth != prediction).any()
 
     drawn.clear()
-    visualize.main([*command, '--split', 'train', '--indices', '7', '--cfg-options', *options])
-    assert list(drawn) == ['000000000008.jpg']
+    wrapped = Config.fromfile(config)
+    wrapped.train_dataloader.dataset = dict(
+        type='RepeatDataset', times=2, dataset=wrapped.train_dataloader.dataset
+    )
+    wrapped.dump(tmp_path / 'wrapped.py')
+    visualize.main([command[0], str(tmp_path / 'wrapped.py'), *command[2:], '--split', 'train',
+                    '--indices', '7', '--cfg-options', *options])  # fmt: skip
+    assert [name for name, _ in drawn] == ['000000000008.jpg']
     with pytest.raises(SystemExit, match='error: --indices must be from 0 to 5, got 6'):
         visualize.main([*command, '--indices', '6', '--cfg-options', *options])
     command[2] = str(untrained / {'detection': 'segmentation', 'segmentation': 'detection'}[kind])

@@ -35,7 +35,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from mmengine.config import Config, DictAction
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
@@ -152,8 +152,8 @@ def load_network(
 def conv2former_options(fusion: str, with_cp: bool) -> dict:
     """Arguments for which the last output is the deepest feature map.
 
-    With stock autograd: without gradients of the parameters it is faster than the functions of
-    `mmconv2former.lean`, which would compute those gradients.
+    With stock autograd, which leaves out gradients of parameters that nobody wants; the functions
+    of `mmconv2former.lean` compute them all the same.
     """
     return dict(out_indices=-1, fusion=fusion, with_cp=with_cp, recompute='nothing')
 
@@ -206,14 +206,15 @@ def backbone_of_checkpoint(checkpoint: str, fusion: str, with_cp: bool) -> nn.Mo
             in_channels=architecture.in_channels or 3,
             **options,
         )
-    if first_kernels[1] not in found:
+    kernel = found.get(first_kernels[1])
+    if kernel is None or kernel.dim() != 4:
         raise CheckpointError(
             f'checkpoint {checkpoint!r} is of no Conv2Former (of a comparator write '
             f'NAME=CHECKPOINT); its names begin with '
             f'{sorted({name.split(".")[0] for name in state_dict})}'
         )
     blocks = {name.split('.')[1] for name in found if name.startswith('blocks.')}
-    channels, _, kernel_size, _ = found[first_kernels[1]].shape
+    channels, _, kernel_size, _ = kernel.shape
     return Conv2FormerIsotropic(
         dict(channels=channels, depth=len(blocks), kernel_size=kernel_size),
         patch_embedding='plain' if 'patch_embed.weight' in found else 'conv',
@@ -719,7 +720,7 @@ def add_predictions_arguments(parser: argparse.ArgumentParser) -> None:
                         metavar='KEY=VALUE', help='change the config')  # fmt: skip
     # What `load_config` wants to know of a run.
     parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default=default_device())
+    add_device_argument(parser)
     add_trust_argument(parser)
     parser.add_argument('--out', type=picture_path, default='predictions.jpg')
 
@@ -735,14 +736,15 @@ def draw_predictions(args: argparse.Namespace) -> None:
     pairs = drawn_pairs(config, args.checkpoint, args.split, args.count, args.indices, args.score,
                         args.device)  # fmt: skip
     columns = min(2, len(pairs))
-    heights = [picture.shape[0] / picture.shape[1] for picture in pairs.values()]
+    heights = [picture.shape[0] / picture.shape[1] for _, picture in pairs]
     figure, axes = panels(-(-len(pairs) // columns), columns, 4.8, aspect=max(heights))
     figure.suptitle(f'{Path(args.checkpoint).name}: {LEFT_OF_EACH}', fontsize=9)
-    for axis, (name, picture) in zip(axes.flat, pairs.items()):
+    for axis, (name, picture) in zip(axes.flat, pairs):
         axis.imshow(picture)
         axis.set_title(name, fontsize=7)
     save(figure, args.out)
-    print(f'{len(pairs)} images of {args.split}: {", ".join(pairs)}\npicture in {args.out}')
+    names = ', '.join(name for name, _ in pairs)
+    print(f'{len(pairs)} images of {args.split}: {names}\npicture in {args.out}')
 
 
 def drawn_pairs(
@@ -753,7 +755,7 @@ def drawn_pairs(
     indices: Sequence[int] | None,
     score: float,
     device: str,
-) -> dict[str, np.ndarray]:
+) -> list[tuple[str, np.ndarray]]:
     """Truth and prediction side by side, as the host library's visualizer draws them.
 
     Args:
@@ -766,14 +768,16 @@ def drawn_pairs(
         device: 'cpu' or 'cuda'.
 
     Returns:
-        Pictures (H, 2 W, 3) in RGB, by the image's file name.
+        For each image its file name and the picture (H, 2 W, 3) in RGB.
 
     Raises:
         SystemExit: Data are missing.
         FileNotFoundError, CheckpointError: The checkpoint is not there or not of this model.
-        ValueError: The split has no such image.
+        ValueError: There is no such split, or it has no such image.
     """
     dataloader = f'{split}_dataloader'
+    if not config.get(dataloader):
+        raise ValueError(f'--split {split}: {config.filename} has no {dataloader}')
     check_files(config, [dataloader, 'test_dataloader'], check_weights=False)
     state_dict = read_state_dict(checkpoint)
     init_default_scope(config.default_scope)
@@ -788,10 +792,8 @@ def drawn_pairs(
     model.load_state_dict(state_dict, strict=False)
     model = model.to(device).eval()
 
-    settings = config[dataloader].dataset
-    while 'dataset' in settings:  # in a wrapper, such as one that repeats
-        settings = settings.dataset
-    settings.pipeline = config.test_dataloader.dataset.pipeline
+    settings = without_wrappers(config[dataloader].dataset)
+    settings.pipeline = without_wrappers(config.test_dataloader.dataset).pipeline
     settings.test_mode = True  # keeps images without objects
     dataset = DATASETS.build(settings)
     if indices is None:
@@ -803,7 +805,7 @@ def drawn_pairs(
     visualizer.dataset_meta = dataset.metainfo
     options = dict(pred_score_thr=score) if config.default_scope == 'mmdet' else {}
 
-    pairs = {}
+    pairs = []
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for index in indices:
             (sample,) = model.test_step(pseudo_collate([dataset[index]]))
@@ -811,8 +813,15 @@ def drawn_pairs(
             image = np.asarray(read_image(Path(sample.img_path)))
             out = Path(folder, 'pair.png')
             visualizer.add_datasample(name, image, sample, out_file=str(out), **options)
-            pairs[name] = np.asarray(read_image(out))
+            pairs.append((name, np.asarray(read_image(out))))
     return pairs
+
+
+def without_wrappers(dataset: ConfigDict) -> ConfigDict:
+    """The settings of a dataset out of those that repeat it, check it and the like."""
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    return dataset
 
 
 # ------------------------------------------------------------------------- arguments and pictures
@@ -830,8 +839,9 @@ def picture_path(text: str) -> Path:
     return path
 
 
-def default_device() -> str:
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    devices = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
+    parser.add_argument('--device', choices=devices, default=devices[-1])
 
 
 def add_block_arguments(parser: argparse.ArgumentParser) -> None:
@@ -847,7 +857,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--fusion', choices=list(FUSIONS), default='hadamard', help='of Conv2Former, an ablation'
     )
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default=default_device())
+    add_device_argument(parser)
     add_trust_argument(parser)
 
 
