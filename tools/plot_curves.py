@@ -3,7 +3,8 @@
     python tools/plot_curves.py work_dirs/mask_rcnn_conv2former_t
 
 Reads the `vis_data/scalars.json` that mmengine writes; the parts of a run that was resumed are put
-together; a run from the start in the same folder replaces those before it.
+together; a run from the start in the same folder replaces those before it. The same as
+`tools/visualize.py curves`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_arguments(parser)
+    plot_curves(parser.parse_args())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `plot_curves`."""
     parser.add_argument('work_dir', type=Path)
     parser.add_argument('--out', type=Path, help='picture to write (default: WORK_DIR/curves.png)')
     parser.add_argument(
@@ -30,7 +37,14 @@ def main() -> None:
         default=['coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50', 'mIoU'],
         help='those of them that the run has are drawn',
     )
-    args = parser.parse_args()
+
+
+def plot_curves(args: argparse.Namespace) -> None:
+    """Reads the logs of a work dir and draws them.
+
+    Raises:
+        SystemExit: There is no log.
+    """
     losses, metrics = read_scalars(args.work_dir, args.metrics)
     if not losses:
         raise SystemExit(f'error: no training log (*/vis_data/scalars.json) in {args.work_dir}')
