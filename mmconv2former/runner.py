@@ -18,12 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, get_rank, master_only
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
 from .registry import RUNNERS, register
 from .reproducible import PositionedSampler, ResumedBatches, give_positions
-from .weights import CheckpointError
+from .weights import (
+    CheckpointError,
+    check_optimizer,
+    check_resumable,
+    load_fitting,
+    load_model,
+    tensors_of,
+)
 
 PARTIAL = '.checkpoint.partial'  # one name, so that an interrupted run leaves at most one such file
 LAST_CHECKPOINT = 'last_checkpoint'  # mmengine's: holds the path of the newest checkpoint
@@ -129,6 +138,57 @@ class ReliableRunner(Runner):
                 loader, self.run_seed, loop.iter, ignored_calls=0 if is_told else loop.iter
             )
 
+    # -------------------------------------------------------------------------------------- load
+    def train(self) -> nn.Module:
+        """As mmengine's; a checkpoint that does not fit is refused before the data are loaded."""
+        self._read_ahead(whole=bool(self._resume))
+        return super().train()
+
+    def val(self) -> dict:
+        """As `train`."""
+        self._read_ahead(whole=True)
+        return super().val()
+
+    def test(self) -> dict:
+        """As `train`."""
+        self._read_ahead(whole=True)
+        return super().test()
+
+    def _read_ahead(self, whole: bool) -> None:
+        self._needs_whole = whole
+        self._ahead: tuple[str, dict] | None = None
+        if self._load_from and not self._has_loaded and self._resume != 'auto':
+            self._ahead = self._load_from, self._read(self._load_from)
+
+    def _read(self, filename: str) -> dict:
+        """What a file holds, tried on the model."""
+        content = CheckpointLoader.load_checkpoint(filename, 'cpu')
+        if self._resume:
+            check_resumable(content, filename)
+        load_model(unwrapped(self.model), content, filename, self._needs_whole)
+        return content
+
+    def load_checkpoint(
+        self, filename: str, map_location: str | Callable = 'cpu', **kwargs: Any
+    ) -> dict:
+        """Loads a checkpoint that fits; see `mmconv2former.weights.load_model`.
+
+        `map_location` and mmengine's other arguments have no use: tensors are read on the CPU.
+
+        Raises:
+            FileNotFoundError, CheckpointError: It cannot be read, or does not fit.
+        """
+        is_ahead = self._ahead is not None and self._ahead[0] == filename
+        content = self._ahead[1] if is_ahead else self._read(filename)
+        self._ahead = None
+        if self._resume and not isinstance(self.optim_wrapper, dict):
+            check_optimizer(content['optimizer'], self.optim_wrapper, filename)
+        # Hooks may change it: the moving average of weights changes places with the others.
+        self.call_hook('after_load_checkpoint', checkpoint=content)
+        load_fitting(unwrapped(self.model), tensors_of(content['state_dict']))
+        self._has_loaded = True
+        return content
+
     # -------------------------------------------------------------------------------------- save
     @master_only
     def save_checkpoint(
@@ -155,6 +215,13 @@ class ReliableRunner(Runner):
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             partial.unlink(missing_ok=True)
             raise CheckpointNotSaved(f'cannot save {path}: {error}') from error
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in a wrapper for several processes, or for augmentation at test time."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 class CheckpointNotSaved(OSError):

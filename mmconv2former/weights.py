@@ -10,16 +10,20 @@ is executed. The order here: reading, recognising a network by its shapes, loadi
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 import re
+import shutil
 import struct
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.request import urlopen
 from zipfile import is_zipfile
 
 import numpy as np
@@ -28,10 +32,12 @@ import torch.nn.functional as F
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import PretrainedInit
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 TRUST_VARIABLE = 'MMCONV2FORMER_TRUST_CHECKPOINTS'
+SECONDS_WITHOUT_ANSWER = 20  # of a host that a checkpoint is loaded from
 
 HOW_TO_GET_WEIGHTS = (
     'The published weights are ImageNet checkpoints linked from the README of '
@@ -64,11 +70,17 @@ UNREADABLE = (
 
 # Where a whole model keeps our modules; '' is an official file or a backbone alone.
 PREFIXES = ('', 'backbone.', 'head.')
+BACKBONE = 'backbone.'
 # Made for dense prediction, hence in no ImageNet checkpoint.
 NEW_FOR_DENSE_PREDICTION = re.compile(r'norm\d+\.(weight|bias)')
 # Of the hierarchical network, with its stage, or of the isotropic one.
 MODULATION_KERNEL = re.compile(r'(?:stages\.(\d+)|blocks)\.\d+\.attn\.att\.2\.weight')
 FIRST_KERNEL = 'stages.0.0.attn.att.2.weight'  # in every published network
+SIZE_MISMATCH = re.compile(
+    r'size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from '
+    r'checkpoint, the shape in current model is torch\.Size\(\[(.*?)\]\)'
+)
+OPTIMIZER_KINDS = ('betas', 'momentum', 'eps', 'alpha', 'rho')  # settings that tell them apart
 CLASSIFICATION_HEAD = re.compile(r'(head\.[02]|pred)\.(weight|bias)')
 
 
@@ -134,9 +146,10 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
     """
     checkpoint = os.path.expanduser(checkpoint)
     if '://' not in checkpoint and not os.path.isfile(checkpoint):
-        raise FileNotFoundError(f'checkpoint {checkpoint!r} does not exist. {HOW_TO_GET_WEIGHTS}')
+        problem = 'is a folder' if os.path.isdir(checkpoint) else 'does not exist'
+        raise FileNotFoundError(f'checkpoint {checkpoint!r} {problem}. {HOW_TO_GET_WEIGHTS}')
     try:
-        with get_local_path(checkpoint) as path:
+        with local_file(checkpoint) as path:
             if checkpoint.endswith('.safetensors'):
                 return read_safetensors(path, map_location)
             check_download(path)
@@ -157,14 +170,36 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
         ) from error
 
 
+@contextmanager
+def local_file(checkpoint: str) -> Iterator[str]:
+    """The path of a file, or of a temporary copy of one at an address.
+
+    mmengine would wait without end for a host that does not answer.
+    """
+    if not checkpoint.startswith(('http://', 'https://')):
+        with get_local_path(checkpoint) as path:
+            yield path
+        return
+    with TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'checkpoint')
+        with (
+            urlopen(checkpoint, timeout=SECONDS_WITHOUT_ANSWER) as answer,
+            open(path, 'wb') as file,
+        ):
+            shutil.copyfileobj(answer, file)
+        yield path
+
+
 def check_download(path: str) -> None:
     """Tells what usually goes wrong with downloads, which torch reports in its own terms.
 
     Raises:
-        CheckpointError: The file is a web page, or its end is missing.
+        CheckpointError: The file is empty or a web page, or its end is missing.
     """
     with open(path, 'rb') as file:
         start = file.read(64).lstrip()
+    if not start:
+        raise CheckpointError('it is empty')
     if start.startswith(b'<'):
         raise CheckpointError('it is a web page')
     if start.startswith(b'PK') and not is_zipfile(path):
@@ -451,13 +486,20 @@ def check_fit(
     ]
     differing = list(differences(found, expected))  # a deeper network has all names of a flat one
     if missing or misshaped or differing:
-        raise CheckpointError(
-            ''.join(f'{difference}; ' for difference in differing)
-            + f'{len(missing)} of {len(expected)} names missing'
-            + (f', such as {missing[:3]}' if missing else '')
-            + f'; {len(misshaped)} shapes differ'
-            + (f', such as {"; ".join(misshaped[:3])}' if misshaped else '')
-        )
+        raise CheckpointError(misfit(differing, missing, misshaped, len(expected)))
+
+
+def misfit(
+    differing: Sequence[str], missing: Sequence[str], misshaped: Sequence[str], number: int
+) -> str:
+    """In which respects a file does not fit `number` names of a model, in words."""
+    return (
+        ''.join(f'{difference}; ' for difference in differing)
+        + f'{len(missing)} of {number} names missing'
+        + (f', such as {list(missing[:3])}' if missing else '')
+        + f'; {len(misshaped)} shapes differ'
+        + (f', such as {"; ".join(misshaped[:3])}' if misshaped else '')
+    )
 
 
 def load_pretrained(
@@ -517,6 +559,180 @@ def load_pretrained(
         logger='current',
         level=logging.INFO,
     )
+
+
+def load_model(model: nn.Module, content: Mapping[str, Any], checkpoint: str, whole: bool) -> None:
+    """Loads a checkpoint into a whole model, or refuses it, where mmengine only warns.
+
+    Args:
+        model: A detector, segmentor or classifier; its backbone is `backbone`.
+        content: What the file holds, see `load_from_checked_file`.
+        checkpoint: Its name, for messages.
+        whole: Whether every tensor of the model must be in the file in its shape, as to evaluate
+            and to resume. Else, to fine-tune, every one of the backbone if the file has any of it;
+            others, such as a head for other classes, keep their initial values. In both cases what
+            the model has no use for is left out. All that is named in the log.
+
+    Raises:
+        CheckpointError: The file does not fit; part of it may be in the model then.
+    """
+    found = tensors_of(content['state_dict'])
+    if not found:
+        raise CheckpointError(f'checkpoint {checkpoint!r} holds no state dict of tensors')
+    expected = model.state_dict()
+    try:
+        missing, misshaped, unused = load_fitting(model, found)
+    except CheckpointError as error:
+        raise CheckpointError(f'checkpoint {checkpoint!r} does not fit: {error}') from error
+    if whole or len(missing) + len(misshaped) == len(expected):
+        part, needed = 'model', set(expected)
+    else:
+        part, needed = 'backbone', needed_to_tune(found, expected)
+    differing = list(differences(of_backbone(found), of_backbone(expected)))
+    lacking = [name for name in missing if name in needed]
+    others = [text for name, text in misshaped.items() if name in needed]
+    if differing or lacking or others:
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r} does not fit the {part} of this config: '
+            f'{misfit(differing, lacking, others, len(needed))}; '
+            f'the names in the file begin with {beginnings(found)}'
+        )
+    kept = [*missing, *misshaped.values()]
+    print_log(
+        f'Loaded {checkpoint}: {len(expected) - len(kept)} of {len(expected)} tensors of the '
+        f'model; at their initial values stay {listed(kept)}; '
+        f'left out of the file: {listed(unused)}',
+        logger='current',
+        level=logging.WARNING if kept else logging.INFO,
+    )
+
+
+def load_fitting(
+    model: nn.Module, state_dict: Mapping[str, Tensor]
+) -> tuple[list[str], dict[str, str], list[str]]:
+    """Loads what fits, by way of all the hooks by which modules read files of former versions.
+
+    Returns:
+        Names that the file lacks, those of another shape with words for that, and names that the
+        model lacks.
+
+    Raises:
+        CheckpointError: A module cannot read its part of the file.
+    """
+    misshaped = {}
+    try:
+        keys = model.load_state_dict(state_dict, strict=False)
+    except RuntimeError as error:  # torch tells which shapes differ in its message only
+        for name, in_file, in_model in SIZE_MISMATCH.findall(str(error)):
+            misshaped[name] = f'{name} is ({in_file}) in the file, ({in_model}) in the model'
+        if not misshaped:
+            raise CheckpointError(str(error).splitlines()[-1].strip()) from error
+        fitting = copy.copy(state_dict)  # with the versions of modules
+        for name in misshaped:
+            fitting.pop(name, None)
+        keys = model.load_state_dict(fitting, strict=False)
+    except (LookupError, AttributeError, TypeError, ValueError) as error:  # in a module's hook
+        raise CheckpointError(f'{type(error).__name__}: {error}') from error
+    missing = [name for name in keys.missing_keys if name not in misshaped]
+    return missing, misshaped, keys.unexpected_keys
+
+
+def tensors_of(state_dict: Any) -> Mapping[str, Tensor]:
+    """The tensors of a state dict and the versions of its modules; nothing of what is none."""
+    found = OrderedDict()
+    if isinstance(state_dict, Mapping):
+        named = {name: value for name, value in state_dict.items() if isinstance(name, str)}
+        found.update({name: v for name, v in named.items() if isinstance(v, Tensor)})
+        found = OrderedDict(without_module(found))
+        if hasattr(state_dict, '_metadata'):  # by which modules read files of former versions
+            found._metadata = state_dict._metadata
+    return found
+
+
+def needed_to_tune(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> set[str]:
+    """Names of the backbone, if the file has any, that cannot do without values of the file."""
+    if not of_backbone(found):
+        return set()
+    needed = (n for n in of_backbone(expected) if not NEW_FOR_DENSE_PREDICTION.fullmatch(n))
+    return {BACKBONE + name for name in needed}
+
+
+def of_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n[len(BACKBONE) :]: value for n, value in state_dict.items() if n.startswith(BACKBONE)}
+
+
+def beginnings(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """What the names of a state dict begin with, such as `backbone` and `neck`."""
+    return sorted({name.split('.')[0] for name in state_dict})[:8]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The number of names and the first of them."""
+    return f'{len(names)} ({", ".join(names[:6])}{", ..." * (len(names) > 6)})' if names else 'none'
+
+
+def check_resumable(content: Mapping[str, Any], checkpoint: str) -> None:
+    """Checks that a checkpoint holds what mmengine resumes a run from.
+
+    Raises:
+        CheckpointError: It holds weights only, or something else in that place.
+    """
+    meta, hub = content.get('meta'), content.get('message_hub')
+    groups = content.get('optimizer')
+    counts = [meta.get(key) for key in ('epoch', 'iter')] if isinstance(meta, Mapping) else [None]
+    holds = {
+        'meta with epoch and iter': all(type(count) is int and count >= 0 for count in counts),
+        'message_hub': isinstance(hub, Mapping)
+        and all(
+            isinstance(hub.get(key), Mapping)
+            for key in ('log_scalars', 'runtime_info', 'resumed_keys')
+        ),
+        'optimizer': isinstance(groups, Mapping),
+    }
+    lacking = [part for part, is_there in holds.items() if not is_there]
+    if lacking:
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r} cannot be resumed from: it holds no '
+            f'{", no ".join(lacking)}. To begin a new run from its weights, give it as load_from '
+            '(--cfg-options load_from=FILE).'
+        )
+
+
+def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
+    """Checks that the state of an optimizer, or of several by name, is of the one of the run.
+
+    Args:
+        saved: What the checkpoint holds under `optimizer`.
+        optimizer: The run's, an `OptimWrapper` or an `OptimWrapperDict` of mmengine.
+        checkpoint: Its name, for messages.
+
+    Raises:
+        CheckpointError: It is of a run with other parameter groups or another optimizer.
+    """
+    if isinstance(optimizer, OptimWrapperDict):
+        for name, part in optimizer.items():
+            check_optimizer(saved.get(name), part, checkpoint)
+        return
+    groups = saved.get('param_groups') if isinstance(saved, Mapping) else None
+    if not isinstance(groups, list) or not all(
+        isinstance(group, Mapping) and isinstance(group.get('params'), list) for group in groups
+    ):
+        raise CheckpointError(f'checkpoint {checkpoint!r} holds no param_groups of an optimizer')
+    sizes = [len(group['params']) for group in groups]
+    wanted = [len(group['params']) for group in optimizer.param_groups]
+    of_kind = [key for key in OPTIMIZER_KINDS if key in optimizer.param_groups[0]]
+    lacking = [key for key in of_kind if any(key not in group for group in groups)]
+    if sizes != wanted or lacking:
+        reason = (
+            f'{len(sizes)} parameter groups of {sum(sizes)} parameters in the file, '
+            f'{len(wanted)} of {sum(wanted)} in this config'
+            if sizes != wanted
+            else f'the optimizer in the file has no {", ".join(lacking)}'
+        )
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r} cannot be resumed from: {reason}. Resume with the '
+            'optim_wrapper and frozen_stages of its run, or give it as load_from to begin anew.'
+        )
 
 
 def without_layers(state_dict: Mapping[str, Tensor], layers: Sequence[str]) -> dict[str, Tensor]:

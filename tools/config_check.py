@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from types import FunctionType, NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import mmengine.registry
 from mmengine.config import Config
@@ -60,12 +62,18 @@ DATALOADER = {
     *(set(inspect.signature(DataLoader.__init__).parameters) - {'self'}),
     *('num_batch_per_epoch', 'disable_subprocess_warning'),
 }
+# Where a type must be one of a registry; elsewhere a class may know further names.
+SURE = re.compile(
+    r'(?!tta_pipeline)\w+(\.\d+)?|default_hooks\.\w+|model\.(backbone|neck)|optim_wrapper\.optimizer'
+    r'|\w+_dataloader\.(dataset|sampler|batch_sampler)|(\w+_dataloader\.dataset|tta)[._]pipeline\.\d+'
+)
+FOREIGN = {'Albu'}  # what they hold is of another library
 SMALL_PARTS = {  # of plain settings
     'randomness': set(inspect.signature(Runner.set_randomness).parameters) - {'self'},
     'env_cfg': {'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'},
     'auto_scale_lr': {'base_batch_size', 'enable'},
 }
-NUMBERS = {int, float, bool, NoneType, Tensor}
+NUMBERS = {int, float, NoneType, Tensor}  # a bool of the host libraries may be a word as well
 
 
 class ConfigError(ValueError):
@@ -97,11 +105,7 @@ def check_config(config: Config) -> None:
                 if isinstance(hook, dict) and 'type' not in hook:
                     near = suggestion(name, [key for key in settings if key != name])
                     raise ConfigError(f'default_hooks.{name} has no type{near}')
-        for path, value, inner_scope in dicts_of(settings, part, scope):
-            if 'type' in value:
-                check_typed(path, value, value['type'], inner_scope)
-            elif path in DEFAULT_TYPES:
-                check_typed(path, value, DEFAULT_TYPES[path], inner_scope)
+        check_within(settings, part, scope, owners=())
 
 
 def check_top(config: Config) -> None:
@@ -144,7 +148,7 @@ def refuse_if_near(path: str, key: str, allowed: Collection[str]) -> None:
 
 def is_slip(written: str, meant: str) -> bool:
     """Whether one letter is missing, added, another, or two neighbours are exchanged."""
-    if written == meant or min(len(written), len(meant)) < 4:
+    if written == meant or min(len(written), len(meant)) < 4 or written.startswith('_'):
         return False
     if len(written) > len(meant):
         written, meant = meant, written
@@ -157,22 +161,38 @@ def is_slip(written: str, meant: str) -> bool:
     return written[start + 1 :] == meant[start + 1 :] or swapped == meant
 
 
-def suggestion(name: str, allowed: Collection[str]) -> str:
+def suggestion(name: str, allowed: Collection[str], cutoff: float = 0.6) -> str:
     """The nearest allowed name as a question, or nothing."""
-    near = get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    near = get_close_matches(name, list(allowed), n=1, cutoff=cutoff)
     return f'; did you mean {near[0]!r}?' if near else ''
 
 
-def dicts_of(settings: Any, path: str, scope: str) -> Iterator[tuple[str, dict, str]]:
-    """Every dict in nested settings, with its path and the scope in which it is built."""
+def check_within(settings: Any, path: str, scope: str, owners: Sequence[Found]) -> None:
+    """Checks every dict with a `type` in nested settings.
+
+    Args:
+        settings: A part of a config.
+        path: Where it is, such as `model.neck`.
+        scope: The scope in which it is built.
+        owners: What the next dict around it that has a type may build.
+
+    Raises:
+        ConfigError: See `check_typed`.
+    """
     if isinstance(settings, dict):
         scope = settings.get('_scope_') or scope
-        yield path, settings, scope
+        type_ = settings.get('type', DEFAULT_TYPES.get(path))
+        if type_ is not None:
+            if not is_read_by_its_owner(path):
+                check_typed(path, settings, type_, scope, owners)
+            if type_ in FOREIGN:
+                return
+            owners = find_type(type_, scope)
         for key, value in settings.items():
-            yield from dicts_of(value, f'{path}.{key}', scope)
+            check_within(value, f'{path}.{key}', scope, owners)
     elif isinstance(settings, (list, tuple)):
         for index, value in enumerate(settings):
-            yield from dicts_of(value, f'{path}.{index}', scope)
+            check_within(value, f'{path}.{index}', scope, owners)
 
 
 def is_read_by_its_owner(path: str) -> bool:
@@ -181,21 +201,24 @@ def is_read_by_its_owner(path: str) -> bool:
     return bool(head) and (key.endswith('_cfg') or key in ('nms', 'override', 'roi_layer'))
 
 
-def check_typed(path: str, settings: Mapping, type_: Any, scope: str) -> None:
+def check_typed(
+    path: str, settings: Mapping, type_: Any, scope: str, owners: Sequence[Found]
+) -> None:
     """Compares a dict with the class or function that its `type` names.
 
     Raises:
         ConfigError: There is none, it does not take one of the keys, or a number is a word.
     """
-    if is_read_by_its_owner(path):
-        return
-    found = find_type(type_, scope) if isinstance(type_, str) else [(None, type_)]
+    found = find_type(type_, scope)
     if not found:
-        raise ConfigError(
-            f'{path}.type: no registry of {scope} or mmengine has {type_!r}'
-            f'{suggestion(type_, known_types(scope))}'
-        )
-    keys = set(settings) - MARKS
+        near = suggestion(type_, known_types(scope), cutoff=0.85)
+        if near or SURE.fullmatch(path):
+            raise ConfigError(
+                f'{path}.type: no registry of {scope} or mmengine has {type_!r}'
+                f'{near or suggestion(type_, known_types(scope))}'
+            )
+        return
+    keys = {key for key in set(settings) - MARKS if not any(names_key(o, key) for o in owners)}
     refusals = []
     for kind, cls in found:
         allowed = arguments_of(cls)
@@ -208,6 +231,29 @@ def check_typed(path: str, settings: Mapping, type_: Any, scope: str) -> None:
             refusals.append(error)
     if len(refusals) == len(found):  # two registries may have the same name
         raise refusals[0]
+
+
+def names_key(owner: Found, key: str) -> bool:
+    """Whether the source of an owner or its bases has a key as a string: it may read that itself.
+
+    So do RandAugment with `magnitude_key` of its policies, and heads that `pop` from a loss.
+    """
+    modules = {base.__module__ for base in getattr(owner.cls, '__mro__', ())}
+    return any(key in strings_of(module) for module in modules)
+
+
+@cache
+def strings_of(module: str) -> frozenset[str]:
+    """All strings in the source of a module that is imported."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (KeyError, OSError, TypeError):  # built in
+        return frozenset()
+    return frozenset(
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
 
 
 def check_keys(path: str, name: str, keys: Collection[str], allowed: Collection[str]) -> None:
@@ -257,16 +303,25 @@ def registries_of(scope: str) -> tuple[Registry, ...]:
     return tuple(registries)
 
 
-def find_type(type_: str, scope: str) -> list[tuple[str | None, Any]]:
-    """What a type name may mean, each with the name of its registry."""
+class Found(NamedTuple):
+    """What a type name may mean: the name of the registry, if it is of one, and what is there."""
+
+    kind: str | None
+    cls: Any
+
+
+def find_type(type_: Any, scope: str) -> list[Found]:
+    """All that a type may mean; lazy configs have the class itself there."""
+    if not isinstance(type_, str):
+        return [Found(None, type_)]
     first, _, rest = type_.partition('.')
     scope, name = (first, rest) if rest and registries_of(first) else (scope, type_)
     found = [
-        (registry.name, registry.module_dict[name])
+        Found(registry.name, registry.module_dict[name])
         for registry in registries_of(scope)
         if name in registry.module_dict
     ]
-    return found or [(None, value) for value in by_full_name(type_)]
+    return found or [Found(None, value) for value in by_full_name(type_)]
 
 
 def by_full_name(name: str) -> Iterator[Any]:
