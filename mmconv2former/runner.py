@@ -19,7 +19,13 @@ from typing import Any
 
 from mmengine.dist import broadcast_object_list, get_rank, master_only
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.runner import (
+    BaseLoop,
+    CheckpointLoader,
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    Runner,
+)
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -45,6 +51,8 @@ class ReliableRunner(Runner):
     `resume` may also be 'auto': resumes from the newest checkpoint of the work dir that can be
     read, and without one begins as if nothing had been said of resuming.
     """
+
+    _ahead: tuple[str | None, dict] = (None, {})  # name and content, see `read_ahead`
 
     @property
     def run_seed(self) -> int:
@@ -139,33 +147,24 @@ class ReliableRunner(Runner):
             )
 
     # -------------------------------------------------------------------------------------- load
-    def train(self) -> nn.Module:
-        """As mmengine's; a checkpoint that does not fit is refused before the data are loaded."""
-        self._read_ahead(whole=bool(self._resume))
-        return super().train()
+    def read_ahead(self, whole: bool) -> None:
+        """Reads the checkpoint that `load_from` names, and refuses it before the data are loaded.
 
-    def val(self) -> dict:
-        """As `train`."""
-        self._read_ahead(whole=True)
-        return super().val()
+        Args:
+            whole: See `mmconv2former.weights.load_model`: whether this is to evaluate or resume.
 
-    def test(self) -> dict:
-        """As `train`."""
-        self._read_ahead(whole=True)
-        return super().test()
+        Raises:
+            FileNotFoundError, CheckpointError: It cannot be read, or does not fit.
+        """
+        if self._load_from:
+            self._ahead = self._load_from, self._read(self._load_from, whole)
 
-    def _read_ahead(self, whole: bool) -> None:
-        self._needs_whole = whole
-        self._ahead: tuple[str, dict] | None = None
-        if self._load_from and not self._has_loaded and self._resume != 'auto':
-            self._ahead = self._load_from, self._read(self._load_from)
-
-    def _read(self, filename: str) -> dict:
-        """What a file holds, tried on the model."""
+    def _read(self, filename: str, whole: bool) -> dict:
+        """What a file holds, after it was loaded into the model."""
         content = CheckpointLoader.load_checkpoint(filename, 'cpu')
         if self._resume:
             check_resumable(content, filename)
-        load_model(unwrapped(self.model), content, filename, self._needs_whole)
+        load_model(unwrapped(self.model), content, filename, whole)
         return content
 
     def load_checkpoint(
@@ -178,9 +177,10 @@ class ReliableRunner(Runner):
         Raises:
             FileNotFoundError, CheckpointError: It cannot be read, or does not fit.
         """
-        is_ahead = self._ahead is not None and self._ahead[0] == filename
-        content = self._ahead[1] if is_ahead else self._read(filename)
-        self._ahead = None
+        (name, content), self._ahead = self._ahead, (None, {})
+        if name != filename:
+            is_tuning = isinstance(self._train_loop, BaseLoop) and not self._resume
+            content = self._read(filename, whole=not is_tuning)
         if self._resume and not isinstance(self.optim_wrapper, dict):
             check_optimizer(content['optimizer'], self.optim_wrapper, filename)
         # Hooks may change it: the moving average of weights changes places with the others.

@@ -88,6 +88,10 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint, cannot be read safely, or is of another network."""
 
 
+class CheckpointNotFound(CheckpointError, FileNotFoundError):
+    """There is no such file."""
+
+
 def history_buffer_statistic(owner: object, name: str) -> Callable:
     """What mmengine's HistoryBuffer needs of `getattr`, which would lead a pickle to `eval`."""
     if owner is not HistoryBuffer or name not in ('min', 'max', 'current', 'mean'):
@@ -140,14 +144,14 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
         map_location: Device of the tensors, as `torch.load` takes it.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        CheckpointNotFound: There is no such file.
         CheckpointError: The file is not a checkpoint, or holds more than data and the environment
             variable `MMCONV2FORMER_TRUST_CHECKPOINTS` is not 1.
     """
     checkpoint = os.path.expanduser(checkpoint)
     if '://' not in checkpoint and not os.path.isfile(checkpoint):
         problem = 'is a folder' if os.path.isdir(checkpoint) else 'does not exist'
-        raise FileNotFoundError(f'checkpoint {checkpoint!r} {problem}. {HOW_TO_GET_WEIGHTS}')
+        raise CheckpointNotFound(f'checkpoint {checkpoint!r} {problem}. {HOW_TO_GET_WEIGHTS}')
     try:
         with local_file(checkpoint) as path:
             if checkpoint.endswith('.safetensors'):
@@ -584,7 +588,9 @@ def load_model(model: nn.Module, content: Mapping[str, Any], checkpoint: str, wh
         missing, misshaped, unused = load_fitting(model, found)
     except CheckpointError as error:
         raise CheckpointError(f'checkpoint {checkpoint!r} does not fit: {error}') from error
-    if whole or len(missing) + len(misshaped) == len(expected):
+    # torch makes up the counters of BatchNorms itself.
+    loaded = set(expected).difference(missing, misshaped)
+    if whole or all(name.endswith('.num_batches_tracked') for name in loaded):
         part, needed = 'model', set(expected)
     else:
         part, needed = 'backbone', needed_to_tune(found, expected)
@@ -599,8 +605,8 @@ def load_model(model: nn.Module, content: Mapping[str, Any], checkpoint: str, wh
         )
     kept = [*missing, *misshaped.values()]
     print_log(
-        f'Loaded {checkpoint}: {len(expected) - len(kept)} of {len(expected)} tensors of the '
-        f'model; at their initial values stay {listed(kept)}; '
+        f'Loaded {checkpoint}: {len(loaded)} of {len(expected)} tensors of the model; '
+        f'at their initial values stay {listed(kept)}; '
         f'left out of the file: {listed(unused)}',
         logger='current',
         level=logging.WARNING if kept else logging.INFO,

@@ -13,16 +13,25 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryFile
+from traceback import walk_tb
 from typing import Any
 
 import torch
 import torch.distributed
+from config_check import (
+    ConfigError,
+    check_config,
+    check_top,
+    in_one_line,
+    merge_options,
+    read_config,
+)
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import RUNNERS
+from mmengine.registry import RUNNERS, build_from_cfg
 from mmengine.runner import Runner
 
 from mmconv2former.comparators import COMPARATORS, find_comparator, how_to_get_weights
-from mmconv2former.runner import CheckpointNotSaved
+from mmconv2former.runner import CheckpointNotSaved, ReliableRunner
 from mmconv2former.weights import (
     HOW_TO_GET_WEIGHTS,
     TRUST_VARIABLE,
@@ -30,6 +39,18 @@ from mmconv2former.weights import (
     admit_only_data,
     trusts_checkpoints,
 )
+
+
+class OptionsAction(DictAction):
+    """Takes KEY=VALUE as mmengine does, and refuses what is not of this form in one line."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__call__(parser, *args, **kwargs)
+        except (ValueError, AssertionError):
+            raise SystemExit(
+                f'error: --cfg-options takes KEY=VALUE with closed brackets, got {args[1]}'
+            ) from None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=OptionsAction,
         default={},
         metavar='KEY=VALUE',
         help='change the config: a.b=1, a.0.b=x for an item of a list, "a=[(1,2),(3,4)]"',
@@ -55,6 +76,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=['none', 'pytorch', 'slurm', 'mpi'],
         default='none',
         help='how the processes of a distributed run are started',
+    )
+    parser.add_argument(
+        '--traceback', action='store_true', help='show where an error of the config comes from'
     )
     # Launchers older than torchrun pass the rank as an argument.
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
@@ -85,33 +109,65 @@ def guard_checkpoints(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def checkpoint_errors() -> Iterator[None]:
-    """Turns the refusal of a checkpoint, deep in a run, into the tool's one-line error.
+def run_errors(traceback: bool) -> Iterator[None]:
+    """Turns what stops a run because of its config or files into the tool's one-line error.
 
-    So it does when a checkpoint cannot be saved.
+    Of other errors those are taken that come from building a part of the config; what goes wrong
+    while the network runs keeps its trace.
+
+    Args:
+        traceback: Whether all errors keep it.
     """
     try:
         yield
-    except (CheckpointError, CheckpointNotSaved) as error:
+    except (CheckpointError, CheckpointNotSaved, ConfigError) as error:
+        if traceback:
+            raise
         raise SystemExit(f'error: {error}') from None
+    except Exception as error:
+        type_ = type_being_built(error)
+        if traceback or type_ is None:
+            raise
+        raise SystemExit(
+            f'error: cannot build {type_}: {in_one_line(error)} (--traceback shows where)'
+        ) from None
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """The config of the command line, ready for mmengine's runner.
+def type_being_built(error: Exception) -> str | None:
+    """The innermost `type` that a registry was building; None if it was not building."""
+    name = None
+    for frame, _ in walk_tb(error.__traceback__):
+        if frame.f_code is build_from_cfg.__code__:
+            type_ = frame.f_locals['cfg'].get('type')
+            name = getattr(type_, '__name__', type_)
+    return name
+
+
+def load_config(args: argparse.Namespace, needed: Sequence[str] = ()) -> Config:
+    """The config of the command line, checked and ready for mmengine's runner.
+
+    Args:
+        args: What `add_arguments` defines.
+        needed: Keys that the config must have, such as `train_dataloader`.
 
     Raises:
         SystemExit: The config file or an option of `args` is not usable; the message says why.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     guard_checkpoints(args)
-    if not Path(args.config).is_file():
-        raise SystemExit(f'error: config {args.config} does not exist')
-    config = Config.fromfile(args.config)
-    if args.backbone is not None:
-        set_backbone(config, args.backbone)
-    if args.data_root is not None:
-        set_data_root(config, args.data_root)
-    config.merge_from_dict(args.cfg_options)
+    try:
+        config = read_config(args.config)
+        check_top(config)
+        if args.backbone is not None:
+            set_backbone(config, args.backbone)
+        if args.data_root is not None:
+            set_data_root(config, args.data_root)
+        merge_options(config, args.cfg_options)
+        check_config(config, needed)
+    except ConfigError as error:
+        if args.traceback:
+            raise
+        raise SystemExit(f'error: config {args.config}: {error}') from None
     if args.work_dir is not None:
         config.work_dir = args.work_dir
     elif config.get('work_dir') is None:
@@ -127,6 +183,23 @@ def build_runner(config: Config) -> Runner:
     """The config's runner; ours if it names none."""
     config.setdefault('runner_type', 'mmconv2former.ReliableRunner')
     return RUNNERS.build(config)
+
+
+def read_ahead(runner: Runner, whole: bool) -> None:
+    """Has our runner refuse a bad checkpoint before the data are loaded; see its `read_ahead`."""
+    if isinstance(runner, ReliableRunner):
+        runner.read_ahead(whole)
+
+
+def check_checkpoint(option: str, checkpoint: str) -> None:
+    """Checks that a checkpoint of the command line is there, if it is a file of this machine.
+
+    Raises:
+        SystemExit: It is not.
+    """
+    if is_local(checkpoint) and not os.path.isfile(checkpoint):
+        problem = 'is a folder' if os.path.isdir(checkpoint) else 'does not exist'
+        raise SystemExit(f'error: {option}checkpoint {checkpoint} {problem}')
 
 
 # Of any classification head of mmpretrain.
@@ -272,9 +345,8 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
             name = settings.get('name')
             advice = how_to_get_weights(name) if name in COMPARATORS else HOW_TO_GET_WEIGHTS
             raise SystemExit(f'error: pretrained weights {weights} are missing. {advice}')
-    checkpoint = config.get('load_from')
-    if checkpoint and is_local(checkpoint) and not os.path.isfile(checkpoint):
-        raise SystemExit(f'error: load_from: checkpoint {checkpoint} does not exist')
+    if config.get('load_from'):
+        check_checkpoint('load_from: ', config.load_from)
 
 
 def dataset_paths(settings: ConfigDict) -> Iterator[str]:

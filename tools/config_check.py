@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -18,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
+from traceback import walk_tb
 from types import FunctionType, NoneType, UnionType
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -67,6 +69,7 @@ SURE = re.compile(
     r'(?!tta_pipeline)\w+(\.\d+)?|default_hooks\.\w+|model\.(backbone|neck)|optim_wrapper\.optimizer'
     r'|\w+_dataloader\.(dataset|sampler|batch_sampler)|(\w+_dataloader\.dataset|tta)[._]pipeline\.\d+'
 )
+READERS = ('_file2dict', '_parse_lazy_import')  # of mmengine's Config, one call for each file
 FOREIGN = {'Albu'}  # what they hold is of another library
 SMALL_PARTS = {  # of plain settings
     'randomness': set(inspect.signature(Runner.set_randomness).parameters) - {'self'},
@@ -80,13 +83,107 @@ class ConfigError(ValueError):
     """A config that no run can be made of; the message names the place and what is allowed."""
 
 
-def check_config(config: Config) -> None:
+def read_config(path: str) -> Config:
+    """Reads a config and those it is based on.
+
+    Raises:
+        ConfigError: One of them cannot be read; the message names it, and the line if there is one.
+    """
+    if not os.path.isfile(path):
+        problem = 'is a folder' if os.path.isdir(path) else 'does not exist'
+        raise ConfigError(f'it {problem}')
+    try:
+        return Config.fromfile(path)
+    except Exception as error:  # configs are programs, of other people: anything may go wrong
+        files = [
+            (frame.f_locals.get('filename'), frame, line)
+            for frame, line in walk_tb(error.__traceback__)
+        ]
+        read = [name for name, frame, _ in files if frame.f_code.co_name in READERS and name]
+        where = ''
+        if read and os.path.abspath(read[-1]) != os.path.abspath(path):
+            where = f'in its _base_ {read[-1]}: '
+        lines = [
+            line
+            for _, frame, line in files
+            if read and frame.f_code.co_filename == os.path.abspath(read[-1])
+        ]
+        while isinstance(error.__cause__, Exception):  # of imports mmengine tells sys.path first
+            error = error.__cause__
+        if isinstance(error, SyntaxError) and error.lineno:
+            lines, error = [error.lineno], SyntaxError(error.msg)
+        where += f'line {lines[-1]}: ' if lines else ''
+        raise ConfigError(f'{where}{in_one_line(error)}') from error
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, with its kind."""
+    text = str(error).strip()
+    return f'{type(error).__name__}: {text.splitlines()[0]}' if text else type(error).__name__
+
+
+def merge_options(config: Config, options: Mapping[str, Any]) -> None:
+    """Merges `--cfg-options` into a config.
+
+    Raises:
+        ConfigError: A place is not there, or its name is one slip away from one that is.
+    """
+    for path in options:
+        check_option(config, path)
+    try:
+        config.merge_from_dict(dict(options))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f'--cfg-options {" ".join(options)}: {in_one_line(error)}') from error
+
+
+def check_option(config: Config, path: str) -> None:
+    """Follows a path of `--cfg-options` as far as the config has it.
+
+    Raises:
+        ConfigError: See `merge_options`.
+    """
+    part: Any = config
+    keys = path.split('.')
+    if not all(keys):
+        raise ConfigError(f'--cfg-options {path}: a name between the dots is empty')
+    for depth, key in enumerate(keys):
+        where = '.'.join(keys[:depth])
+        if isinstance(part, list):
+            if not key.isdigit() or int(key) >= len(part):
+                raise ConfigError(
+                    f'--cfg-options {path}: {where} is a list of {len(part)} items, counted from '
+                    f'0; got {key}'
+                )
+            if depth == len(keys) - 1:
+                raise ConfigError(
+                    f'--cfg-options {path}: of items of lists only keys can be set; '
+                    f'give {where} as a whole'
+                )
+            part = part[int(key)]
+        elif isinstance(part, (dict, Config)):
+            if key not in part:
+                if 'type' not in part:  # else its class is asked, when all is merged
+                    refuse_if_near(f'--cfg-options {path}: {key}', key, part.keys())
+                return
+            part = part[key]
+        else:
+            raise ConfigError(f'--cfg-options {path}: {where} is {part!r}, which has no {key}')
+
+
+def check_config(config: Config, needed: Sequence[str] = ()) -> None:
     """Refuses what would not build, or would be ignored though it is a misspelt setting.
+
+    Args:
+        config: A whole config.
+        needed: Keys that it must have at its top.
 
     Raises:
         ConfigError: With the first such place.
     """
     check_top(config)
+    for key in needed:
+        if config.get(key) is None:
+            raise ConfigError(f'it has no {key}')
     scope = config.get('default_scope') or 'mmengine'
     if not registries_of(scope):
         raise ConfigError(

@@ -47,7 +47,7 @@ HEAD_NAMES = [
 SUFFIXES = ('.pth', '.safetensors')
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -70,7 +70,7 @@ def main() -> None:
     )
     parser.add_argument('--force', action='store_true', help='replace the file if it is there')
     add_trust_argument(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.out.suffix not in SUFFIXES:
         parser.error(f'the output must end with {" or ".join(SUFFIXES)}, got {args.out}')
     guard_checkpoints(args)

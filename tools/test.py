@@ -8,23 +8,26 @@ In the place of the checkpoint, `none` evaluates the network with its initial we
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from common import (
     add_arguments,
     build_runner,
+    check_checkpoint,
     check_files,
     check_work_dir,
-    checkpoint_errors,
     load_config,
+    read_ahead,
+    run_errors,
 )
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -40,18 +43,19 @@ def main() -> None:
     )
     parser.add_argument('--show', action='store_true', help='show the drawings in a window')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a drawing is shown')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.out is not None and Path(args.out).suffix not in ('.pkl', '.pickle'):
         parser.error(f'--out must end with .pkl or .pickle, got {args.out}')
-    config = load_config(args)
+    config = load_config(args, ('test_dataloader', 'test_cfg', 'test_evaluator'))
 
     if args.checkpoint == 'none':
         config.load_from = None
-    elif Path(args.checkpoint).is_file():
-        config.load_from = args.checkpoint
-        config.model.backbone.init_cfg = None  # the checkpoint holds all weights
     else:
-        raise SystemExit(f'error: checkpoint {args.checkpoint} does not exist')
+        check_checkpoint('', args.checkpoint)
+        config.load_from = args.checkpoint
+        if 'backbone' in config.model:
+            config.model.backbone.init_cfg = None  # the checkpoint holds all weights
+    config.resume = False
     check_files(config, ['test_dataloader'], check_weights=args.checkpoint == 'none')
     check_work_dir(config)
     if args.show or args.show_dir:
@@ -59,13 +63,14 @@ def main() -> None:
     if args.tta:
         augment_at_test_time(config)
 
-    runner = build_runner(config)
-    if args.out is not None:
-        # mmdet's own packs the masks; mmengine's serves the others.
-        name = 'DumpDetResults' if config.get('default_scope') == 'mmdet' else 'DumpResults'
-        metric = METRICS.build(dict(type=name, out_file_path=args.out))
-        runner.test_evaluator.metrics.append(metric)
-    with checkpoint_errors():
+    with run_errors(args.traceback):
+        runner = build_runner(config)
+        if args.out is not None:
+            # mmdet's own packs the masks; mmengine's serves the others.
+            name = 'DumpDetResults' if config.get('default_scope') == 'mmdet' else 'DumpResults'
+            metric = METRICS.build(dict(type=name, out_file_path=args.out))
+            runner.test_evaluator.metrics.append(metric)
+        read_ahead(runner, whole=True)
         if args.checkpoint == 'none':
             initialize(runner.model)
         runner.test()

@@ -9,23 +9,25 @@ For several processes see `dist_train.sh` and `slurm_train.sh`.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from common import (
     add_arguments,
     build_runner,
+    check_checkpoint,
     check_files,
     check_work_dir,
-    checkpoint_errors,
     load_config,
+    read_ahead,
+    run_errors,
 )
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -47,8 +49,8 @@ def main() -> None:
     parser.add_argument(
         '--tensorboard', action='store_true', help='log for TensorBoard too (in WORK_DIR/TIME)'
     )
-    args = parser.parse_args()
-    config = load_config(args)
+    args = parser.parse_args(argv)
+    config = load_config(args, ('train_dataloader', 'train_cfg', 'optim_wrapper'))
 
     if args.amp:
         if not torch.cuda.is_available():
@@ -73,19 +75,20 @@ def main() -> None:
             )
         config.visualizer.vis_backends.append(dict(type='TensorboardVisBackend'))
     if args.resume is not None:
-        if args.resume != 'auto' and not Path(args.resume).is_file():
-            raise SystemExit(f'error: --resume: checkpoint {args.resume} does not exist')
         config.resume = 'auto' if args.resume == 'auto' else True
         if args.resume != 'auto':
+            check_checkpoint('--resume: ', args.resume)
             config.load_from = args.resume
     check_files(config, ['train_dataloader', 'val_dataloader'], check_weights=True)
     check_work_dir(config)
     compile_settings = config.pop('compile', False)
 
-    with checkpoint_errors():
+    with run_errors(args.traceback):
         runner = build_runner(config)
         if compile_settings:
             compile_backbone(runner, {} if compile_settings is True else compile_settings)
+        if args.resume != 'auto':
+            read_ahead(runner, whole=args.resume is not None)
         runner.train()
 
 
