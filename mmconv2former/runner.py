@@ -33,6 +33,7 @@ from .registry import RUNNERS, register
 from .reproducible import PositionedSampler, ResumedBatches, give_positions
 from .weights import (
     CheckpointError,
+    LoadsPretrained,
     check_optimizer,
     check_resumable,
     load_fitting,
@@ -148,7 +149,7 @@ class ReliableRunner(Runner):
 
     # -------------------------------------------------------------------------------------- load
     def read_ahead(self, whole: bool) -> None:
-        """Reads the checkpoint that `load_from` names, and refuses it before the data are loaded.
+        """Reads `load_from` and pretrained weights, to refuse them before the data are loaded.
 
         Args:
             whole: See `mmconv2former.weights.load_model`: whether this is to evaluate or resume.
@@ -156,7 +157,10 @@ class ReliableRunner(Runner):
         Raises:
             FileNotFoundError, CheckpointError: It cannot be read, or does not fit.
         """
-        if self._load_from:
+        for module in unwrapped(self.model).modules():
+            if isinstance(module, LoadsPretrained):
+                module.load_own_pretrained()
+        if self._load_from and self._resume != 'auto':  # which may find another one
             self._ahead = self._load_from, self._read(self._load_from, whole)
 
     def _read(self, filename: str, whole: bool) -> dict:

@@ -763,14 +763,26 @@ class LoadsPretrained:
         if self.is_init:
             return
         init_cfg = self.init_cfg
-        configs = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
-        is_pretrained = [cfg['type'] in ('Pretrained', PretrainedInit) for cfg in configs]
         # mmengine loads with strict=False: a file of another model would be taken in silence.
-        self.init_cfg = [cfg for cfg, pretrained in zip(configs, is_pretrained) if not pretrained]
+        self.init_cfg = [cfg for cfg in self._init_cfgs() if not is_pretrained(cfg)]
         super().init_weights()
         self.init_cfg = init_cfg
-        for cfg, pretrained in zip(configs, is_pretrained):
-            if pretrained:
-                # `map_location`, which mmengine's takes, has no use: reading is on the CPU.
-                ignored = ('type', 'map_location')
-                load_pretrained(self, **{key: cfg[key] for key in cfg if key not in ignored})
+        self.load_own_pretrained()
+
+    def load_own_pretrained(self) -> None:
+        """Loads what `init_cfg` names; the rest of `init_weights` is not done.
+
+        Raises:
+            FileNotFoundError, CheckpointError: See `load_pretrained`.
+        """
+        # `map_location`, which mmengine's takes, has no use: reading is on the CPU.
+        ignored = ('type', 'map_location')
+        for cfg in filter(is_pretrained, self._init_cfgs()):
+            load_pretrained(self, **{key: cfg[key] for key in cfg if key not in ignored})
+
+    def _init_cfgs(self) -> list[dict]:
+        return [self.init_cfg] if isinstance(self.init_cfg, dict) else list(self.init_cfg or ())
+
+
+def is_pretrained(init_cfg: Mapping) -> bool:
+    return init_cfg['type'] in ('Pretrained', PretrainedInit)

@@ -203,6 +203,10 @@ def check_config(config: Config, needed: Sequence[str] = ()) -> None:
                     near = suggestion(name, [key for key in settings if key != name])
                     raise ConfigError(f'default_hooks.{name} has no type{near}')
         check_within(settings, part, scope, owners=())
+    constructor = (config.get('optim_wrapper') or {}).get('constructor')
+    if constructor is not None and not find_type(constructor, scope):
+        near = suggestion(constructor, known_types(scope))
+        raise ConfigError(f'optim_wrapper.constructor: there is no {constructor!r}{near}')
 
 
 def check_top(config: Config) -> None:
@@ -443,30 +447,34 @@ def arguments_of(cls: Callable) -> dict[str, Any] | None:
     the base. A decorated `__init__` may take more than it says.
     """
     if not inspect.isclass(cls):
-        return parameters_of(cls)[0] if isinstance(cls, FunctionType) else None
+        takes_any = not isinstance(cls, FunctionType) or rest_of(cls)
+        return None if takes_any else named_parameters(cls)
     if type(cls).__call__ is not type.__call__:
         return None
+    inits = [vars(base)['__init__'] for base in cls.__mro__ if '__init__' in vars(base)]
     names: dict[str, Any] = {}
-    for base in cls.__mro__:
-        init = vars(base).get('__init__')
-        if init is None:
-            continue
+    reached = 0
+    for init in inits:
+        reached += 1
         if not isinstance(init, FunctionType) or hasattr(init, '__wrapped__'):
             return None
-        own, rest = parameters_of(init)
-        if own is None and not hands_on(init, rest):
-            return None
         names = {**named_parameters(init), **names}
-        if own is not None:
-            return names
-    return None
+        rest = rest_of(init)
+        if rest is None:
+            break
+        if not hands_on(init, rest):
+            return None
+    # With several bases an `__init__` may skip some of them.
+    for init in inits[reached:] if reached > 1 else ():
+        if isinstance(init, FunctionType):
+            names = {**named_parameters(init), **names}
+    return names
 
 
-def parameters_of(function: FunctionType) -> tuple[dict[str, Any] | None, str | None]:
-    """Names with types of a function, None if it takes any; and the name of its `**kwargs`."""
+def rest_of(function: FunctionType) -> str | None:
+    """The name of a function's `**kwargs`, if it has any."""
     parameters = inspect.signature(function).parameters.values()
-    rest = [item.name for item in parameters if item.kind is item.VAR_KEYWORD]
-    return (None, rest[0]) if rest else (named_parameters(function), None)
+    return next((item.name for item in parameters if item.kind is item.VAR_KEYWORD), None)
 
 
 def named_parameters(function: FunctionType) -> dict[str, Any]:

@@ -87,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runner = build_runner(config)
         if compile_settings:
             compile_backbone(runner, {} if compile_settings is True else compile_settings)
-        if args.resume != 'auto':
-            read_ahead(runner, whole=args.resume is not None)
+        read_ahead(runner, whole=bool(config.get('resume')))
         runner.train()
 
 

@@ -1,0 +1,44 @@
+"""Runs the tools in the process of the tests, which saves the imports of the host libraries."""
+
+import importlib.util
+from functools import cache
+
+from conftest import ROOT
+
+
+@cache
+def load_tool(name):
+    """The module of a tool; `test` and `train` are names of other modules too."""
+    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / f'tools/{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def refusal_of(tool, *arguments):
+    """What a tool says as it ends with an error; '' if it ends without one."""
+    try:
+        load_tool(tool).main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        return str(error)
+    return ''
+
+
+SEGMENTATION = ROOT / 'configs/segmentation/upernet_conv2former_n.py'
+# A network of which no copy takes time, in the recipe's place.
+TINY = f"""
+_base_ = {str(SEGMENTATION)!r}
+model = dict(
+    backbone=dict(
+        arch=dict(_delete_=True, channels=(8, 12, 16, 20), depths={{depths}}, kernel_size={{kernel}}),
+        init_cfg=None,
+    ),
+    decode_head=dict(in_channels=[8, 12, 16, 20], channels=8),
+    auxiliary_head=dict(in_channels=16, channels=8),
+)
+"""
+
+
+def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), more=''):
+    path.write_text(TINY.format(kernel=kernel, depths=depths) + more)
+    return path

@@ -1,0 +1,364 @@
+"""Checkpoints that are none, are of another model or hostile, through every way into the tools."""
+
+import copy
+import socket
+import time
+from contextlib import nullcontext
+
+import pytest
+import torch
+from checkpoints import write_call, write_getattr_chain
+from in_process import load_tool, refusal_of, write_tiny_config
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from test_tools import quick_segmentation
+from torch import nn
+
+from mmconv2former import weights
+from mmconv2former.runner import ReliableRunner
+
+AREA = 'Checkpoints'
+
+
+@pytest.fixture(autouse=True)
+def tools_in_process(guarded, monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '0')
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """Fails a test whose tool comes as far as loading data."""
+
+    def build_dataloader(*args, **kwargs):
+        pytest.fail('data were loaded before the refusal')
+
+    monkeypatch.setattr(ReliableRunner, 'build_dataloader', build_dataloader)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return write_tiny_config(tmp_path / 'tiny.py')
+
+
+def content_of_a_run(config_file, **options):
+    """What a checkpoint of a run holds that has done four iterations."""
+    config = Config.fromfile(config_file)
+    config.merge_from_dict(options)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(config.model)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper)
+    hub = dict(log_scalars={}, runtime_info={}, resumed_keys={})
+    return dict(
+        meta=dict(epoch=0, iter=4),
+        state_dict=model.state_dict(),
+        optimizer=optimizer.state_dict(),
+        param_schedulers=[],
+        message_hub=hub,
+    )
+
+
+def of_other_network(path, **changes):
+    def write(tmp_path):
+        config = write_tiny_config(tmp_path / 'other.py', **changes)
+        torch.save(content_of_a_run(config), path)
+
+    return write
+
+
+def of_resnet(names):
+    """A ResNet's first layers, with names in front as a classifier or a detector has them."""
+    state = {
+        f'{name}{layer}': torch.ones(8, 3, 3, 3)
+        for name in names
+        for layer in ('conv1.weight', 'layer1.0.conv1.weight')
+    }
+    return dict(state_dict=state, **RUN)
+
+
+RUN = dict(
+    meta=dict(epoch=0, iter=4),
+    optimizer=dict(state={}, param_groups=[]),
+    message_hub=dict(log_scalars={}, runtime_info={}, resumed_keys={}),
+)
+CANNOT = 'cannot be read: '
+# What is written, and what every way says of it; of the converter only where it differs.
+FAULTS = {
+    'text file': (lambda path, _: path.write_text('not weights\n' * 99), CANNOT, None),
+    'web page': (
+        lambda path, _: path.write_text('\n<!DOCTYPE html><title>Sign in</title>'),
+        'it is a web page',
+        None,
+    ),
+    'empty file': (lambda path, _: path.touch(), 'it is empty', None),
+    'truncated file': (
+        lambda path, good: path.write_bytes(good.read_bytes()[: good.stat().st_size // 2]),
+        'its end is missing, as after a download that broke off',
+        None,
+    ),
+    'pickle that calls a function': (
+        lambda path, good: write_call(path, path.with_name('trace'), torch.load(good)),
+        'it holds io.open, which is not data',
+        None,
+    ),
+    'pickle that reaches exec by getattr': (
+        lambda path, good: write_getattr_chain(path, path.with_name('trace'), torch.load(good)),
+        'it holds builtins.getattr, which is not data',
+        None,
+    ),
+    'folder': (lambda path, _: path.mkdir(), 'is a folder', None),
+    'no file': (lambda path, _: None, 'does not exist', None),
+    'a ResNet': (
+        lambda path, _: torch.save(of_resnet(['']), path),
+        'names missing',
+        'is no Conv2Former',
+    ),
+    'a detector with a ResNet': (
+        lambda path, _: torch.save(of_resnet(['backbone.', 'neck.']), path),
+        "the names in the file begin with ['backbone', 'neck']",
+        'is no Conv2Former',
+    ),
+    'weights of a deeper network of the same widths': (
+        lambda path, _: of_other_network(path, depths=(1, 1, 3, 1))(path.parent),
+        'depths is (1, 1, 3, 1) in the file, (1, 1, 2, 1) in the model',
+        '--arch tiny was expected',
+    ),
+    'weights of kernel size 7 for 11': (
+        lambda path, _: of_other_network(path, kernel=7)(path.parent),
+        'kernel_size is (7, 7, 7, 7) in the file, (5, 5, 5, 5) in the model',
+        '--arch tiny was expected',
+    ),
+    'a dict of no tensors': (
+        lambda path, _: torch.save(dict(RUN, state_dict={'a': 1}), path),
+        'no',
+        'holds no tensors',
+    ),
+    'a tensor': (lambda path, _: torch.save(torch.ones(3), path), 'must hold a', None),
+}
+
+
+
+def routes(config, path, out):
+    """Every way by which the tools read a checkpoint."""
+    return {
+        '--resume': ('train', config, '--resume', path),
+        'load_from': ('train', config, '--cfg-options', f'load_from={path}'),
+        'init_cfg': (
+            *('train', config, '--cfg-options', 'model.backbone.init_cfg.type=Pretrained'),
+            f'model.backbone.init_cfg.checkpoint={path}',
+        ),
+        'test.py': ('test', config, path),
+        'convert_weights.py': ('convert_weights', path, out, '--arch', 'tiny'),
+    }
+
+
+def with_data(arguments, sample, work_dir):
+    """The arguments of a tool with those of the sample, of which no run goes far."""
+    if arguments[0] == 'convert_weights':
+        return arguments
+    options = [a for a in map(str, arguments) if '=' in a]
+    others = [a for a in arguments if str(a) not in options and a != '--cfg-options']
+    # `init_cfg` of the tiny config is None, into which no key can be set.
+    given = [option for option in quick_segmentation(sample, work_dir, *options)
+             if option != 'model.backbone.init_cfg=None']  # fmt: skip
+    return [*others, *given]
+
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_refused_by_every_way_in_one_line(fault, sample, tmp_path, no_data, fault_report):
+    write, message, message_of_converter = FAULTS[fault]
+    more = "model['backbone'].pop('init_cfg')\n"
+    config = write_tiny_config(tmp_path / 'tiny.py', more=more)
+    good, path = tmp_path / 'good.pth', tmp_path / 'bad.pth'
+    torch.save(content_of_a_run(write_tiny_config(tmp_path / 'good.py')), good)
+    write(path, good)
+    said = {}
+    for route, arguments in routes(config, path, tmp_path / 'out.pth').items():
+        said[route] = refusal_of(*with_data(arguments, sample, tmp_path / 'work'))
+    expected = {route: message for route in said}
+    if message_of_converter is not None:
+        expected['convert_weights.py'] = message_of_converter
+    survived = [
+        route
+        for route, text in said.items()
+        if text.startswith('error: ') and '\n' not in text and expected[route] in text
+    ]
+    is_untouched = not (tmp_path / 'trace').exists() and not list(tmp_path.glob('out*'))
+    seen = said['--resume'].replace(f'{tmp_path}/', '')
+    fault_report(AREA, fault, len(said), len(survived) * is_untouched, seen)
+    assert survived == list(said), said
+    assert is_untouched
+
+
+ADDRESSES = {
+    'an address where nothing listens': 'http://127.0.0.1:9/file.pth',
+    'an address of no host': 'https://no-such-host.invalid/file.pth',
+    'an address that does not answer': None,
+    'an address without its scheme': 'no-such-host.invalid/file.pth',
+    'an address of an unknown scheme': 'gopher://no-such-host.invalid/file.pth',
+}
+
+
+@pytest.mark.parametrize('fault', ADDRESSES)
+def test_address_without_network(fault, sample, tmp_path, no_data, fault_report, monkeypatch):
+    monkeypatch.setattr(weights, 'SECONDS_WITHOUT_ANSWER', 0.5)
+    config = write_tiny_config(tmp_path / 'tiny.py', more="model['backbone'].pop('init_cfg')\n")
+    begin, said = time.monotonic(), {}
+    with socket.create_server(('127.0.0.1', 0)) if ADDRESSES[fault] is None else nullcontext() as s:
+        address = ADDRESSES[fault] or f'http://127.0.0.1:{s.getsockname()[1]}/file.pth'
+        for route, arguments in routes(config, address, tmp_path / 'out.pth').items():
+            said[route] = refusal_of(*with_data(arguments, sample, tmp_path / 'work'))
+    seconds = time.monotonic() - begin
+    survived = [
+        text for text in said.values() if text.startswith('error: ') and text.count('\n') == 0
+    ]
+    fault_report(AREA, fault, len(said), len(survived), said['--resume'])
+    assert len(survived) == len(said), said
+    assert all(address in text for text in said.values())
+    assert seconds < 60
+
+
+def without(key):
+    def change(content):
+        del content[key]
+
+    return change
+
+
+def renamed(content):
+    content['state_dict'] = {f'module.{n}': v for n, v in content['state_dict'].items()}
+
+
+NOT_RESUMABLE = {
+    'no optimizer': (without('optimizer'), 'it holds no optimizer. To begin a new run'),
+    'no message hub': (without('message_hub'), 'it holds no message_hub. To begin a new run'),
+    'no meta': (without('meta'), 'it holds no meta with epoch and iter. To begin a new run'),
+    'meta of no counts': (
+        lambda content: content.update(meta=dict(epoch='last', iter=None)),
+        'it holds no meta with epoch and iter',
+    ),
+    'a missing tensor': (
+        lambda content: content['state_dict'].pop('decode_head.conv_seg.bias'),
+        "1 of 195 names missing, such as ['decode_head.conv_seg.bias']",
+    ),
+}
+
+
+@pytest.mark.parametrize('fault', NOT_RESUMABLE)
+def test_not_of_a_run(fault, tiny, sample, tmp_path, no_data, fault_report):
+    change, message = NOT_RESUMABLE[fault]
+    content = content_of_a_run(tiny)
+    change(content)
+    path = tmp_path / 'bad.pth'
+    torch.save(content, path)
+    arguments = with_data(('train', tiny, '--resume', path), sample, tmp_path / 'work')
+    said = refusal_of(*arguments)
+    survived = said.startswith('error: ') and message in said and '\n' not in said
+    seen = said.replace(f'{tmp_path}/', '')
+    fault_report(AREA, f'--resume of a checkpoint with {fault}', 1, int(survived), seen)
+    assert survived, said
+
+
+OTHER_RUNS = {
+    'other parameter groups': (
+        {'optim_wrapper.paramwise_cfg.decay_type': 'layer_wise'},
+        'parameter groups of',
+    ),
+    'another optimizer': (
+        {'optim_wrapper.optimizer': dict(type='SGD', lr=0.1, momentum=0.9)},
+        'the optimizer in the file has no betas',
+    ),
+}
+
+
+@pytest.mark.parametrize('fault', OTHER_RUNS)
+def test_of_another_run(fault, tiny, sample, tmp_path, fault_report):
+    options, message = OTHER_RUNS[fault]
+    path = tmp_path / 'bad.pth'
+    torch.save(content_of_a_run(tiny, **options), path)
+    said = refusal_of(*with_data(('train', tiny, '--resume', path), sample, tmp_path / 'work'))
+    survived = said.startswith('error: ') and message in said and '\n' not in said
+    seen = said.replace(f'{tmp_path}/', '')
+    fault_report(AREA, f'--resume of a run with {fault}', 1, int(survived), seen)
+    assert survived, said
+
+
+class Model(nn.Module):
+    """The least with a backbone and a head."""
+
+    def __init__(self, num_classes=3):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.head = nn.Linear(4, num_classes)
+
+
+def test_fine_tuning_keeps_a_new_head(capsys):
+    torch.manual_seed(0)
+    source, model = Model(), Model(num_classes=5)
+    head = copy.deepcopy(model.head.state_dict())
+    weights.load_model(model, dict(state_dict=source.state_dict()), 'file.pth', whole=False)
+    torch.testing.assert_close(model.backbone.state_dict(), source.backbone.state_dict())
+    torch.testing.assert_close(model.head.state_dict(), head, rtol=0, atol=0)
+    printed = capsys.readouterr()
+    assert 'at their initial values stay 2 (head.weight is (3, 4)' in printed.out + printed.err
+
+
+LOADS = {  # change of a state dict, whether to evaluate and to fine-tune it may be loaded
+    'nothing': (lambda state: None, True, True),
+    'module. in front': (lambda state: {f'module.{n}': v for n, v in state.items()}, True, True),
+    'more than is needed': (lambda state: {**state, 'extra': torch.ones(1)}, True, True),
+    'no head': (lambda s: {n: v for n, v in s.items() if 'backbone' in n}, False, True),
+    'no backbone': (lambda s: {n: v for n, v in s.items() if 'head' in n}, False, True),
+    'part of a backbone': (
+        lambda s: {n: v for n, v in s.items() if n != 'backbone.0.bias'},
+        False,
+        False,
+    ),
+    'backbone of another shape': (
+        lambda s: {**s, 'backbone.0.weight': torch.ones(4, 3, 5, 5)},
+        False,
+        False,
+    ),
+    'nothing of the model': (lambda s: {'fc.weight': torch.ones(4)}, False, False),
+    'nothing at all': (lambda s: {}, False, False),
+    'no counters of BatchNorm, as of torch 0.4': (
+        lambda s: {n: v for n, v in s.items() if 'num_batches' not in n},
+        True,
+        True,
+    ),
+    'no state dict': (lambda s: ['weights'], False, False),
+}
+
+
+@pytest.mark.parametrize('case', LOADS)
+def test_what_may_be_loaded(case):
+    change, *allowed = LOADS[case]
+    state = Model().state_dict()
+    changed = change(state)
+    for whole, is_allowed in zip((True, False), allowed):
+        with nullcontext() if is_allowed else pytest.raises(weights.CheckpointError):
+            content = dict(state_dict=state if changed is None else changed)
+            weights.load_model(Model(), content, 'file.pth', whole=whole)
+
+
+def test_averaged_weights_are_trained_resumed_and_augmented(sample, tmp_path):
+    """mmengine's EMAHook exchanges the weights in a checkpoint; the TTA model wraps the whole."""
+    hook = "custom_hooks = [dict(type='EMAHook', momentum=0.5)]\n"
+    config, work_dir = write_tiny_config(tmp_path / 'ema.py', more=hook), tmp_path / 'work'
+    arguments = with_data(('train', config), sample, work_dir)
+    assert refusal_of(*arguments, 'train_cfg.max_iters=2', 'param_scheduler.1.end=2') == ''
+    first = torch.load(work_dir / 'iter_2.pth', weights_only=False)
+    averaged = {f'module.{name}': value for name, value in first['state_dict'].items()}
+    name = 'module.decode_head.conv_seg.weight'
+    assert not torch.equal(first['ema_state_dict'][name], averaged[name])
+
+    arguments.insert(2, '--resume')
+    arguments.insert(3, work_dir / 'iter_2.pth')
+    assert refusal_of(*arguments) == ''
+    last = torch.load(work_dir / 'iter_4.pth', weights_only=False)
+    assert last['meta']['iter'] == 4
+    # An average of four steps: the number is kept with it.
+    assert last['ema_state_dict']['steps'] == 4
+    test = with_data(('test', config, work_dir / 'iter_4.pth', '--tta'), sample, work_dir)
+    assert refusal_of(*test) == ''
+    assert load_tool('test')
