@@ -724,9 +724,10 @@ def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
         isinstance(group, Mapping) and isinstance(group.get('params'), list) for group in groups
     ):
         raise CheckpointError(f'checkpoint {checkpoint!r} holds no param_groups of an optimizer')
+    own_groups = optimizer.optimizer.param_groups  # the wrapper adds one of no parameters
     sizes = [len(group['params']) for group in groups]
-    wanted = [len(group['params']) for group in optimizer.param_groups]
-    of_kind = [key for key in OPTIMIZER_KINDS if key in optimizer.param_groups[0]]
+    wanted = [len(group['params']) for group in own_groups]
+    of_kind = [key for key in OPTIMIZER_KINDS if key in own_groups[0]]
     lacking = [key for key in of_kind if any(key not in group for group in groups)]
     if sizes != wanted or lacking:
         reason = (

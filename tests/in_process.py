@@ -4,6 +4,7 @@ import importlib.util
 from functools import cache
 
 from conftest import ROOT
+from evidence import segmentation_size
 
 
 @cache
@@ -30,8 +31,10 @@ TINY = f"""
 _base_ = {str(SEGMENTATION)!r}
 model = dict(
     backbone=dict(
-        arch=dict(_delete_=True, channels=(8, 12, 16, 20), depths={{depths}}, kernel_size={{kernel}}),
-        init_cfg=None,
+        arch=dict(
+            _delete_=True, channels=(8, 12, 16, 20), depths={{depths}}, kernel_size={{kernel}}
+        ),
+        init_cfg={{init_cfg}},
     ),
     decode_head=dict(in_channels=[8, 12, 16, 20], channels=8),
     auxiliary_head=dict(in_channels=16, channels=8),
@@ -39,6 +42,26 @@ model = dict(
 """
 
 
-def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), more=''):
-    path.write_text(TINY.format(kernel=kernel, depths=depths) + more)
+def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), init_cfg=None, more=''):
+    path.write_text(TINY.format(kernel=kernel, depths=depths, init_cfg=init_cfg) + more)
     return path
+
+
+# What `quick_segmentation` of the tools' tests adds, without what this network has already.
+SMALL_DATA = [
+    *segmentation_size(64),
+    'train_cfg.max_iters=4',
+    'train_cfg.val_interval=2',
+    'param_scheduler.0.end=1',
+    'param_scheduler.1.begin=1',
+    'param_scheduler.1.end=4',
+    'default_hooks.checkpoint.interval=2',
+    'default_hooks.logger.interval=1',
+]
+
+
+def with_data(arguments, sample, work_dir, *options):
+    """The arguments of `train` and `test`, with the sample and a run of four iterations."""
+    folder = sample / 'ade/ADEChallengeData2016'
+    return [*arguments, '--data-root', folder, '--work-dir', work_dir,
+            '--cfg-options', *SMALL_DATA, *options]  # fmt: skip
