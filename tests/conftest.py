@@ -121,6 +121,14 @@ def guarded(monkeypatch):
     admit_only_data()
 
 
+@pytest.fixture
+def in_process(guarded, monkeypatch):
+    """What tools change in their process is restored: for tests that call their `main`."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    # mmengine formats the config anew for each log and file: half a second each.
+    monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+
+
 def run_tool(name, *args, succeeds=True):
     """Runs a tool from the root of the project and returns what it printed, errors included."""
     result = subprocess.run(

@@ -18,13 +18,7 @@ from mmconv2former import weights
 from mmconv2former.runner import ReliableRunner
 
 AREA = 'Checkpoints'
-
-
-@pytest.fixture(autouse=True)
-def tools_in_process(guarded, monkeypatch):
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    # mmengine formats the config anew for each log and file: half a second each.
-    monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+pytestmark = pytest.mark.usefixtures('in_process')
 
 
 @pytest.fixture
@@ -349,4 +343,5 @@ def test_averaged_weights_are_trained_resumed_and_augmented(sample, tmp_path):
     torch.testing.assert_close(last['state_dict'], first['state_dict'])
     torch.testing.assert_close(last['ema_state_dict'], first['ema_state_dict'])
     arguments = ['test', config, work_dir / 'iter_4.pth', '--tta']
-    assert refusal_of(*with_data(arguments, sample, work_dir)) == ''
+    sizes = [f'tta_pipeline.1.transforms.0.{i}.scale=(128,{32 + 8 * i})' for i in range(6)]
+    assert refusal_of(*with_data(arguments, sample, work_dir, *sizes)) == ''
