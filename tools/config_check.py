@@ -56,7 +56,8 @@ DEFAULT_TYPES = {
 TAKEN_BY_BUILDERS = {
     'hook': {'priority'},
     'parameter scheduler': {'convert_to_iter_based', 'epoch_length'},
-    'optim_wrapper': {'constructor', 'paramwise_cfg', 'optimizer'},
+    # The last two are of AmpOptimWrapper, to which `--amp` changes the type.
+    'optim_wrapper': {'constructor', 'paramwise_cfg', 'optimizer', 'loss_scale', 'dtype'},
     'loop': {'by_epoch'},
 }
 MARKS = {'type', '_scope_', '_delete_'}
@@ -76,6 +77,7 @@ SMALL_PARTS = {  # of plain settings
     'env_cfg': {'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'},
     'auto_scale_lr': {'base_batch_size', 'enable'},
 }
+NUMBER_WORDS = {'int', 'float', 'None', 'Optional', 'Union', 'Tensor'}
 NUMBERS = {int, float, NoneType, Tensor}  # a bool of the host libraries may be a word as well
 
 
@@ -128,15 +130,15 @@ def merge_options(config: Config, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: A place is not there, or its name is one slip away from one that is.
     """
-    for path in options:
-        check_option(config, path)
+    for path, value in options.items():
+        check_option(config, path, value)
     try:
         config.merge_from_dict(dict(options))
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f'--cfg-options {" ".join(options)}: {in_one_line(error)}') from error
 
 
-def check_option(config: Config, path: str) -> None:
+def check_option(config: Config, path: str, value: Any) -> None:
     """Follows a path of `--cfg-options` as far as the config has it.
 
     Raises:
@@ -168,6 +170,8 @@ def check_option(config: Config, path: str) -> None:
             part = part[key]
         else:
             raise ConfigError(f'--cfg-options {path}: {where} is {part!r}, which has no {key}')
+    if isinstance(part, dict) and 'type' in part and isinstance(value, (str, int, float)):
+        raise ConfigError(f'--cfg-options {path}: {path} is a dict with a type; set its keys')
 
 
 def check_config(config: Config, needed: Sequence[str] = ()) -> None:
@@ -197,6 +201,7 @@ def check_config(config: Config, needed: Sequence[str] = ()) -> None:
         settings = config.get(part)
         if part.endswith('_dataloader') and isinstance(settings, dict):
             check_keys(part, 'a data loader', set(settings), DATALOADER)
+            check_numbers(part, settings, named_parameters(DataLoader.__init__))
         if part == 'default_hooks':
             for name, hook in (settings or {}).items():
                 if isinstance(hook, dict) and 'type' not in hook:
@@ -381,6 +386,9 @@ def check_numbers(path: str, settings: Mapping, allowed: Mapping[str, Any]) -> N
 
 
 def wants_number(annotation: Any) -> bool:
+    if isinstance(annotation, str):
+        words = set(re.findall(r'\w+', annotation))
+        return bool({'int', 'float'} & words) and words <= NUMBER_WORDS
     if get_origin(annotation) in (Union, UnionType):
         return all(map(wants_number, get_args(annotation)))
     return annotation in NUMBERS
@@ -480,10 +488,10 @@ def rest_of(function: FunctionType) -> str | None:
 def named_parameters(function: FunctionType) -> dict[str, Any]:
     try:
         types = get_type_hints(function)
-    except (NameError, TypeError, AttributeError, SyntaxError):  # annotations that say nothing
+    except (NameError, TypeError, AttributeError, SyntaxError):  # of names for type checkers only
         types = {}
     return {
-        item.name: types.get(item.name)
+        item.name: types.get(item.name, item.annotation)
         for item in inspect.signature(function).parameters.values()
         if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY) and item.name != 'self'
     }
