@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -56,6 +57,12 @@ ARCH_LETTERS = {name[0]: name for name in ARCHS}
 LAYER_NORM_EPS = 1e-6  # of every LayerNorm in the published code
 STEM_STRIDE = 4
 RECOMPUTE = ('nothing', 'elementwise', 'expansion')
+# Far above what anybody builds (our choice): beyond, a slip would take all memory or hours.
+MOST_CHANNELS = 2**16
+MOST_BLOCKS = 1000  # of a stage
+MOST_STAGES = 12
+LARGEST_KERNEL = 999
+LARGEST_RATIO = 64
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,11 @@ class BlockOptions:
     depthwise_conv: str
 
     def __post_init__(self) -> None:
-        check_number('mlp_ratio', self.mlp_ratio, above=0)
-        check_number('layer_scale_init_value', self.layer_scale_init_value)
+        check_number('mlp_ratio', self.mlp_ratio, above=0, maximum=LARGEST_RATIO)
+        largest = torch.finfo(torch.float32).max
+        check_number(
+            'layer_scale_init_value', self.layer_scale_init_value, minimum=-largest, maximum=largest
+        )
         check_choice('fusion', self.fusion, FUSIONS)
         check_choice('recompute', self.recompute, RECOMPUTE)
         if self.depthwise_type is None:
@@ -84,7 +94,14 @@ class BlockOptions:
 
     @property
     def depthwise_type(self) -> Callable[[int, int], nn.Module] | None:
-        return MODELS.get(self.depthwise_conv)  # `build` would look in the default scope only
+        if not isinstance(self.depthwise_conv, str):
+            raise TypeError(f'depthwise_conv must be a str, got {self.depthwise_conv!r}')
+        try:
+            found = MODELS.get(self.depthwise_conv)  # `build` would look in the default scope only
+        except RuntimeError:  # OneDL's mmengine, where the original returns None
+            return None
+        # mmengine finds any object by its full name, of which not all are layers.
+        return found if isinstance(found, type) and issubclass(found, nn.Module) else None
 
 
 class Stem(nn.Sequential):
@@ -275,9 +292,12 @@ class Conv2FormerBase(LoadsPretrained, BaseModule):
         with_cp: bool,
         init_cfg: dict | list[dict] | None,
     ) -> None:
-        super().__init__(init_cfg)
-        check_int('in_channels', in_channels, minimum=1)
+        check_int('in_channels', in_channels, minimum=1, maximum=MOST_CHANNELS)
+        for name, value in dict(out_norm=out_norm, norm_eval=norm_eval, with_cp=with_cp).items():
+            check_bool(name, value)
+        check_init_cfg(init_cfg)
         check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
+        super().__init__(init_cfg)
         self.in_channels = in_channels
         self.out_norm = out_norm
         self.norm_eval = norm_eval
@@ -584,11 +604,14 @@ def parse_arch(arch: str | Mapping) -> Arch:
         )
     values = {}
     for key in ('channels', 'depths'):
-        if isinstance(arch[key], str) or not isinstance(arch[key], Sequence):
+        if not is_sequence(arch[key]):
             raise TypeError(f"arch['{key}'] must be a sequence of ints, got {arch[key]!r}")
+        if len(arch[key]) > MOST_STAGES:
+            raise ValueError(f"arch['{key}'] must be of at most {MOST_STAGES} stages")
         for value in arch[key]:
-            check_int(f"arch['{key}']", value, minimum=1)
-        values[key] = tuple(arch[key])
+            maximum = MOST_CHANNELS if key == 'channels' else MOST_BLOCKS
+            check_int(f"arch['{key}']", value, minimum=1, maximum=maximum)
+        values[key] = tuple(map(int, arch[key]))
     if not values['channels'] or len(values['channels']) != len(values['depths']):
         raise ValueError(
             "arch['channels'] and arch['depths'] must have one value a stage, "
@@ -605,33 +628,30 @@ def parse_arch(arch: str | Mapping) -> Arch:
 
 def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
     """One odd kernel size a stage."""
-    if isinstance(kernel_size, Sequence) and not isinstance(kernel_size, str):
-        sizes = tuple(kernel_size)
-    else:
-        sizes = (kernel_size,) * num_stages
+    sizes = kernel_size if is_sequence(kernel_size) else (kernel_size,) * num_stages
     if len(sizes) != num_stages:
         raise ValueError(
             f'kernel_size must be an int or one int for each of {num_stages} stages, '
             f'got {kernel_size!r}'
         )
     for size in sizes:
-        check_int('kernel_size', size, minimum=1)
+        check_int('kernel_size', size, minimum=1, maximum=LARGEST_KERNEL)
         if size % 2 == 0:
             raise ValueError(f'kernel_size must be odd, got {size}')
-    return sizes
+    return tuple(map(int, sizes))
 
 
 def parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
     """Stages from 0, none twice, in the given order."""
-    if isinstance(out_indices, Sequence) and not isinstance(out_indices, str):
-        indices = tuple(out_indices)
-    else:
-        indices = (out_indices,)
-    if not indices:
-        raise ValueError('out_indices must name at least one stage, got none')
+    indices = out_indices if is_sequence(out_indices) else (out_indices,)
+    if not 1 <= len(indices) <= num_stages:
+        raise ValueError(
+            f'out_indices must name at least one stage and none of {num_stages} twice, '
+            f'got {out_indices!r}'
+        )
     for index in indices:
         check_int('out_indices', index, minimum=-num_stages, maximum=num_stages - 1)
-    stages = tuple(index % num_stages for index in indices)
+    stages = tuple(int(index) % num_stages for index in indices)
     if len(set(stages)) != len(stages):
         raise ValueError(f'out_indices must not name a stage twice, got {out_indices!r}')
     return stages
@@ -639,8 +659,28 @@ def parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tupl
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
-    if value not in tuple(choices):  # a dict would not take what has no hash
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}')
+
+
+def is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is a bool."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f'{name} must be a bool, got {value!r}')
+
+
+def check_init_cfg(init_cfg: object) -> None:
+    """Raises TypeError or ValueError unless `init_cfg` is None, a dict with a type, or such."""
+    configs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    for cfg in configs if init_cfg is not None else ():
+        if not isinstance(cfg, dict):
+            raise TypeError(f'init_cfg must be a dict, a list of dicts or None, got {init_cfg!r}')
+        if 'type' not in cfg:
+            raise ValueError(f"init_cfg must have a 'type', got {cfg}")
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
@@ -656,6 +696,7 @@ def check_number(
     name: str,
     value: object,
     minimum: float | None = None,
+    maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
 ) -> None:
@@ -664,9 +705,10 @@ def check_number(
         raise TypeError(f'{name} must be a number, got {value!r}')
     bounds = [
         (minimum is None or value >= minimum, f'at least {minimum}'),
+        (maximum is None or value <= maximum, f'at most {maximum}'),
         (above is None or value > above, f'above {above}'),
         (below is None or value < below, f'below {below}'),
-        (math.isfinite(value), 'finite'),
+        (value == value and value not in (math.inf, -math.inf), 'finite'),
     ]
     broken = [text for holds, text in bounds if not holds]
     if broken:

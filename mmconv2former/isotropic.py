@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from .backbone import (
     LAYER_NORM_EPS,
+    MOST_BLOCKS,
+    MOST_CHANNELS,
     Block,
     BlockOptions,
     Conv2FormerBase,
@@ -213,8 +215,8 @@ def parse_isotropic_arch(arch: str | Mapping) -> IsotropicArch:
             f'got {dict(arch)}'
         )
     arch = IsotropicArch(**arch)
-    check_int("arch['channels']", arch.channels, minimum=4)
-    check_int("arch['depth']", arch.depth, minimum=1)
+    check_int("arch['channels']", arch.channels, minimum=4, maximum=MOST_CHANNELS)
+    check_int("arch['depth']", arch.depth, minimum=1, maximum=MOST_BLOCKS)
     if arch.channels % 4:
         raise ValueError(
             "arch['channels'] must be a multiple of 4, as the convolutional patch embedding is "

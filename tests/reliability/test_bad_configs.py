@@ -327,12 +327,14 @@ def count_of_refusals(paths):
     return passed, right, wrong, unread
 
 
-def test_every_config_here_passes():
+def test_every_config_here_passes(slow):
     paths = [p for p in (ROOT / 'configs').rglob('*.py') if '_base_' not in p.parts]
+    assert len(paths) > 40
+    paths = paths if slow else paths[::4]  # mmengine takes most of a second to read one
     passed, right, wrong, _ = count_of_refusals(paths)
     assert not right
     assert not wrong
-    assert passed == len(paths) > 40
+    assert passed == len(paths)
 
 
 def report_stock(library, paths):

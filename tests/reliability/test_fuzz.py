@@ -1,0 +1,390 @@
+"""Checkpoints and arguments as no one would write them: refused by a documented error, or taken.
+
+    pytest tests/reliability/test_fuzz.py           # 200 cases of each kind
+    pytest tests/reliability/test_fuzz.py --slow    # 2,000 and more
+
+None may crash, hang, take much memory or run what a file holds. The cases are of hypothesis, which
+finds the smallest one that fails; they are the same in each run.
+"""
+
+import argparse
+import io
+import math
+import pickletools
+import resource
+import struct
+import zipfile
+from collections import OrderedDict
+from contextlib import suppress
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import published_state_dict
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from mmengine.logging import HistoryBuffer
+from safetensors.torch import save
+
+from mmconv2former import Conv2Former, Conv2FormerIsotropic
+from mmconv2former.backbone import Arch
+from mmconv2former.weights import (
+    CheckpointError,
+    check_resumable,
+    load_from_checked_file,
+    load_model,
+    load_pretrained,
+    read_state_dict,
+)
+
+AREAS = {'reader': 'Checkpoints', 'arguments': 'Configs'}
+DOCUMENTED = (ValueError, TypeError)
+NARROW = Arch(channels=(4, 6), depths=(1, 1), kernel_size=3)
+MEMORY = 512 * 2**20  # bytes that no case may add to the process
+EXECUTED = []
+
+
+def executed(*args, **kwargs):
+    """What a hostile pickle would call."""
+    EXECUTED.append(args)
+
+
+def fuzz(slow, strategy, check, count):
+    """Runs `check` on `count` cases (a tenth of them without --slow); returns their number."""
+    number = 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    @settings(
+        max_examples=count if slow else count // 10,
+        deadline=20_000,  # milliseconds: none may hang
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(strategy)
+    def run(case):
+        nonlocal number
+        number += 1
+        check(case)
+        assert not EXECUTED
+
+    run()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert (after - before) * 1024 < MEMORY
+    return number
+
+
+# ------------------------------------------------------------------------------- files of weights
+def run_content():
+    return dict(
+        meta=dict(epoch=1, iter=4, config='a = 1'),
+        state_dict=OrderedDict(published_state_dict(NARROW)),
+        optimizer=dict(state={0: dict(step=torch.tensor(1.0))}, param_groups=[dict(params=[0])]),
+        message_hub=dict(
+            log_scalars=dict(loss=HistoryBuffer([1.0, 2.0], [1, 1])),
+            runtime_info={},
+            resumed_keys={},
+        ),
+        args=argparse.Namespace(lr=0.1),
+        metric=np.float64(3.0),
+        array=np.arange(4),
+    )
+
+
+def torch_bytes(content, **kwargs):
+    buffer = io.BytesIO()
+    torch.save(content, buffer, **kwargs)
+    return buffer.getvalue()
+
+
+REAL = {
+    'zip': torch_bytes(run_content()),
+    'legacy': torch_bytes(run_content(), _use_new_zipfile_serialization=False),
+    'safetensors': save({n: v.contiguous() for n, v in published_state_dict(NARROW).items()}),
+}
+
+
+def mutated(data):
+    """Bytes of a file cut, changed, repeated or exchanged in a few places."""
+    position = st.integers(0, len(data) - 1)
+    head = st.integers(0, min(len(data) - 1, 4000))  # where the structure is
+    change = st.tuples(
+        st.sampled_from(['flip', 'insert', 'delete', 'truncate', 'splice', 'zero', 'number']),
+        position | head,
+        st.integers(0, 255),
+        st.integers(1, 64),
+    )
+
+    def apply(changes):
+        result = bytearray(data)
+        for kind, place, byte, length in changes:
+            place = min(place, len(result))
+            if kind == 'flip' and place < len(result):
+                result[place] ^= byte or 1
+            elif kind == 'insert':
+                result[place:place] = bytes([byte]) * length
+            elif kind == 'delete':
+                del result[place : place + length]
+            elif kind == 'truncate':
+                del result[place:]
+            elif kind == 'splice':
+                result[place : place + length] = data[byte * 7 : byte * 7 + length]
+            elif kind == 'zero':
+                result[place : place + length] = bytes(length)
+            else:  # a large number, as of sizes
+                result[place : place + 8] = struct.pack('<Q', 1 << (byte % 64))
+        return bytes(result)
+
+    return st.lists(change, min_size=1, max_size=4).map(apply)
+
+
+def in_zip(program):
+    """A file of `torch.save` with a pickle of ours."""
+    source, target = io.BytesIO(REAL['zip']), io.BytesIO()
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, 'w') as new:
+        for entry in old.namelist():
+            data = program if entry.endswith('data.pkl') else old.read(entry)
+            new.writestr(entry, data)
+    return target.getvalue()
+
+
+OPCODES = [code.code.encode('latin1') for code in pickletools.opcodes]
+# What a program of opcodes says of objects: admitted ones, of torch, and ones that run code.
+NAMES = [
+    b'ctorch._utils\n_rebuild_tensor_v2\n',
+    b'ctorch._utils\n_rebuild_parameter\n',
+    b'ccollections\nOrderedDict\n',
+    b'ctorch\nFloatStorage\n',
+    b'cargparse\nNamespace\n',
+    b'cmmengine.logging.history_buffer\nHistoryBuffer\n',
+    b'cbuiltins\ngetattr\n',
+    b'cnumpy\nndarray\n',
+    b'cnumpy\ndtype\n',
+    b'cnumpy._core.multiarray\n_reconstruct\n',
+    b'cnumpy._core.multiarray\nscalar\n',
+    b'ctest_fuzz\nexecuted\n',
+    b'cos\nsystem\n',
+    b'cbuiltins\neval\n',
+    b'cbuiltins\nbytearray\n',
+    b'X\x04\x00\x00\x00exec',
+    b'X\x08\x00\x00\x00__init__',
+    b'K\x05',
+    b'J\xff\xff\xff\x7f',
+    b'\x8a\x08' + struct.pack('<q', 1 << 50),
+    b'X\x07\x00\x00\x00storage',
+    b'(lp0\n',
+    b')R',
+    b'\x86R',
+    b'}b',
+    b'(dX\x01\x00\x00\x00aK\x01sb',
+]
+PROGRAMS = st.lists(
+    st.sampled_from(NAMES) | st.sampled_from(OPCODES) | st.binary(max_size=6), max_size=30
+).map(lambda parts: b'\x80\x02' + b''.join(parts) + b'.')
+
+
+def changed_pickles():
+    with zipfile.ZipFile(io.BytesIO(REAL['zip'])) as file:
+        name = next(name for name in file.namelist() if name.endswith('data.pkl'))
+        return mutated(file.read(name)).map(in_zip)
+
+
+FILES = {
+    'mutated zip files': ('.pth', mutated(REAL['zip'])),
+    'mutated legacy files': ('.pth', mutated(REAL['legacy'])),
+    'mutated safetensors': ('.safetensors', mutated(REAL['safetensors'])),
+    'mutated pickles in whole zip files': ('.pth', changed_pickles()),
+    'random programs of opcodes': ('.pth', PROGRAMS.map(in_zip)),
+    'random programs in the legacy form': ('.pth', PROGRAMS),
+    'random bytes': ('.pth', st.binary(max_size=200)),
+}
+
+
+def try_all_readers(path):
+    """Every way in which a file comes in; each takes it or raises what is documented."""
+    readers = [
+        lambda: read_state_dict(path),
+        lambda: read_state_dict(path, averaged=True),
+        lambda: load_pretrained(
+            Conv2Former(dict(channels=(4, 6), depths=(1, 1), kernel_size=3), out_indices=(0, 1)),
+            path,
+        ),
+        lambda: try_on_a_model(load_from_checked_file(path), path),
+    ]
+    for reader in readers:
+        message = refusal(reader)
+        assert '\n' not in message
+        assert not message or path in message
+
+
+def refusal(reader):
+    """What a reader says of a file; nothing if it takes it."""
+    try:
+        reader()
+    except CheckpointError as error:
+        return str(error)
+    return ''
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        arch = dict(channels=(4, 6), depths=(1, 1), kernel_size=3)
+        self.backbone = Conv2Former(arch, out_indices=(0, 1))
+
+
+def try_on_a_model(content, path):
+    for whole in (True, False):
+        with suppress(CheckpointError):
+            load_model(Wrapper(), content, path, whole)
+    check_resumable(content, path)
+
+
+@pytest.mark.parametrize('kind', FILES)
+def test_reader_of_weights(kind, slow, tmp_path, fault_report):
+    suffix, strategy = FILES[kind]
+    path = str(tmp_path / f'file{suffix}')
+
+    def check(data):
+        with open(path, 'wb') as file:
+            file.write(data)
+        try_all_readers(path)
+
+    number = fuzz(slow, strategy, check, 600)
+    seen = 'taken, or refused as a CheckpointError of one line'
+    fault_report(AREAS['reader'], f'fuzzing: {kind}', number, number, seen)
+
+
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.binary(max_size=5) | st.builds(lambda: torch.ones(2)) | st.builds(lambda: np.float64(1))
+)  # fmt: skip
+KEYS = st.sampled_from(
+    ['state_dict', 'model', 'meta', 'epoch', 'iter', 'config', 'optimizer', 'message_hub',
+     'log_scalars', 'runtime_info', 'resumed_keys', 'state_dict_ema', 'ema_state_dict', 'module.a',
+     'stages.0.0.attn.att.2.weight', 'backbone.stages.0.0.attn.att.2.weight', 'param_groups']
+)  # fmt: skip
+STRUCTURES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(KEYS | st.integers() | st.tuples(st.integers()), inner, max_size=5)
+    ),
+    max_leaves=12,
+)
+TOPS = st.dictionaries(KEYS, STRUCTURES, max_size=6) | STRUCTURES
+
+
+def test_structures_of_checkpoints(slow, tmp_path, fault_report):
+    path = str(tmp_path / 'file.pth')
+
+    def check(content):
+        torch.save(content, path)
+        try_all_readers(path)
+
+    number = fuzz(slow, TOPS, check, 500)
+    seen = 'taken, or refused as a CheckpointError of one line'
+    fault_report(AREAS['reader'], 'fuzzing: nested dicts of all kinds', number, number, seen)
+
+
+# -------------------------------------------------------------------------- arguments of networks
+ODDITIES = st.sampled_from(
+    [None, True, False, math.nan, math.inf, -math.inf, 10**400, -(10**400), 1e300, 2**63, 2**31,
+     np.int64(3), np.int8(1), np.float32(0.5), np.bool_(True), np.nan, np.array([1, 2]),
+     np.array(3), torch.tensor(3), torch.ones(2), Fraction(1, 3), 1j, '', 'tiny', b'ab', (), [], {},
+     set(), range(10**12), object(), int, ..., [[1]], ((0, 1), 2), {'type': 'Constant'},
+     [{'type': 'Pretrained'}], 'os.system', 'builtins.print']
+)  # fmt: skip
+ANYTHING = ODDITIES | st.integers(-3, 20) | st.floats(-1, 8) | st.lists(
+    st.integers(-2, 13) | ODDITIES, max_size=5
+)  # fmt: skip
+SMALL_INT = st.integers(-2, 12)
+SIZES = st.integers(1, 9).map(lambda n: 2 * n - 1) | SMALL_INT
+
+
+def maybe(sensible):
+    """Mostly what is sensible, else anything."""
+    return st.one_of(*[sensible] * 11, ANYTHING)
+
+
+SHARED = {
+    'in_channels': maybe(st.integers(1, 5)),
+    'fusion': maybe(st.sampled_from(['hadamard', 'sum', 'sigmoid', 'l1', 'linear'])),
+    'mlp_ratio': maybe(st.floats(0.01, 8) | st.integers(1, 4)),
+    'drop_path_rate': maybe(st.floats(0, 0.9)),
+    'layer_scale_init_value': maybe(st.floats(-2, 2)),
+    'out_norm': maybe(st.booleans()),
+    'frozen_stages': maybe(st.integers(-1, 4)),
+    'norm_eval': maybe(st.booleans()),
+    'with_cp': maybe(st.booleans()),
+    'recompute': maybe(st.sampled_from(['nothing', 'elementwise', 'expansion'])),
+    'depthwise_conv': maybe(
+        st.sampled_from(['DepthwiseConv', 'mmconv2former.DepthwiseConv', 'none', 'os.getcwd'])
+    ),
+    'init_cfg': maybe(st.none() | st.just(dict(type='Constant', layer='LayerNorm', val=1.0))),
+}
+
+
+def stages(number):
+    """Channels and depths of a network of so many stages, mostly."""
+    even = st.integers(1, 6).map(lambda n: 2 * n)
+    return st.fixed_dictionaries(
+        {
+            'channels': maybe(st.lists(even, min_size=number, max_size=number)),
+            'depths': maybe(st.lists(st.integers(1, 3), min_size=number, max_size=number)),
+        },
+        optional={
+            'kernel_size': maybe(SIZES | st.lists(SIZES, min_size=number, max_size=number)),
+        },
+    )
+
+
+HIERARCHICAL_ARCH = st.integers(1, 4).flatmap(stages) | st.dictionaries(
+    st.sampled_from(['channels', 'depths', 'kernel_size', 'width', 3]), ANYTHING
+)
+ISOTROPIC_ARCH = st.fixed_dictionaries(
+    {'channels': maybe(st.integers(1, 6).map(lambda n: 4 * n))},
+    optional={'depth': maybe(st.integers(1, 4)), 'kernel_size': maybe(SIZES)},
+)
+NETWORKS = {
+    'Conv2Former': (Conv2Former, HIERARCHICAL_ARCH, {'kernel_size': SIZES | st.lists(SIZES)}, 4),
+    'Conv2FormerIsotropic': (
+        Conv2FormerIsotropic,
+        ISOTROPIC_ARCH,
+        {'kernel_size': SIZES, 'patch_embedding': st.sampled_from(['plain', 'conv'])},
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_arguments_of_the_network(name, slow, fault_report):
+    network, arch, own, num_outputs = NETWORKS[name]
+    arguments = st.fixed_dictionaries(
+        {
+            'arch': maybe(arch),
+            'out_indices': maybe(st.sampled_from([-1, 0, [0], [-1]]))
+            | st.lists(st.integers(-num_outputs, num_outputs), max_size=4),
+        },
+        optional=SHARED | {key: maybe(own[key]) for key in own},
+    )
+    built = 0
+
+    def check(kwargs):
+        nonlocal built
+        try:
+            with torch.device('meta'):
+                model = network(**kwargs)
+        except DOCUMENTED:
+            return
+        built += 1
+        with torch.device('meta'):
+            outputs = model(torch.empty(1, int(model.in_channels), 64, 64))
+        assert [output.shape[1] for output in outputs] == list(model.channels)
+
+    number = fuzz(slow, arguments, check, 2000)
+    assert built > number / 50, 'hardly any case was sensible'
+    seen = f'{built} built and run, the others refused as a ValueError or TypeError'
+    fault_report(AREAS['arguments'], f'fuzzing: arguments of {name}', number, number, seen)
