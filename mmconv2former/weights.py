@@ -273,7 +273,8 @@ def load_from_checked_file(checkpoint: str, map_location: Any = None) -> dict:
         )
     content = dict(content)  # plain ones: an OrderedDict in a pickle may come with its own `get`
     weights = content.get('state_dict', content.get('model', content))
-    if isinstance(weights, Mapping) and FIRST_KERNEL in (plain := without_module(weights)):
+    named = named_tensors(weights) if isinstance(weights, Mapping) else {}
+    if FIRST_KERNEL in (plain := without_module(named)):
         content['state_dict'] = in_whole_model(plain)
     elif 'state_dict' not in content:
         content = dict(content, state_dict=weights)  # some hooks of mmengine look nowhere else
@@ -339,12 +340,21 @@ def read_state_dict(checkpoint: str, averaged: bool = False) -> dict[str, Tensor
         raise CheckpointError(
             f'checkpoint {checkpoint!r} must hold a state dict, got {type(content).__name__}'
         )
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    tensors = named_tensors(content)
     if not tensors:
         raise CheckpointError(
             f'checkpoint {checkpoint!r} holds no tensors, only {list(content)[:5]}'
         )
     return without_module(tensors)
+
+
+def named_tensors(content: Mapping) -> dict[str, Tensor]:
+    """What of a state dict can belong to a module; any file may hold any other keys."""
+    return {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
 
 
 def without_module(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -647,9 +657,7 @@ def tensors_of(state_dict: Any) -> Mapping[str, Tensor]:
     """The tensors of a state dict and the versions of its modules; nothing of what is none."""
     found = OrderedDict()
     if isinstance(state_dict, Mapping):
-        named = {name: value for name, value in state_dict.items() if isinstance(name, str)}
-        found.update({name: v for name, v in named.items() if isinstance(v, Tensor)})
-        found = OrderedDict(without_module(found))
+        found = OrderedDict(without_module(named_tensors(state_dict)))
         if hasattr(state_dict, '_metadata'):  # by which modules read files of former versions
             found._metadata = state_dict._metadata
     return found

@@ -306,7 +306,7 @@ SIZES = st.integers(1, 9).map(lambda n: 2 * n - 1) | SMALL_INT
 
 def maybe(sensible):
     """Mostly what is sensible, else anything."""
-    return st.one_of(*[sensible] * 11, ANYTHING)
+    return st.integers(0, 20).flatmap(lambda n: ANYTHING if n in (7, 13) else sensible)
 
 
 SHARED = {
@@ -380,6 +380,8 @@ def test_arguments_of_the_network(name, slow, fault_report):
         except DOCUMENTED:
             return
         built += 1
+        if built % 5:  # to run one takes ten times as long
+            return
         with torch.device('meta'):
             outputs = model(torch.empty(1, int(model.in_channels), 64, 64))
         assert [output.shape[1] for output in outputs] == list(model.channels)
