@@ -34,6 +34,6 @@ setup(
             'mmsegmentation>=1.2.2',
             'mmpretrain>=1.2.0',
         ],
-        'test': ['pytest', 'ruff', 'safetensors', 'tensorboard', 'timm'],
+        'test': ['hypothesis', 'pytest', 'ruff', 'safetensors', 'tensorboard', 'timm'],
     },
 )

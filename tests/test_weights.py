@@ -452,18 +452,6 @@ def test_tools_refuse_a_hostile_file_in_one_line(route, sample, tmp_path):
     assert '--trust-checkpoints' in last
 
 
-def test_resuming_does_not_run_a_config_in_the_checkpoint(sample, tmp_path):
-    """Found by `last_checkpoint`, of plain data only, with Python code in one of its strings."""
-    trace, work_dir = tmp_path / 'trace', tmp_path / 'work'
-    work_dir.mkdir()
-    torch.save(run_of_training(trace), work_dir / 'iter_4.pth')
-    (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_4.pth'))
-    arguments = quick_segmentation(sample, work_dir)
-    output = run_tool('train.py', SEGMENTATION, '--resume', *arguments)
-    assert 'resumed epoch: 0, iter: 4' in output
-    assert not trace.exists()
-
-
 def test_new_layers_keep_their_values(tmp_path):
     """A head for other classes takes the rest of the file."""
     source = randomized(Conv2FormerClsHead(in_channels=6, num_classes=5, hidden_channels=8))

@@ -268,6 +268,20 @@ def test_of_another_run(fault, tiny, sample, tmp_path, fault_report):
     assert survived, said
 
 
+def test_resuming_does_not_run_a_config_in_the_checkpoint(tiny, sample, tmp_path):
+    """Found by `last_checkpoint`, of plain data only, with Python code in one of its strings."""
+    trace, work_dir = tmp_path / 'trace', tmp_path / 'work'
+    work_dir.mkdir()
+    content = content_of_a_run(tiny)
+    content['meta']['config'] = f'open({str(trace)!r}, "w")'
+    torch.save(content, work_dir / 'iter_4.pth')
+    (work_dir / 'last_checkpoint').write_text(str(work_dir / 'iter_4.pth'))
+    assert refusal_of(*with_data(['train', tiny, '--resume'], sample, work_dir)) == ''
+    (log,) = work_dir.glob('*/*.log')
+    assert 'resumed epoch: 0, iter: 4' in log.read_text()
+    assert not trace.exists()
+
+
 class Model(nn.Module):
     """The least with a backbone and a head."""
 
