@@ -57,6 +57,8 @@ SMALL_DATA = [
     'param_scheduler.1.end=4',
     'default_hooks.checkpoint.interval=2',
     'default_hooks.logger.interval=1',
+    'val_dataloader.dataset.indices=1',
+    'test_dataloader.dataset.indices=1',
 ]
 
 
