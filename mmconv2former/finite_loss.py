@@ -8,7 +8,8 @@ cause: which terms, in which iteration, on which images, and where to go on from
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,16 +20,24 @@ from torch import nn
 from .registry import HOOKS, register
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteError(RuntimeError):
+    """A run has lost its numbers; to go on, change something and resume from the checkpoint."""
+
+
+class NonFiniteLossError(NonFiniteError):
     """A term of the loss is NaN or infinite."""
+
+
+class NonFiniteWeightsError(NonFiniteError):
+    """Weights are NaN or infinite, although no loss was."""
 
 
 @register(HOOKS)
 class BatchImagesHook(Hook):
-    """Remembers which images are in work, for the message of whatever goes wrong with them.
+    """Remembers which images are in work, for whoever has to report what went wrong with them.
 
     Attributes:
-        images: Paths of the images of the iteration that runs, none between iterations.
+        images: Paths of the images that the model has at the moment, none between iterations.
     """
 
     priority = 'HIGHEST'
@@ -40,6 +49,9 @@ class BatchImagesHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, mode: str = 'train'
     ) -> None:
         self.images = image_paths(data_batch)
+
+    def _after_iter(self, *args: Any, **kwargs: Any) -> None:
+        self.images = []
 
 
 @register(HOOKS)
@@ -71,13 +83,43 @@ class FiniteLossHook(Hook):
         }
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
         if wrong:
-            checkpoint = find_latest_checkpoint(runner.work_dir) or 'none was saved yet'
             raise NonFiniteLossError(
                 f'iteration {runner.iter + 1}: '
                 + ', '.join(f'{name} is {value}' for name, value in wrong.items())
-                + f'; images: {", ".join(image_paths(data_batch)) or "unknown"}'
-                + f'; last checkpoint, from before: {checkpoint}'
+                + f'; images: {", ".join(image_paths(data_batch)) or "unknown"}; '
+                + last_good_checkpoint(runner)
             )
+
+
+def check_weights(runner: Runner) -> None:
+    """Checks the weights that are about to be saved.
+
+    Raises:
+        NonFiniteWeightsError: One is NaN or infinite, as after an update with such a gradient.
+    """
+    names = non_finite_parameters(runner.model)
+    if names:
+        raise NonFiniteWeightsError(
+            f'iteration {runner.iter}: {len(names)} tensors of the model are not finite and are '
+            f'not saved, such as {names[:3]}; ' + last_good_checkpoint(runner)
+        )
+
+
+def last_good_checkpoint(runner: Runner) -> str:
+    checkpoint = find_latest_checkpoint(runner.work_dir)
+    return f'last good checkpoint: {checkpoint}' if checkpoint else 'no checkpoint was saved yet'
+
+
+@contextmanager
+def images_on_error(runner: Runner) -> Iterator[None]:
+    """Logs which images the model had when anything goes wrong inside the context."""
+    try:
+        yield
+    except Exception:  # of any library, and raised again
+        for hook in runner.hooks:
+            if isinstance(hook, BatchImagesHook) and hook.images:
+                runner.logger.error(f'It went wrong with {", ".join(hook.images)}')
+        raise
 
 
 def image_paths(data_batch: Any) -> list[str]:

@@ -21,7 +21,9 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmconv2former.checked_data import DataError
 from mmconv2former.comparators import COMPARATORS, find_comparator, how_to_get_weights
+from mmconv2former.finite_loss import NonFiniteError
 from mmconv2former.runner import CheckpointNotSaved
 from mmconv2former.weights import (
     HOW_TO_GET_WEIGHTS,
@@ -85,15 +87,19 @@ def guard_checkpoints(args: argparse.Namespace) -> None:
 
 
 @contextmanager
-def checkpoint_errors() -> Iterator[None]:
-    """Turns the refusal of a checkpoint, deep in a run, into the tool's one-line error.
-
-    So it does when a checkpoint cannot be saved.
-    """
+def run_errors() -> Iterator[None]:
+    """Turns what stops a run, deep in it, into the tool's one-line error."""
     try:
         yield
-    except (CheckpointError, CheckpointNotSaved) as error:
+    except (CheckpointError, CheckpointNotSaved, DataError, NonFiniteError) as error:
         raise SystemExit(f'error: {error}') from None
+    except RuntimeError as error:
+        if 'DataLoader worker' not in str(error):  # torch's words for one that the system ended
+            raise
+        raise SystemExit(
+            f'error: {error}. Was there too little memory, or shared memory? Fewer workers need '
+            'less: train_dataloader.num_workers'
+        ) from None
 
 
 def load_config(args: argparse.Namespace) -> Config:

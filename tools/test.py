@@ -16,8 +16,8 @@ from common import (
     build_runner,
     check_files,
     check_work_dir,
-    checkpoint_errors,
     load_config,
+    run_errors,
 )
 from mmengine.config import Config
 from mmengine.model import is_model_wrapper
@@ -65,7 +65,7 @@ def main() -> None:
         name = 'DumpDetResults' if config.get('default_scope') == 'mmdet' else 'DumpResults'
         metric = METRICS.build(dict(type=name, out_file_path=args.out))
         runner.test_evaluator.metrics.append(metric)
-    with checkpoint_errors():
+    with run_errors():
         if args.checkpoint == 'none':
             initialize(runner.model)
         runner.test()

@@ -12,15 +12,15 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from common import (
     add_arguments,
     build_runner,
     check_files,
     check_work_dir,
-    checkpoint_errors,
     load_config,
+    run_errors,
 )
+from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
@@ -51,14 +51,15 @@ def main() -> None:
     config = load_config(args)
 
     if args.amp:
-        if not torch.cuda.is_available():
-            raise SystemExit("error: --amp: mmengine's AmpOptimWrapper needs a CUDA device")
         if config.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise SystemExit(
                 'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, '
                 f'got {config.optim_wrapper.type}'
             )
-        config.optim_wrapper.type = 'AmpOptimWrapper'
+        on_cpu = get_device() == 'cpu'  # there in bfloat16
+        config.optim_wrapper.type = (
+            'mmconv2former.CpuAmpOptimWrapper' if on_cpu else 'AmpOptimWrapper'
+        )
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in config.get('auto_scale_lr', {}):
@@ -82,7 +83,7 @@ def main() -> None:
     check_work_dir(config)
     compile_settings = config.pop('compile', False)
 
-    with checkpoint_errors():
+    with run_errors():
         runner = build_runner(config)
         if compile_settings:
             compile_backbone(runner, {} if compile_settings is True else compile_settings)
