@@ -117,23 +117,17 @@ class CheckedPipeline(Compose):
 
     def __call__(self, data: dict) -> dict | None:
         image, labels = data.get('img_path'), data.get('seg_map_path')
-        annotated_size = (data.get('height'), data.get('width'))
         try:
-            check_files(image, labels)
+            check_files(image, labels, (data.get('width'), data.get('height')))
             result = super().__call__(data)
             for sample in samples_of(result):
-                self._check_sample(sample, annotated_size)
+                self._check_sample(sample)
         except Exception as error:  # of any transform: raised again, with the names of the files
             files = f'image {image}' + (f' with labels {labels}' if labels else '')
             raise DataError(f'{files}: {reason(error)}') from error
         return result
 
-    def _check_sample(self, sample: Any, annotated_size: tuple[int | None, int | None]) -> None:
-        size = sample.get('ori_shape')
-        if None not in annotated_size and size is not None and tuple(size[:2]) != annotated_size:
-            (h, w), (annotated_h, annotated_w) = size[:2], annotated_size
-            raise ValueError(f'has {w}x{h} pixels, {annotated_w}x{annotated_h} are annotated')
-
+    def _check_sample(self, sample: Any) -> None:
         instances = sample.get('gt_instances')
         if instances is not None and 'bboxes' in instances:
             boxes = getattr(instances.bboxes, 'tensor', instances.bboxes)
@@ -152,23 +146,28 @@ class CheckedPipeline(Compose):
                 )
 
 
-def check_files(image: Any, labels: Any) -> None:
-    """Looks at files before they are decoded: two headers and an end, some 50 microseconds.
+def check_files(
+    image: Any, labels: Any, annotated_size: tuple[int | None, int | None] = (None, None)
+) -> None:
+    """Looks at files before they are decoded: at their headers and at the end of the image.
 
     What is not a path of this machine, or not readable, is left to the pipeline.
 
     Args:
         image: Path of an image.
         labels: Path of its semantic labels, or None.
+        annotated_size: Width and height that the annotations give, if they do.
 
     Raises:
-        ValueError: The image is cut off, or the labels are not of one channel with 8 bits or have
-            another size than the image.
+        ValueError: The image is cut off or of another size than annotated, or the labels are not of
+            one channel with 8 bits or have another size than the image.
     """
     if not isinstance(image, (str, os.PathLike)) or '://' in str(image):
         return
     try:
         size = size_as_loaded(image)
+        if None not in annotated_size and size != annotated_size:
+            raise ValueError(f'has {text(size)} pixels, {text(annotated_size)} are annotated')
         if labels is None:
             return
         with Image.open(labels) as picture:
@@ -181,9 +180,13 @@ def check_files(image: Any, labels: Any) -> None:
             f'labels must be a picture of one channel with 8 bits, got mode {mode!r} of Pillow'
         )
     if label_size != size:
-        raise ValueError(
-            f'labels of {label_size[0]}x{label_size[1]} pixels for an image of {size[0]}x{size[1]}'
-        )
+        raise ValueError(f'labels of {text(label_size)} pixels for an image of {text(size)}')
+    if 1 in label_size:  # mmseg squeezes them
+        raise ValueError(f'labels must have two pixels a side or more, got {text(label_size)}')
+
+
+def text(size: tuple[int, int]) -> str:
+    return f'{size[0]}x{size[1]}'
 
 
 def size_as_loaded(image: str | os.PathLike) -> tuple[int, int]:
@@ -260,6 +263,6 @@ def describe(settings: Mapping) -> str:
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, in one line, with its type unless that says nothing."""
-    text = ' '.join(str(error).split())
-    return text if isinstance(error, ValueError) and text else f'{type(error).__name__}: {text}'
+    """What an exception says, in one line, with its type unless it is one of ours."""
+    words = ' '.join(str(error).split())
+    return words if type(error) is ValueError else f'{type(error).__name__}: {words}'
