@@ -13,11 +13,11 @@ one asked for, when an augmentation fails, and wrappers load several.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS as ROOT_DATASETS
 from PIL import ExifTags, Image
@@ -119,6 +119,7 @@ class CheckedPipeline(Compose):
         image, labels = data.get('img_path'), data.get('seg_map_path')
         try:
             check_files(image, labels, (data.get('width'), data.get('height')))
+            check_boxes(data.get('instances') or ())
             result = super().__call__(data)
             for sample in samples_of(result):
                 self._check_sample(sample)
@@ -128,12 +129,6 @@ class CheckedPipeline(Compose):
         return result
 
     def _check_sample(self, sample: Any) -> None:
-        instances = sample.get('gt_instances')
-        if instances is not None and 'bboxes' in instances:
-            boxes = getattr(instances.bboxes, 'tensor', instances.bboxes)
-            if not torch.isfinite(boxes).all():
-                raise ValueError('a box is not of finite numbers')
-
         labels = sample.get('gt_sem_seg')
         if labels is not None and self.num_classes and self.ignore_index is not None:
             labels = labels.data
@@ -214,6 +209,18 @@ def ends_as_jpeg(path: str | os.PathLike) -> bool:
     with open(path, 'rb') as file:
         file.seek(-min(TAIL, os.path.getsize(path)), os.SEEK_END)
         return END_OF_JPEG in file.read()
+
+
+def check_boxes(instances: Iterable[Mapping]) -> None:
+    """Checks the boxes of an image, as annotated.
+
+    Raises:
+        ValueError: One has a number that is NaN or infinite.
+    """
+    for instance in instances:
+        box = instance.get('bbox', ())
+        if not all(map(math.isfinite, box)):
+            raise ValueError(f'box {list(box)} is not of finite numbers')
 
 
 def check_categories(dataset: Any) -> None:
