@@ -51,9 +51,8 @@ def run(sample, tmp_path, guarded):
 
     def start(task, iteration=None, fault=None, **options):
         length, interval = (3, 1) if task == 'detection' else (6, 2)
-        config = tiny_config(
-            task, sample, tmp_path, length, interval, images=4, options=dict(options)
-        )
+        options['visualizer.name'] = str(tmp_path)  # else the log is that of the first run
+        config = tiny_config(task, sample, tmp_path, length, interval, images=4, options=options)
         runner = ReliableRunner.from_cfg(config)
         if fault is not None:
             runner.register_hook(InjectedFault(iteration, fault))
@@ -292,9 +291,10 @@ def train(task, precision, seed, iterations, sample, work_dir):
             'optim_wrapper.type': PRECISIONS[precision],
             'model.backbone.drop_path_rate': 0.0,
             'randomness.seed': seed,
+            'visualizer.name': str(work_dir),  # else the log is that of the first run
             'param_scheduler.0.end': 10,
             'param_scheduler.1.milestones' if by_epoch else 'param_scheduler.1.begin':
-                [length * 3 // 4] if by_epoch else 10,
+                [max(1, length * 3 // 4)] if by_epoch else 10,
         },
     )  # fmt: skip
     runner = ReliableRunner.from_cfg(config)
