@@ -9,7 +9,10 @@ import copy
 import ctypes
 import json
 import os
+import pickle
+import re
 import shutil
+import signal
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
@@ -18,13 +21,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import init_default_scope
-from PIL import Image
+from mmengine.dataset import Compose
+from mmengine.registry import MODELS, init_default_scope
+from PIL import ExifTags, Image
 from prepare_data import CHECKS, Report
 from tiny import tiny_config
 
 from mmconv2former import ReliableRunner
-from mmconv2former.checked_data import DataError
+from mmconv2former.checked_data import CheckedDataset, CheckedPipeline, DataError, check_files
 
 NAME = '000000000001'
 DATA = {'detection': ('coco', 'coco'), 'segmentation': ('ade', 'ade/ADEChallengeData2016')}
@@ -342,3 +346,123 @@ def assert_reported(kind, root, reported):
     CHECKS[kind](root, report, workers=1)
     kinds = [*report.errors, *report.notes]
     assert reported is None or any(reported in kind for kind in kinds), kinds
+
+
+# ------------------------------------------------------------------------------- the rest of a run
+def kill_worker(results):
+    if torch.utils.data.get_worker_info() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return results
+
+
+def test_killed_data_worker(sample, fault_report):
+    loader = loader_of('segmentation', sample / DATA['segmentation'][1], 'train', workers=2)
+    loader.dataset.pipeline.transforms.append(kill_worker)
+    with pytest.raises(SystemExit, match='error: DataLoader worker .*Fewer workers') as error, \
+            run_errors():  # fmt: skip
+        next(iter(loader))
+    message = re.sub(r'pid(\(s\))? [\d, ]+', 'pid N', str(error.value))
+    fault_report('Data', 'a data worker is killed (out of memory)', 1, 1, message)
+
+
+def test_refusal_ends_a_real_run_in_one_line(sample, tmp_path, fault_report):
+    """From a data worker of `tools/train.py` to its last line."""
+    root = shutil.copytree(sample / DATA['segmentation'][1], tmp_path / 'ade')
+    for path in (root / 'annotations/training').iterdir():
+        cv2.imwrite(str(path), np.full((64, 64), 151, np.uint8))
+    settings = tmp_path / 'config.py'
+    config = tiny_config('segmentation', sample, tmp_path / 'run', length=2)
+    config.train_dataloader.num_workers = 2
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.dataset.data_root = f'{root}/'
+    config.dump(settings)
+    output = run_tool('train.py', settings, succeeds=False)
+    last_line = output.splitlines()[-1]
+    fault_report('Data', 'label 151, through tools/train.py', 1, 1,
+                 last_line.replace(f'{root}/', ''))  # fmt: skip
+    assert last_line.startswith(f'error: image {root}/images/training/')
+    assert 'labels [150] are of no class' in last_line
+    assert 'Traceback' not in output
+    assert not list(tmp_path.glob('run/*.pth'))
+
+
+@pytest.mark.parametrize(('width', 'height'), [(10_000, 20), (20, 10_000)])
+def test_thin_pictures_are_segmented(width, height, sample, tmp_path):
+    """The segmentor's slide over a picture that is thinner than the backbone's least input."""
+    root = shutil.copytree(sample / DATA['segmentation'][1], tmp_path / 'ade')
+    of_size(width, height)('segmentation', root)
+    config = recipe('segmentation')
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+    model = MODELS.build(config.model).eval()
+    loader = loader_of('segmentation', root, 'val', workers=0)
+    batch = next(iter(loader))
+    assert min(batch['inputs'][0].shape[1:]) < 32
+    with torch.no_grad():
+        (result,) = model.val_step(batch)
+    assert result.pred_sem_seg.data.shape == (1, height, width)
+    # Others are not padded: the published numbers stay as they are.
+    other = list(loader)[1]
+    with torch.no_grad():
+        (padded,) = model.val_step(copy.deepcopy(other))
+        model.data_preprocessor.test_cfg = None
+        (plain,) = model.val_step(other)
+    assert torch.equal(padded.seg_logits.data, plain.seg_logits.data)
+    assert padded.seg_logits.data.shape[1:] == (64, 64)
+
+
+# ---------------------------------------------------------------------------------- the dataset
+def test_everything_else_is_the_other_datasets(sample):
+    dataset = loader_of('detection', sample / 'coco', 'train', workers=0).dataset
+    assert isinstance(dataset, CheckedDataset)
+    assert len(dataset) == len(dataset.dataset) == COUNT
+    assert dataset.metainfo == dataset.dataset.metainfo
+    assert isinstance(dataset.pipeline, CheckedPipeline)
+    copied = pickle.loads(pickle.dumps(dataset))  # to data workers that are spawned
+    assert copied.get_data_info(0) == dataset.get_data_info(0)
+    with pytest.raises(AttributeError, match='no_such'):
+        dataset.no_such
+    dataset.pipeline = Compose([])  # as hooks of mmdet and mmpretrain exchange it
+    assert isinstance(dataset.dataset.pipeline, CheckedPipeline)
+    assert dataset[0]['img_path'] == dataset.get_data_info(0)['img_path']
+
+
+def test_datasets_in_wrappers_are_checked_too(sample, tmp_path):
+    config = recipe('detection').train_dataloader.dataset
+    root = shutil.copytree(sample / 'coco', tmp_path / 'coco')
+    config = dict(config, data_root=f'{root}/')
+    init_default_scope('mmdet')
+    repeated = dict(type='RepeatDataset', times=2, dataset=config)
+    dataset = CheckedDataset(dict(type='ConcatDataset', datasets=[repeated, config]))
+    assert len(dataset) == 3 * COUNT
+    (root / 'train2017' / f'{NAME}.jpg').unlink()
+    with pytest.raises(DataError, match=f'{NAME}.jpg'):
+        [dataset[i] for i in range(len(dataset))]
+
+
+def test_message_of_a_worker_is_the_message():
+    trace = 'Caught DataError in DataLoader worker process 0.\nOriginal Traceback\n  File "x"\n'
+    assert str(DataError(f'{trace}mmconv2former.checked_data.DataError: image a.jpg: b\n')) == (
+        'image a.jpg: b'
+    )
+
+
+def test_turned_photographs_fit_labels_that_are_turned(tmp_path):
+    """OpenCV turns a JPEG as its EXIF data say; the header's size is from before."""
+    image, labels = tmp_path / 'image.jpg', tmp_path / 'labels.png'
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new('RGB', (40, 30)).save(image, exif=exif)
+    assert cv2.imread(str(image)).shape[:2] == (40, 30)
+    Image.new('L', (30, 40)).save(labels)
+    check_files(image, labels)
+    Image.new('L', (40, 30)).save(labels)
+    with pytest.raises(ValueError, match='labels of 40x30 pixels for an image of 30x40'):
+        check_files(image, labels)
+
+
+def test_whole_jpegs_with_something_behind_are_taken(tmp_path):
+    path = tmp_path / 'image.jpg'
+    Image.new('RGB', (40, 30)).save(path)
+    path.write_bytes(path.read_bytes() + bytes(5000))
+    check_files(path, None)
