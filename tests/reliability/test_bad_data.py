@@ -21,6 +21,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from common import run_errors
+from conftest import run_tool
 from mmengine.dataset import Compose
 from mmengine.registry import MODELS, init_default_scope
 from PIL import ExifTags, Image
@@ -358,8 +360,8 @@ def kill_worker(results):
 def test_killed_data_worker(sample, fault_report):
     loader = loader_of('segmentation', sample / DATA['segmentation'][1], 'train', workers=2)
     loader.dataset.pipeline.transforms.append(kill_worker)
-    with pytest.raises(SystemExit, match='error: DataLoader worker .*Fewer workers') as error, \
-            run_errors():  # fmt: skip
+    words = r'error: DataLoader worker .*Fewer workers'
+    with pytest.raises(SystemExit, match=words) as error, run_errors():
         next(iter(loader))
     message = re.sub(r'pid(\(s\))? [\d, ]+', 'pid N', str(error.value))
     fault_report('Data', 'a data worker is killed (out of memory)', 1, 1, message)
@@ -371,7 +373,7 @@ def test_refusal_ends_a_real_run_in_one_line(sample, tmp_path, fault_report):
     for path in (root / 'annotations/training').iterdir():
         cv2.imwrite(str(path), np.full((64, 64), 151, np.uint8))
     settings = tmp_path / 'config.py'
-    config = tiny_config('segmentation', sample, tmp_path / 'run', length=2)
+    config = tiny_config('segmentation', sample, tmp_path / 'run', length=4)
     config.train_dataloader.num_workers = 2
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.dataset.data_root = f'{root}/'
@@ -421,7 +423,7 @@ def test_everything_else_is_the_other_datasets(sample):
     copied = pickle.loads(pickle.dumps(dataset))  # to data workers that are spawned
     assert copied.get_data_info(0) == dataset.get_data_info(0)
     with pytest.raises(AttributeError, match='no_such'):
-        dataset.no_such
+        _ = dataset.no_such
     dataset.pipeline = Compose([])  # as hooks of mmdet and mmpretrain exchange it
     assert isinstance(dataset.dataset.pipeline, CheckedPipeline)
     assert dataset[0]['img_path'] == dataset.get_data_info(0)['img_path']
