@@ -15,6 +15,7 @@ from mmengine.registry import DATASETS as ROOT_DATASETS
 from mmengine.registry import HOOKS as ROOT_HOOKS
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
 from mmengine.registry import RUNNERS as ROOT_RUNNERS
 from mmengine.registry import Registry, build_runner_from_cfg
 
@@ -43,13 +44,19 @@ HOOKS = Registry(
     'hook',
     parent=ROOT_HOOKS,
     scope='mmconv2former',
-    locations=['mmconv2former.hooks'],
+    locations=['mmconv2former.hooks', 'mmconv2former.finite_loss'],
 )
 DATASETS = Registry(
     'dataset',
     parent=ROOT_DATASETS,
     scope='mmconv2former',
     locations=['mmconv2former.checked_data'],
+)
+OPTIM_WRAPPERS = Registry(
+    'optim_wrapper',
+    parent=ROOT_OPTIM_WRAPPERS,
+    scope='mmconv2former',
+    locations=['mmconv2former.amp'],
 )
 
 

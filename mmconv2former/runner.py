@@ -29,6 +29,7 @@ from mmengine.runner import (
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
+from .finite_loss import check_weights, images_on_error
 from .registry import RUNNERS, register
 from .reproducible import PositionedSampler, ResumedBatches, give_positions
 from .weights import (
@@ -89,7 +90,22 @@ class ReliableRunner(Runner):
             hooks['checkpoint'] = {**checkpoint, 'type': 'mmconv2former.ReliableCheckpointHook'}
         hooks.setdefault('seed', dict(type='mmconv2former.SeedHook'))
         hooks.setdefault('log_length', dict(type='mmconv2former.LogLengthHook'))
+        hooks.setdefault('batch_images', dict(type='mmconv2former.BatchImagesHook'))
+        hooks.setdefault('finite_loss', dict(type='mmconv2former.FiniteLossHook'))
         super().register_default_hooks(hooks)
+
+    # --------------------------------------------------------------------------------------- run
+    def train(self) -> nn.Module:
+        with images_on_error(self):
+            return super().train()
+
+    def val(self) -> dict:
+        with images_on_error(self):
+            return super().val()
+
+    def test(self) -> dict:
+        with images_on_error(self):
+            return super().test()
 
     # ------------------------------------------------------------------------------------ resume
     def load_or_resume(self) -> None:
@@ -207,7 +223,9 @@ class ReliableRunner(Runner):
 
         Raises:
             OSError: The folder is not writable or the disk is full; what was there is untouched.
+            NonFiniteWeightsError: Weights are NaN or infinite; what was there is untouched.
         """
+        check_weights(self)
         is_local = backend_args is None and kwargs.get('file_client_args') is None
         if not is_local or '://' in out_dir:  # storage that writes whole objects
             super().save_checkpoint(out_dir, filename, *args, backend_args=backend_args, **kwargs)

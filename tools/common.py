@@ -30,7 +30,9 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS, build_from_cfg
 from mmengine.runner import Runner
 
+from mmconv2former.checked_data import DataError
 from mmconv2former.comparators import COMPARATORS, find_comparator, how_to_get_weights
+from mmconv2former.finite_loss import NonFiniteError
 from mmconv2former.runner import CheckpointNotSaved, ReliableRunner
 from mmconv2former.weights import (
     HOW_TO_GET_WEIGHTS,
@@ -120,13 +122,20 @@ def run_errors(traceback: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (CheckpointError, CheckpointNotSaved, ConfigError) as error:
+    except (CheckpointError, CheckpointNotSaved, ConfigError, DataError, NonFiniteError) as error:
         if traceback:
             raise
         raise SystemExit(f'error: {error}') from None
     except Exception as error:
+        if traceback:
+            raise
+        if 'DataLoader worker' in str(error):  # torch's words for one that the system ended
+            raise SystemExit(
+                f'error: {error}. Was there too little memory, or shared memory? Fewer workers '
+                'need less: train_dataloader.num_workers'
+            ) from None
         type_ = type_being_built(error)
-        if traceback or type_ is None:
+        if type_ is None:
             raise
         raise SystemExit(
             f'error: cannot build {type_}: {in_one_line(error)} (--traceback shows where)'

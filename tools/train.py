@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-import torch
 from common import (
     add_arguments,
     build_runner,
@@ -23,6 +22,7 @@ from common import (
     read_ahead,
     run_errors,
 )
+from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
@@ -53,14 +53,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args, ('train_dataloader', 'train_cfg', 'optim_wrapper'))
 
     if args.amp:
-        if not torch.cuda.is_available():
-            raise SystemExit("error: --amp: mmengine's AmpOptimWrapper needs a CUDA device")
         if config.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise SystemExit(
                 'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, '
                 f'got {config.optim_wrapper.type}'
             )
-        config.optim_wrapper.type = 'AmpOptimWrapper'
+        on_cpu = get_device() == 'cpu'  # there in bfloat16
+        config.optim_wrapper.type = (
+            'mmconv2former.CpuAmpOptimWrapper' if on_cpu else 'AmpOptimWrapper'
+        )
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
         if 'base_batch_size' not in config.get('auto_scale_lr', {}):

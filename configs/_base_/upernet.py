@@ -44,6 +44,8 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
         size=crop_size,
+        # The backbone takes no less. Larger pictures stay as they are.
+        test_cfg=dict(size=(32, 32)),
     ),
     backbone=dict(type='mmconv2former.Conv2Former', out_indices=(0, 1, 2, 3)),
     decode_head=dict(

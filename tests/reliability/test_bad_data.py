@@ -1,0 +1,470 @@
+"""Bad data in the real recipes' pipelines: handled as mmdet and mmseg do, or refused by name.
+
+Each fault is put into a copy of the embedded sample, whose training split is then loaded as in
+training, in the process itself and in two data workers, and as in evaluation, and looked through by
+`tools/prepare_data.py`.
+"""
+
+import copy
+import ctypes
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from common import run_errors
+from conftest import run_tool
+from mmengine.dataset import Compose
+from mmengine.registry import MODELS, init_default_scope
+from PIL import ExifTags, Image
+from prepare_data import CHECKS, Report
+from tiny import tiny_config
+
+from mmconv2former import ReliableRunner
+from mmconv2former.checked_data import CheckedDataset, CheckedPipeline, DataError, check_files
+
+NAME = '000000000001'
+DATA = {'detection': ('coco', 'coco'), 'segmentation': ('ade', 'ade/ADEChallengeData2016')}
+IMAGES = {'detection': 'train2017', 'segmentation': 'images/training'}
+COUNT = 4  # pictures of the training split that are loaded, the faulty one among them
+
+
+# ----------------------------------------------------------------------------------- what is done
+def image_of(task, root):
+    return root / IMAGES[task] / f'{NAME}.jpg'
+
+
+def labels_of(root):
+    return root / f'annotations/training/{NAME}.png'
+
+
+def with_image(change):
+    """The fault of changing the image, of either task."""
+    return lambda task, root: change(image_of(task, root))
+
+
+def with_labels(change):
+    return lambda task, root: change(labels_of(root))
+
+
+def with_annotations(change):
+    """The fault of changing the content of COCO's annotation file of the training split."""
+
+    def edit(task, root):
+        path = root / 'annotations/instances_train2017.json'
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+def with_object(**fields):
+    """The fault of changing the first object of the image."""
+    return with_annotations(lambda content: content['annotations'][0].update(fields))
+
+
+def with_all_objects(**fields):
+    return with_annotations(lambda content: [a.update(fields) for a in content['annotations']])
+
+
+def keep(share):
+    """Keeps the first part of a file."""
+    return lambda path: path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def save_as(format, convert):
+    """Writes the image anew; its name stays, as the content says what a file is."""
+
+    def write(path):
+        with Image.open(path) as picture:
+            changed = convert(picture)
+        changed.save(path, format)
+
+    return write
+
+
+def sixteen_bits(picture):
+    return Image.fromarray(np.asarray(picture.convert('L')).astype(np.uint16) * 257)
+
+
+def of_size(width, height):
+    """The fault of an image of that size, with annotations and labels that fit."""
+
+    def change(task, root):
+        pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+        cv2.imwrite(str(image_of(task, root)), pixels)
+        if task == 'segmentation':
+            cv2.imwrite(str(labels_of(root)), np.full((height, width), 5, np.uint8))
+            return
+
+        def edit(content):
+            content['images'][0].update(width=width, height=height)
+            objects = [a for a in content['annotations'] if a['image_id'] == 1]
+            for annotation in objects[1:]:
+                content['annotations'].remove(annotation)
+            polygon = [0, 0, width, 0, width, height, 0, height]
+            objects[0].update(
+                bbox=[0, 0, width, height], segmentation=[polygon], area=width * height, iscrowd=0
+            )
+
+        with_annotations(edit)(task, root)
+
+    return change
+
+
+def with_odd_name(task, root):
+    """An image's name with a space and letters beyond ASCII, as the folder's is."""
+    name = 'ein Bild, größer 图.jpg'
+    image_of(task, root).rename(image_of(task, root).with_name(name))
+    if task == 'segmentation':
+        labels_of(root).rename(labels_of(root).with_name(name.replace('.jpg', '.png')))
+    else:
+        with_annotations(lambda content: content['images'][0].update(file_name=name))(task, root)
+
+
+def same_file_twice(task, root):
+    def edit(content):
+        content['images'][1]['file_name'] = content['images'][0]['file_name']
+
+    with_annotations(edit)(task, root)
+
+
+def write_labels(change):
+    """The fault of other label values, computed from the right ones."""
+
+    def write(path):
+        cv2.imwrite(str(path), change(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)))
+
+    return with_labels(write)
+
+
+def one_label_of_151(labels):
+    labels = labels.copy()
+    labels[20:40] = 151
+    return labels
+
+
+# --------------------------------------------------------------------------------------- the table
+FORBIDDEN = with_image(lambda path: path.chmod(0))
+BOTH, DETECTION, SEGMENTATION = ('detection', 'segmentation'), ('detection',), ('segmentation',)
+# Name, tasks, what is done, words of the refusal (the name of the file is always asked for) or None
+# if it is handled, what the user sees then, and the kind under which prepare_data.py lists it.
+FAULTS = [
+    ('JPEG cut in its header', BOTH, with_image(keep(0.1)), ['failed to load image'],
+     '', 'image cannot be read'),
+    ('JPEG cut in its body', BOTH, with_image(keep(0.7)), ['cut off'], '', 'image cannot be read'),
+    ('image is missing', DETECTION, with_image(lambda path: path.unlink()), ['No such file'], '',
+     'missing'),
+    ('image is missing', SEGMENTATION, with_image(lambda path: path.unlink()), None,
+     'not trained on: the list is what the folder holds', 'missing'),
+    ('image of no bytes', BOTH, with_image(keep(0)), [], '', 'image cannot be read'),
+    ('text as image', BOTH, with_image(lambda p: p.write_text('none')), [], '', 'cannot be read'),
+    ("folder in an image's place", DETECTION, with_image(make_folder), ['Is a directory'], '',
+     'missing'),
+    ("folder in an image's place", SEGMENTATION, with_image(make_folder), None,
+     'not trained on: the list is what the folder holds', 'missing'),
+    ('image without read permission', BOTH, FORBIDDEN, ['Permission'], '', None),
+    ('16-bit PNG', BOTH, with_image(save_as('PNG', sixteen_bits)), None, 'trained on, in 8 bits',
+     None),
+    ('RGBA PNG', BOTH, with_image(save_as('PNG', lambda p: p.convert('RGBA'))), None,
+     'trained on, without transparency', None),
+    ('CMYK JPEG', BOTH, with_image(save_as('JPEG', lambda p: p.convert('CMYK'))), None,
+     'trained on, as RGB', None),
+    ('image of 1x1 pixel', DETECTION, of_size(1, 1), None, 'trained on and evaluated, enlarged',
+     None),
+    ('image of 1x1 pixel', SEGMENTATION, of_size(1, 1), ['two pixels a side or more'], '', None),
+    ('image of 10000x20 pixels', BOTH, of_size(10_000, 20), None,
+     'trained on and evaluated, padded to 32 pixels', None),
+    ('image of 20x10000 pixels', BOTH, of_size(20, 10_000), None,
+     'trained on and evaluated, padded to 32 pixels', None),
+    ('spaces and letters beyond ASCII in paths', BOTH, with_odd_name, None, 'trained on', None),
+
+    ('JSON cut in half', DETECTION,
+     lambda task, root: keep(0.5)(root / 'annotations/instances_train2017.json'),
+     ['instances_train2017.json cannot be read', 'JSONDecodeError'], '', 'not JSON'),
+    ('category that the file has not', DETECTION, with_object(category_id=12), None,
+     'this object is left out', 'unknown category'),
+    ('all objects of unknown categories', DETECTION, with_all_objects(category_id=12),
+     ['instances_train2017.json has no sample to use'], '', 'unknown category'),
+    ('category renamed in the file', DETECTION,
+     with_annotations(lambda content: content['categories'][0].update(name='human')),
+     ['instances_train2017.json has 79 of the 80 classes'], '', "category is not COCO's"),
+    ('empty box', DETECTION, with_object(bbox=[5, 5, 0, 0]), None, 'this object is left out',
+     'box thinner than a pixel'),
+    ('inverted box', DETECTION, with_object(bbox=[30, 30, -9, -9]), None,
+     'this object is left out', 'box of negative size'),
+    ('box of NaN', DETECTION, with_object(bbox=[5, 5, float('nan'), 4]), None,
+     'this object is left out', 'box is not four finite numbers'),
+    ('box without end', DETECTION, with_object(bbox=[5, 5, float('inf'), 4]),
+     ['is not of finite numbers'], '', 'box is not four finite numbers'),
+    ('polygon of two points', DETECTION, with_object(segmentation=[[1, 1, 20, 20]]), None,
+     'this object is ignored', 'polygon is not three points or more'),
+    ('mask outside the image', DETECTION,
+     with_object(segmentation=[[100, 100, 120, 100, 120, 120]]), None,
+     'trained on, its mask is empty', 'polygon outside its image'),
+    ('object without a mask', DETECTION, with_object(segmentation=[]), ["KeyError: 'mask'"], '',
+     'object without a mask'),
+    ('mask of another size', DETECTION, with_object(segmentation=dict(size=[9, 9], counts='Q2')),
+     [], '', 'mask of another size'),
+    ('no image has objects', DETECTION,
+     with_annotations(lambda content: content['annotations'].clear()),
+     ['instances_train2017.json has no sample to use'], '', 'images without objects'),
+    ('image of another size than annotated', DETECTION,
+     with_image(save_as('JPEG', lambda p: p.resize((80, 48)))),
+     ['80x48 pixels, 64x64 are annotated'], '', 'another size than annotated'),
+    ('same file in two records', DETECTION, same_file_twice, None, 'trained on twice', None),
+
+    ('label 151', SEGMENTATION, write_labels(one_label_of_151), ['labels [150] are of no class'],
+     '', 'label above 150'),
+    ('labels of 16 bits', SEGMENTATION, write_labels(lambda labels: labels.astype(np.uint16)),
+     ['one channel with 8 bits'], '', 'one channel with 8 bits'),
+    ('labels as RGB', SEGMENTATION, write_labels(lambda labels: np.dstack([labels] * 3)),
+     ['one channel with 8 bits'], '', 'one channel with 8 bits'),
+    ('labels of another size', SEGMENTATION, write_labels(lambda labels: labels[:, :32]),
+     ['labels of 32x64 pixels for an image of 64x64'], '', 'labels of another size'),
+    ('labels are missing', SEGMENTATION, with_labels(lambda path: path.unlink()), [], '',
+     'label picture is missing'),
+    ('labels cut off', SEGMENTATION, with_labels(keep(0.5)), [], '', 'image cannot be read'),
+    ('labels of no bytes', SEGMENTATION, with_labels(keep(0)), [], '', 'image cannot be read'),
+]  # fmt: skip
+CASES = [(task, *fault) for fault in FAULTS for task in fault[1]]
+
+
+# ------------------------------------------------------------------------------------- how it ends
+@cache
+def recipe(task):
+    return tiny_config(task, Path('sample'), 'work_dir', length=1, images=COUNT)
+
+
+def loader_of(task, root, phase, workers):
+    """The data loader of training or evaluation, over the first pictures of the training split."""
+    config = recipe(task)
+    settings = copy.deepcopy(config[f'{phase}_dataloader'])
+    train = config.train_dataloader.dataset
+    dataset = dict(data_root=f'{root}/', indices=COUNT, data_prefix=train.data_prefix)
+    if task == 'detection':
+        dataset['ann_file'] = train.ann_file
+    settings.dataset.update(dataset)
+    if task == 'detection' and phase == 'train':  # of the recipe's sizes, as the shape counts
+        settings.dataset.pipeline[3].transforms[0][0].scales = [(480, 1333)]
+    elif task == 'detection':
+        settings.dataset.pipeline[1].scale = (1333, 800)
+    settings.update(num_workers=workers)
+    settings.update(timeout=60 if workers else 0)  # seconds: none may hang
+    init_default_scope(config.default_scope)
+    return ReliableRunner.build_dataloader(settings, seed=0)
+
+
+def load_all(task, root, phase, workers):
+    """Paths of the images that come through; each one of the dataset is asked for."""
+    loader = loader_of(task, root, phase, workers)
+    iterator = iter(loader)
+    paths = []
+    try:
+        while len(paths) < len(loader.dataset):
+            batch = next(iterator)
+            assert all(torch.isfinite(image.float()).all() for image in batch['inputs'])
+            paths += [sample.img_path for sample in batch['data_samples']]
+    finally:
+        if workers:  # else the garbage collector would wait for them, five seconds each
+            iterator._shutdown_workers()
+    return paths
+
+
+@contextmanager
+def permissions_count():
+    """Takes from root the right to read what permissions forbid (capabilities 1 and 2 of Linux)."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    rights = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice 32 bits
+    assert libc.capget(header, rights) == 0
+    effective = rights[0]
+    try:
+        rights[0] = effective & ~0b110
+        assert libc.capset(header, rights) == 0
+        yield
+    finally:
+        rights[0] = effective
+        assert libc.capset(header, rights) == 0
+
+
+@pytest.mark.parametrize(
+    ('task', 'fault', 'tasks', 'inject', 'refusal', 'seen', 'reported'),
+    CASES,
+    ids=[f'{case[0]}: {case[1]}' for case in CASES],
+)
+def test_bad_data(
+    task, fault, tasks, inject, refusal, seen, reported, sample, tmp_path, fault_report
+):
+    kind, folder = DATA[task]
+    root = shutil.copytree(sample / folder, tmp_path / f'ein Ordner, größer 图, {kind}')
+    inject(task, root)
+    runs = [('train', 0), ('train', 2), ('val', 0)]
+    survived = 0
+    for phase, workers in runs:
+        # An annotation file without objects can be evaluated: without truth there is no score.
+        is_handled = refusal is None or (phase == 'val' and 'no sample to use' in str(refusal))
+        with permissions_count() if inject is FORBIDDEN else nullcontext():
+            message, paths = None, []
+            try:
+                paths = load_all(task, root, phase, workers)
+            except DataError as error:
+                message = str(error)
+        assert (message is None) == is_handled, message or 'was not refused'
+        if is_handled:
+            assert len(set(paths)) >= COUNT - 1
+        else:
+            assert ('instances_train2017.json' if 'json' in str(refusal) else NAME) in message
+            assert all(words in message for words in refusal), message
+            assert '\n' not in message
+            seen = 'error: ' + message.replace(f'{root}/', '')
+        survived += 1
+    fault_report('Data', f'{fault} ({task})', len(runs), survived, seen)
+    assert survived == len(runs)
+    if task == 'detection' or reported:
+        assert_reported(kind, root, reported)
+
+
+def assert_reported(kind, root, reported):
+    report = Report()
+    CHECKS[kind](root, report, workers=1)
+    kinds = [*report.errors, *report.notes]
+    assert reported is None or any(reported in kind for kind in kinds), kinds
+
+
+# ------------------------------------------------------------------------------- the rest of a run
+def kill_worker(results):
+    if torch.utils.data.get_worker_info() is not None:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return results
+
+
+def test_killed_data_worker(sample, fault_report):
+    loader = loader_of('segmentation', sample / DATA['segmentation'][1], 'train', workers=2)
+    loader.dataset.pipeline.transforms.append(kill_worker)
+    words = r'error: DataLoader worker .*Fewer workers'
+    with pytest.raises(SystemExit, match=words) as error, run_errors():
+        next(iter(loader))
+    message = re.sub(r'pid(\(s\))? [\d, ]+', 'pid N', str(error.value))
+    fault_report('Data', 'a data worker is killed (out of memory)', 1, 1, message)
+
+
+def test_refusal_ends_a_real_run_in_one_line(sample, tmp_path, fault_report):
+    """From a data worker of `tools/train.py` to its last line."""
+    root = shutil.copytree(sample / DATA['segmentation'][1], tmp_path / 'ade')
+    for path in (root / 'annotations/training').iterdir():
+        cv2.imwrite(str(path), np.full((64, 64), 151, np.uint8))
+    settings = tmp_path / 'config.py'
+    config = tiny_config('segmentation', sample, tmp_path / 'run', length=4)
+    config.train_dataloader.num_workers = 2
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.dataset.data_root = f'{root}/'
+    config.dump(settings)
+    output = run_tool('train.py', settings, succeeds=False)
+    last_line = output.splitlines()[-1]
+    fault_report('Data', 'label 151, through tools/train.py', 1, 1,
+                 last_line.replace(f'{root}/', ''))  # fmt: skip
+    assert last_line.startswith(f'error: image {root}/images/training/')
+    assert 'labels [150] are of no class' in last_line
+    assert 'Traceback' not in output
+    assert not list(tmp_path.glob('run/*.pth'))
+
+
+@pytest.mark.parametrize(('width', 'height'), [(10_000, 20), (20, 10_000)])
+def test_thin_pictures_are_segmented(width, height, sample, tmp_path):
+    """The segmentor's slide over a picture that is thinner than the backbone's least input."""
+    root = shutil.copytree(sample / DATA['segmentation'][1], tmp_path / 'ade')
+    of_size(width, height)('segmentation', root)
+    config = recipe('segmentation')
+    init_default_scope('mmseg')
+    torch.manual_seed(0)
+    model = MODELS.build(config.model).eval()
+    loader = loader_of('segmentation', root, 'val', workers=0)
+    batch = next(iter(loader))
+    assert min(batch['inputs'][0].shape[1:]) < 32
+    with torch.no_grad():
+        (result,) = model.val_step(batch)
+    assert result.pred_sem_seg.data.shape == (1, height, width)
+    # Others are not padded: the published numbers stay as they are.
+    other = list(loader)[1]
+    with torch.no_grad():
+        (padded,) = model.val_step(copy.deepcopy(other))
+        model.data_preprocessor.test_cfg = None
+        (plain,) = model.val_step(other)
+    assert torch.equal(padded.seg_logits.data, plain.seg_logits.data)
+    assert padded.seg_logits.data.shape[1:] == (64, 64)
+
+
+# ---------------------------------------------------------------------------------- the dataset
+def test_everything_else_is_the_other_datasets(sample):
+    dataset = loader_of('detection', sample / 'coco', 'train', workers=0).dataset
+    assert isinstance(dataset, CheckedDataset)
+    assert len(dataset) == len(dataset.dataset) == COUNT
+    assert dataset.metainfo == dataset.dataset.metainfo
+    assert isinstance(dataset.pipeline, CheckedPipeline)
+    copied = pickle.loads(pickle.dumps(dataset))  # to data workers that are spawned
+    assert copied.get_data_info(0) == dataset.get_data_info(0)
+    with pytest.raises(AttributeError, match='no_such'):
+        _ = dataset.no_such
+    dataset.pipeline = Compose([])  # as hooks of mmdet and mmpretrain exchange it
+    assert isinstance(dataset.dataset.pipeline, CheckedPipeline)
+    assert dataset[0]['img_path'] == dataset.get_data_info(0)['img_path']
+
+
+def test_datasets_in_wrappers_are_checked_too(sample, tmp_path):
+    config = recipe('detection').train_dataloader.dataset
+    root = shutil.copytree(sample / 'coco', tmp_path / 'coco')
+    config = dict(config, data_root=f'{root}/')
+    init_default_scope('mmdet')
+    repeated = dict(type='RepeatDataset', times=2, dataset=config)
+    dataset = CheckedDataset(dict(type='ConcatDataset', datasets=[repeated, config]))
+    assert len(dataset) == 3 * COUNT
+    (root / 'train2017' / f'{NAME}.jpg').unlink()
+    with pytest.raises(DataError, match=f'{NAME}.jpg'):
+        [dataset[i] for i in range(len(dataset))]
+
+
+def test_message_of_a_worker_is_the_message():
+    trace = 'Caught DataError in DataLoader worker process 0.\nOriginal Traceback\n  File "x"\n'
+    assert str(DataError(f'{trace}mmconv2former.checked_data.DataError: image a.jpg: b\n')) == (
+        'image a.jpg: b'
+    )
+
+
+def test_turned_photographs_fit_labels_that_are_turned(tmp_path):
+    """OpenCV turns a JPEG as its EXIF data say; the header's size is from before."""
+    image, labels = tmp_path / 'image.jpg', tmp_path / 'labels.png'
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new('RGB', (40, 30)).save(image, exif=exif)
+    assert cv2.imread(str(image)).shape[:2] == (40, 30)
+    Image.new('L', (30, 40)).save(labels)
+    check_files(image, labels)
+    Image.new('L', (40, 30)).save(labels)
+    with pytest.raises(ValueError, match='labels of 40x30 pixels for an image of 30x40'):
+        check_files(image, labels)
+
+
+def test_whole_jpegs_with_something_behind_are_taken(tmp_path):
+    path = tmp_path / 'image.jpg'
+    Image.new('RGB', (40, 30)).save(path)
+    path.write_bytes(path.read_bytes() + bytes(5000))
+    check_files(path, None)

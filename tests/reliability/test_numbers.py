@@ -1,0 +1,368 @@
+"""Numerical trouble in real runs: losses, gradients and weights not finite, and low precision.
+
+pytest tests/reliability/test_numbers.py --slow -s    # prints the metrics of 300 iterations
+"""
+
+import math
+import re
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS
+from tiny import scalars, tiny_config
+
+from mmconv2former import ReliableRunner
+from mmconv2former.amp import CpuAmpOptimWrapper
+from mmconv2former.finite_loss import (
+    NonFiniteLossError,
+    NonFiniteWeightsError,
+    image_paths,
+    non_finite_parameters,
+)
+from mmconv2former.weights import read_checkpoint, read_state_dict
+
+TASKS = ('detection', 'segmentation')
+# One term of the loss by task: where its weight is, and its names in the log.
+TERMS = {
+    'detection': ('roi_head.bbox_head.loss_bbox', 'loss_bbox'),
+    'segmentation': ('auxiliary_head.loss_decode', 'aux.loss_ce'),
+}
+
+
+@HOOKS.register_module()
+class InjectedFault(Hook):
+    """Calls a function of a model at an iteration, counted from 1."""
+
+    priority = 'HIGHEST'
+
+    def __init__(self, iteration, fault):
+        self.iteration, self.fault = iteration, fault
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter + 1 == self.iteration:
+            self.fault(runner.model)
+
+
+@pytest.fixture
+def run(sample, tmp_path, guarded):
+    """A runner of six iterations, with a checkpoint and a validation at every second one."""
+
+    def start(task, iteration=None, fault=None, **options):
+        length, interval = (3, 1) if task == 'detection' else (6, 2)
+        options['visualizer.name'] = str(tmp_path)  # else the log is that of the first run
+        config = tiny_config(task, sample, tmp_path, length, interval, images=4, options=options)
+        runner = ReliableRunner.from_cfg(config)
+        if fault is not None:
+            runner.register_hook(InjectedFault(iteration, fault))
+        return runner
+
+    return start
+
+
+def saved(work_dir):
+    return {path.name: read_state_dict(str(path)) for path in work_dir.glob('*.pth')}
+
+
+def assert_only_finite_weights(work_dir):
+    for name, state_dict in saved(work_dir).items():
+        for key, value in state_dict.items():
+            assert torch.isfinite(value).all(), (name, key)
+
+
+def without_folders(message):
+    return re.sub(r'/\S*/', '', message)
+
+
+def name_of(task, iteration):
+    return f'epoch_{iteration // 2}.pth' if task == 'detection' else f'iter_{iteration}.pth'
+
+
+# ------------------------------------------------------------------------------------ not a number
+@pytest.mark.parametrize(
+    ('task', 'value'),
+    [
+        ('detection', math.nan),
+        ('segmentation', math.inf),
+        pytest.param('detection', math.inf, marks=pytest.mark.slow),
+        pytest.param('segmentation', math.nan, marks=pytest.mark.slow),
+    ],
+)
+def test_non_finite_loss(task, value, run, tmp_path, fault_report):
+    part, term = TERMS[task]
+
+    def spoil(model):
+        model.get_submodule(part).loss_weight = value
+
+    runner = run(task, 3, spoil)
+    with pytest.raises(NonFiniteLossError) as error:
+        runner.train()
+    message = str(error.value)
+    good = tmp_path / name_of(task, 2)
+    fault_report('Numbers', f'a loss term is {value} ({task})', 1, 1,
+                 'error: ' + without_folders(message))  # fmt: skip
+    assert message.startswith('iteration 3: loss is ')
+    assert f'{term} is ' in message
+    assert message.count('.jpg') == 2
+    assert f'last good checkpoint: {good}' in message
+    assert runner.iter == 2
+    assert good.exists()
+    assert not (tmp_path / name_of(task, 4)).exists()
+    assert_only_finite_weights(tmp_path)
+
+
+def test_divergence_by_a_learning_rate(run, tmp_path, fault_report):
+    """Nothing is injected: the loss itself grows until it is none."""
+    runner = run('segmentation', **{'optim_wrapper.optimizer.lr': 1e20})
+    with pytest.raises((NonFiniteLossError, NonFiniteWeightsError)) as error:
+        runner.train()
+    fault_report('Numbers', 'learning rate of 1e20', 1, 1,
+                 f'error: {without_folders(str(error.value))[:100]}...')  # fmt: skip
+    assert_only_finite_weights(tmp_path)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_non_finite_weights_are_not_saved(task, run, tmp_path, fault_report):
+    """A gradient that is not finite with a loss that is, right before a checkpoint is due."""
+
+    def spoil(model):
+        weight = model.backbone.stages[1][0].mlp.fc1.weight
+        weight.register_hook(lambda gradient: gradient * math.nan)
+
+    runner = run(task, 4, spoil)
+    with pytest.raises(NonFiniteWeightsError, match=r'mlp\.fc1\.weight') as error:
+        runner.train()
+    message = str(error.value)
+    fault_report('Numbers', f'a gradient is NaN before a checkpoint ({task})', 1, 1,
+                 'error: ' + without_folders(message))  # fmt: skip
+    assert str(tmp_path / name_of(task, 2)) in message
+    assert not (tmp_path / name_of(task, 4)).exists()
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / name_of(task, 2))
+    assert_only_finite_weights(tmp_path)
+
+
+@pytest.mark.parametrize('phase', ['train', 'val'])
+def test_images_of_any_failure_are_logged(phase, run, tmp_path, fault_report):
+    runner = run('segmentation')
+
+    def fail(module, inputs):
+        if module.training == (phase == 'train'):
+            raise ZeroDivisionError('injected')
+
+    runner.model.backbone.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        runner.train()
+    (log,) = tmp_path.glob('*/*.log')
+    line = log.read_text().splitlines()[-1]
+    count = 2 if phase == 'train' else 1
+    fault_report('Numbers', f'the network fails in an iteration ({phase})', 1, 1,
+                 without_folders(line[line.index('It went'):]))  # fmt: skip
+    assert 'It went wrong with' in line
+    assert line.count('.jpg') == count
+
+
+def test_paths_of_images():
+    class Sample:
+        def __init__(self, path):
+            self.img_path = path
+
+    assert image_paths(dict(data_samples=[Sample('a'), Sample('b')])) == ['a', 'b']
+    views = [[Sample('a'), Sample('b')], [Sample('a'), Sample('b')]]  # augmented at test time
+    assert image_paths(dict(data_samples=views)) == ['a', 'b']
+    for batch in (None, [], dict(inputs=1), dict(data_samples=[object()])):
+        assert image_paths(batch) == []
+
+
+def test_non_finite_parameters_are_found_in_parameters_and_buffers():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    assert non_finite_parameters(model) == []
+    with torch.no_grad():
+        model[0].weight[1, 1] = math.inf
+        model[1].running_var[0] = math.nan
+    assert non_finite_parameters(model) == ['0.weight', '1.running_var']
+    assert non_finite_parameters(torch.nn.Identity()) == []
+
+
+# ---------------------------------------------------------------------------------- low precision
+class Product(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(4, 4))
+
+
+def test_the_scaler_skips_an_overflow():
+    model = Product()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper = CpuAmpOptimWrapper(dtype='float16', loss_scale=dict(init_scale=2.0**17),
+                                 optimizer=optimizer)  # fmt: skip
+    scales, weights = [], []
+    for _ in range(3):
+        with wrapper.optim_context(model):
+            output = torch.ones(2, 4) @ model.weight
+            assert output.dtype == torch.float16
+            loss = output.float().sum() / 2
+        wrapper.update_params(loss)
+        scales.append(wrapper.loss_scaler.get_scale())
+        weights.append(model.weight.detach().clone())
+    # The gradient is 1; scaled by 2^17 and by 2^16 it is above float16's largest number, 65,504.
+    assert scales == [2.0**16, 2.0**15, 2.0**15]
+    assert torch.equal(weights[0], torch.ones(4, 4))
+    assert torch.equal(weights[1], torch.ones(4, 4))
+    assert torch.allclose(weights[2], torch.ones(4, 4) - 0.1)
+
+
+def test_a_run_survives_overflows(run, tmp_path, fault_report):
+    scale = 2.0**60
+    runner = run('segmentation', **{
+        'optim_wrapper.type': 'mmconv2former.CpuAmpOptimWrapper',
+        'optim_wrapper.dtype': 'float16',
+        'optim_wrapper.loss_scale': dict(init_scale=scale),
+        'train_cfg.max_iters': 2,
+    })  # fmt: skip
+    runner.model.init_weights()
+    before = {name: value.clone() for name, value in runner.model.named_parameters()}
+    runner.train()
+    after = read_checkpoint(str(tmp_path / 'iter_2.pth'))
+    survived = after['optimizer']['loss_scaler']['scale'] == scale / 4 and all(
+        torch.equal(after['state_dict'][name], value) for name, value in before.items()
+    )
+    fault_report('Numbers', 'gradients overflow in float16', 2, 2 * survived,
+                 'nothing: no update, and the loss scale is halved')  # fmt: skip
+    assert survived
+    assert math.isfinite(scalars(tmp_path)['loss', 2])
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error', 'words'),
+    [
+        (dict(dtype='float8'), ValueError, "dtype must be one of .*, got 'float8'"),
+        (dict(loss_scale='static'), TypeError, "loss_scale must be .*, got 'static'"),
+        (dict(loss_scale=[1]), TypeError, r'loss_scale must be .*, got \[1\]'),
+    ],
+)
+def test_bad_arguments_of_amp(arguments, error, words):
+    optimizer = torch.optim.SGD(Product().parameters(), lr=0.1)
+    with pytest.raises(error, match=words):
+        CpuAmpOptimWrapper(optimizer=optimizer, **arguments)
+
+
+def test_state_of_amp_and_static_scale():
+    def wrapper(**arguments):
+        optimizer = torch.optim.SGD(Product().parameters(), lr=0.1)
+        return CpuAmpOptimWrapper(optimizer=optimizer, **arguments)
+
+    state = wrapper(loss_scale=8.0).state_dict()
+    assert state['loss_scaler']['scale'] == 8.0
+    other = wrapper()
+    other.load_state_dict(state)
+    assert other.loss_scaler.get_scale() == 8.0
+
+
+def test_parts_that_compute_in_bfloat16(run):
+    """Of a segmentor all; of a detector backbone and neck, whose outputs are float32."""
+    dtypes = {}
+    for task, parts in {
+        'segmentation': ['backbone.stages.3.0.mlp.fc1', 'decode_head.fpn_bottleneck.conv'],
+        'detection': ['backbone.stages.3.0.mlp.fc1', 'neck.fpn_convs.0.conv', 'rpn_head.rpn_conv'],
+    }.items():
+        runner = run(task, **{'optim_wrapper.type': 'mmconv2former.CpuAmpOptimWrapper'})
+        for part in parts:
+
+            def note(module, inputs, output, key=(task, part)):
+                dtypes[key] = output.dtype
+
+            runner.model.get_submodule(part).register_forward_hook(note)
+        loader = runner.build_dataloader(runner.cfg.train_dataloader, seed=0)
+        wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        runner.model.train_step(next(iter(loader)), wrapper)
+        assert 'forward' not in vars(runner.model.backbone)  # nothing stays behind
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+    assert [key for key, dtype in dtypes.items() if dtype == torch.float32] == [
+        ('detection', 'rpn_head.rpn_conv')
+    ]
+
+
+# ------------------------------------------------------------------------- bfloat16 beside float32
+METRICS = {'detection': 'coco/bbox_mAP_50', 'segmentation': 'aAcc'}
+PRECISIONS = {'float32': 'OptimWrapper', 'bfloat16': 'mmconv2former.CpuAmpOptimWrapper'}
+
+
+def train(task, precision, seed, iterations, sample, work_dir, options=None):
+    """Losses of all iterations and the metric after each validation, on held-out pictures."""
+    by_epoch = task == 'detection'
+    length = iterations // 20 if by_epoch else iterations  # 40 pictures in batches of two
+    config = tiny_config(
+        task, sample, work_dir, length, length, images=39 if by_epoch else 40,
+        options={
+            'optim_wrapper.type': PRECISIONS[precision],
+            'model.backbone.drop_path_rate': 0.0,
+            'randomness.seed': seed,
+            'visualizer.name': str(work_dir),  # else the log is that of the first run
+            'param_scheduler.0.end': 10,
+            'param_scheduler.1.milestones' if by_epoch else 'param_scheduler.1.begin':
+                [max(1, length * 3 // 4)] if by_epoch else 10,
+            **(options or {}),
+        },
+    )  # fmt: skip
+    runner = ReliableRunner.from_cfg(config)
+    runner.train()
+    values = scalars(work_dir)
+    losses = [values['loss', i] for i in range(1, runner.iter + 1)]
+    assert all(map(math.isfinite, losses))
+    assert non_finite_parameters(runner.model) == []
+    return losses, [value for (name, _), value in values.items() if name == METRICS[task]]
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_bfloat16_follows_float32(task, sample, tmp_path, guarded):
+    """The same samples in the same order: the losses of 20 iterations go down together."""
+    no_validation = {'train_cfg.val_begin': 1000}
+    losses = {
+        precision: train(task, precision, 0, 20, sample, tmp_path / precision, no_validation)[0]
+        for precision in PRECISIONS
+    }
+    first, last = ({key: mean(values[part]) for key, values in losses.items()}
+                   for part in (slice(0, 5), slice(-5, None)))  # fmt: skip
+    print(f'\n{task}: mean loss of the first and last 5 of 20 iterations: {first}, {last}')
+    assert losses['bfloat16'] != losses['float32']
+    assert last['float32'] < 0.9 * first['float32']
+    assert abs(last['bfloat16'] / last['float32'] - 1) < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', TASKS)
+def test_bfloat16_reaches_the_metric_of_float32(task, sample, tmp_path, guarded, fault_report):
+    """Two seeds each; the difference between the precisions is like that between seeds."""
+    losses, metrics = {}, {}
+    for precision in PRECISIONS:
+        for seed in (0, 1):
+            key = (precision, seed)
+            work_dir = tmp_path / f'{precision}_{seed}'
+            values, (metrics[key],) = train(task, *key, 300, sample, work_dir)
+            losses[key] = mean(values[-50:])
+            print(f'{task} {precision} seed {seed}: loss of the last 50 iterations '
+                  f'{losses[key]:.3f}, {METRICS[task]} {metrics[key]:.4g}')  # fmt: skip
+    results = {}
+    for precision in PRECISIONS:
+        results[precision] = [metrics[precision, seed] for seed in (0, 1)]
+    noise = max(abs(a - b) for a, b in results.values())
+    difference = abs(mean(results['bfloat16']) - mean(results['float32']))
+    survived = difference <= max(noise, 0.05 * mean(results['float32']))
+    fault_report(
+        'Numbers', f'300 iterations in bfloat16 ({task})', 2, 2 * survived,
+        f'{METRICS[task]} {" and ".join(f"{value:.4g}" for value in results["bfloat16"])}, in '
+        f'float32 {" and ".join(f"{value:.4g}" for value in results["float32"])}',
+    )  # fmt: skip
+    assert mean(results['float32']) > 0
+    assert survived
+
+
+def test_plain_wrapper_is_not_mixed(run):
+    """The flag changes the precision, not its absence: the other side of the tests above."""
+    runner = run('segmentation')
+    assert type(runner.build_optim_wrapper(runner.optim_wrapper)) is OptimWrapper
