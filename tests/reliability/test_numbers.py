@@ -352,7 +352,12 @@ def test_bfloat16_reaches_the_metric_of_float32(task, sample, tmp_path, guarded,
         results[precision] = [metrics[precision, seed] for seed in (0, 1)]
     noise = max(abs(a - b) for a, b in results.values())
     difference = abs(mean(results['bfloat16']) - mean(results['float32']))
-    survived = difference <= max(noise, 0.05 * mean(results['float32']))
+    # Two hundredths of AP50 is all that a network of this size learns here: the loss says more.
+    ratio = mean([losses['bfloat16', seed] for seed in (0, 1)]) / mean(
+        [losses['float32', seed] for seed in (0, 1)]
+    )
+    survived = difference <= max(noise, 0.05 * mean(results['float32']), 0.01)
+    survived &= abs(ratio - 1) < 0.05
     fault_report(
         'Numbers', f'300 iterations in bfloat16 ({task})', 2, 2 * survived,
         f'{METRICS[task]} {" and ".join(f"{value:.4g}" for value in results["bfloat16"])}, in '
