@@ -11,11 +11,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_tool
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config, ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmpretrain.structures import DataSample
 from mmseg.structures import SegDataSample
@@ -174,6 +175,68 @@ def test_config_trains_and_predicts(config):
     model.eval()
     with torch.no_grad():
         check_prediction(model, make_batch(config))
+
+
+@pytest.mark.parametrize(('name', 'host'), [('retinanet.py', 'mmdet'), ('segformer.py', 'mmseg')])
+def test_the_hosts_decay_does_not_know_the_backbone(name, host, folder, monkeypatch):
+    """Why the page names ours: when this fails, theirs has learnt to ask."""
+    monkeypatch.chdir(folder)
+    config = Config.fromfile(name)
+    init_default_scope(host)
+    with torch.device('meta'):
+        model = MODELS.build(config.model)
+    options = dict(decay_rate=0.9, decay_type='layer_wise', num_layers=12)
+    theirs = dict(constructor=f'{host}.LearningRateDecayOptimizerConstructor')
+    with pytest.raises(NotImplementedError):
+        build_optim_wrapper(model, config.optim_wrapper | theirs | dict(paramwise_cfg=options))
+
+
+@pytest.mark.parametrize('config', ['simsiam.py', 'mocov2.py'], indirect=True)
+def test_self_supervised_weights_are_pretrained_weights(config, tmp_path):
+    model = MODELS.build(config.model)
+    path = tmp_path / 'checkpoint.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    backbone = Conv2Former('tiny', out_indices=3, init_cfg=init_cfg)
+    backbone.init_weights()
+    for name, value in model.backbone.state_dict().items():
+        torch.testing.assert_close(backbone.state_dict()[name], value, rtol=0, atol=0)
+
+
+RUNS = {  # by the name of a config: the data of its recipe, and where they lie in the sample
+    'faster_rcnn.py': ('data/coco', 'coco'),
+    'deformable_detr.py': ('data/coco', 'coco'),
+    'segformer.py': ('data/ade', 'ade'),
+    'simsiam.py': ('data/imagenet', 'objects'),
+    'linear_classifier.py': ('data/imagenet', 'objects'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', RUNS)
+def test_trains_in_a_user_s_run(name, folder, sample, monkeypatch):
+    """With the recipe's own data pipeline, picture sizes, hooks and schedule, for one iteration."""
+    monkeypatch.chdir(folder)
+    link, source = (folder / RUNS[name][0], sample / RUNS[name][1])
+    if source.name == 'objects' and not source.exists():
+        run_tool('crop_objects.py', sample / 'coco', source, '--classes', 2, '--max-objects', 4,
+                 '--min-side', 12)  # fmt: skip
+    if not link.exists():
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(source)
+    config = Config.fromfile(name)
+    config.work_dir = f'work_dirs/{name}'
+    config.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    config.train_dataloader.dataset.indices = 2
+    config.train_cfg.update(dict(max_epochs=1) if 'max_epochs' in config.train_cfg else
+                            dict(max_iters=1))  # fmt: skip
+    for part in ('cfg', 'dataloader', 'evaluator'):
+        config[f'val_{part}'] = config[f'test_{part}'] = None
+    runner = Runner.from_cfg(config)
+    runner.train()
+    assert runner.iter == 1
+    assert all(torch.isfinite(value).all() for value in runner.model.state_dict().values())
+    assert len(list((folder / config.work_dir).glob('*_1.pth'))) == 1
 
 
 def test_foreign_arguments_are_refused_with_advice(folder, monkeypatch):
