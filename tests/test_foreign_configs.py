@@ -104,6 +104,15 @@ def pictures():
     return torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
 
 
+def check_normalisation(preprocessor, batch):
+    """ImageNet's mean colour, as BGR from a file, must come to the network as zeros."""
+    for picture in batch['inputs']:
+        picture.copy_(torch.tensor([104, 116, 124]).view(3, 1, 1))
+    inputs = preprocessor(batch, training=False)['inputs']
+    for normalised in inputs:
+        assert normalised.abs().max() < 0.02
+
+
 def check_detection(model, batch):
     for sample in model.test_step(batch):
         instances = sample.pred_instances
@@ -157,6 +166,7 @@ def test_config_trains_and_predicts(config):
         assert len(set(trained)) >= 4
         assert trained == sorted(trained)
         assert trained[-1] < config.optim_wrapper.optimizer.lr
+    check_normalisation(model.data_preprocessor, make_batch(config))
     model.train()
     batch = model.data_preprocessor(make_batch(config), training=True)
     loss, _ = model.parse_losses(model(**batch, mode='loss'))
