@@ -34,6 +34,14 @@ setup(
             'mmsegmentation>=1.2.2',
             'mmpretrain>=1.2.0',
         ],
-        'test': ['hypothesis', 'pytest', 'ruff', 'safetensors', 'tensorboard', 'timm'],
+        'test': [
+            'hypothesis',
+            'markdown-it-py',
+            'pytest',
+            'ruff',
+            'safetensors',
+            'tensorboard',
+            'timm',
+        ],
     },
 )
