@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from common import add_trust_argument, is_local, load_config
 from mmengine.config import Config, DictAction
 from mmengine.runner import CheckpointLoader
-from torch import Tensor, nn
+from torch import nn
 
 from mmconv2former.comparators import COMPARATORS
 from mmconv2former.weights import (
@@ -123,23 +123,3 @@ def to_deploy(model: nn.Module) -> None:
     """Gives the backbone its form for inference, if it has one."""
     if hasattr(model.backbone, 'switch_to_deploy'):
         model.backbone.switch_to_deploy()
-
-
-def parse_sizes(texts: Sequence[str]) -> list[tuple[int, int]]:
-    """Heights and widths in pixels from texts such as '224x288'.
-
-    Raises:
-        ValueError: A text is not of this form.
-    """
-    sizes = []
-    for text in texts:
-        height, _, width = text.partition('x')
-        if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-            raise ValueError(f'a size must be HEIGHTxWIDTH in pixels, such as 224x288, got {text}')
-        sizes.append((int(height), int(width)))
-    return sizes
-
-
-def tensors_of(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """The outputs of a network, however many."""
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)

@@ -1,6 +1,6 @@
 """Predicts on pictures, folders and videos with any recipe: drawings and JSON.
 
-    python tools/predict.py CONFIG CHECKPOINT photo.jpg folder 'other/*.png' film.mp4 --out predictions
+    python tools/predict.py CONFIG CHECKPOINT photo.jpg folder 'x/*.png' film.mp4 --out predictions
 
 Detection, segmentation or classification by the config, through its own test pipeline. Writes
 OUT/pictures (drawn predictions; an mp4 for a video), OUT/json, and for segmentation OUT/labels.
