@@ -17,6 +17,7 @@ import copy
 import importlib
 import importlib.util
 import json
+import logging
 import os
 import time
 import warnings
@@ -42,6 +43,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mmconv2former.weights import load_pretrained
 
@@ -201,7 +203,7 @@ class Detections(Network):
             model.roi_head._mask_forward(*stage, features, rois)['mask_preds']
             for stage in ([()] if stages is None else [(i,) for i in range(stages)])
         ]
-        index = torch.arange(len(found.labels), device=x.device)
+        index = torch.arange(found.labels.shape[0], device=x.device)
         classes = found.labels if logits[0].shape[1] > 1 else torch.zeros_like(found.labels)
         masks = torch.stack([mask[index, classes].sigmoid() for mask in logits]).mean(0)
         return *detections, masks
@@ -224,7 +226,7 @@ class EveryLevel(nn.Module):
     def forward(self, features: tuple[Tensor, ...], rois: Tensor) -> Tensor:
         layers = self.extractor.roi_layers
         levels = self.extractor.map_roi_levels(rois, len(layers))
-        pooled = rois.new_zeros(len(rois), self.out_channels, *layers[0].output_size)
+        pooled = rois.new_zeros(rois.shape[0], self.out_channels, *layers[0].output_size)
         for level, (layer, feature) in enumerate(zip(layers, features)):
             index = (levels == level).nonzero().squeeze(1)
             pooled[index] = layer(feature, rois[index])
@@ -315,9 +317,27 @@ def torchvision_nms() -> Iterator[None]:
         nms_module.NMSop = old
 
 
+class AnyNumberOfBoxes(TorchFunctionMode):
+    """Computes in another way what tracing would keep for the traced number of boxes only.
+
+    mmdet splits boxes into those of each picture, of which there is one here, and repeats each box
+    for every class, which the exporter writes box by box.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is Tensor.split and isinstance(args[1], (tuple, list)) and len(args[1]) == 1:
+            return (args[0],)
+        if function is Tensor.repeat_interleave:
+            x, times = args
+            if kwargs == dict(dim=0) and x.dim() == 2:
+                return x.repeat(1, times).view(-1, x.shape[1])
+        return function(*args, **(kwargs or {}))
+
+
 def trace(network: Network, x: Tensor) -> torch.jit.ScriptModule:
+    """The network as TorchScript."""
     if isinstance(network, Detections):
-        with torchvision_nms():
+        with torchvision_nms(), AnyNumberOfBoxes():
             return torch.jit.trace(network, x, check_trace=False)
     return torch.jit.trace(network, x, check_trace=False)
 
@@ -466,7 +486,7 @@ def check(
         For each of them `input`, `difference` and `tolerance`.
 
     Raises:
-        SystemExit: The network itself refuses a shape.
+        SystemExit: The network, or what was written of it, refuses a shape.
     """
     channels = in_channels(network)
     results = []
@@ -477,7 +497,14 @@ def check(
         except ValueError as error:
             raise SystemExit(f'error: --check-sizes {height}x{width}: {error}') from None
         comparison = compare if network.has_free_sizes else compare_detections
-        result = comparison(as_list(run(x)), expected)
+        try:
+            found = as_list(run(x))
+        except (AssertionError, RuntimeError) as error:  # guards of `torch.export`, operators
+            reason = str(error).strip().splitlines()[0]
+            raise SystemExit(
+                f'error: the exported network refuses an input of {height}x{width}: {reason}'
+            ) from None
+        result = comparison(found, expected)
         results.append(dict(input=list(x.shape)) | result)
     return results
 
@@ -524,6 +551,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--check-batches', nargs='+', type=int, default=CHECK_BATCHES, metavar='N')
     args = parser.parse_args(argv)
     check_options(parser, args)
+    # Of guards that it cannot simplify, which is no fault.
+    logging.getLogger('torch.fx.experimental.symbolic_shapes').setLevel(logging.ERROR)
     config = read_config(args)
     with checkpoint_errors():
         network = build_network(config, args.checkpoint, args.what)
@@ -589,7 +618,11 @@ def export(network: Network, args: argparse.Namespace) -> dict[str, Any]:
         warnings.simplefilter('ignore')  # of tracers, about what the comparison is for
         path = Path(folder) / args.out.name
         x = random_picture(batch, size, in_channels(network))
-        write(for_export(network, args.out.suffix == '.onnx'), x, path, args)
+        try:
+            write(for_export(network, args.out.suffix == '.onnx'), x, path, args)
+        except RuntimeError as error:  # of the exporters: something that they cannot express
+            reason = str(error).strip().splitlines()[0]
+            raise SystemExit(f'error: torch cannot write {args.out}: {reason}') from None
         seconds = time.time() - start
         checks = check(load(path), network, shapes)
         wrong = [item for item in checks if not item['difference'] <= item['tolerance']]
@@ -603,7 +636,7 @@ def export(network: Network, args: argparse.Namespace) -> dict[str, Any]:
     file: dict[str, Any] = dict(name=args.out.name, seconds=round(seconds, 1))
     if args.out.suffix == '.onnx':
         file |= dict(opset=args.opset, exporter='torch.export' if args.dynamo else 'trace')
-    sizes = 'free' if network.has_free_sizes else [batch, *size]
+    sizes = 'free' if network.has_free_sizes else list(x.shape)
     return dict(file=file, outputs=list(network.output_names), sizes=sizes, checks=checks)
 
 
