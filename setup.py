@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmconv2former/version.py').read_text())[1]
+EXPORT = ['onnx>=1.16', 'onnxruntime>=1.18', 'onnxscript']  # onnxscript for --dynamo only
 
 setup(
     name='mmconv2former',
@@ -34,6 +35,7 @@ setup(
             'mmsegmentation>=1.2.2',
             'mmpretrain>=1.2.0',
         ],
+        'export': EXPORT,
         'test': [
             'hypothesis',
             'markdown-it-py',
@@ -42,6 +44,7 @@ setup(
             'safetensors',
             'tensorboard',
             'timm',
+            *EXPORT,
         ],
     },
 )
