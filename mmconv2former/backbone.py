@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -432,7 +433,7 @@ class Conv2Former(Conv2FormerBase):
 
     Raises:
         ValueError, TypeError: An argument, or the shape of an input, is not as described above, or
-            an argument is of another backbone (`foreign`); the message says what to do.
+            there are others (`foreign`, which stands for none); the message says what to do.
 
     Source: arXiv 2211.11943; parameter names as in the published ImageNet checkpoints.
     """
@@ -454,7 +455,7 @@ class Conv2Former(Conv2FormerBase):
         recompute: str = 'elementwise',
         depthwise_conv: str = 'DepthwiseConv',
         init_cfg: dict | list[dict] | None = None,
-        **foreign: object,
+        **foreign: NoReturn,
     ) -> None:
         refuse_foreign(type(self).__name__, foreign)
         super().__init__(in_channels, drop_path_rate, out_norm, norm_eval, with_cp, init_cfg)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -128,7 +129,7 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         recompute: str = 'elementwise',
         depthwise_conv: str = 'DepthwiseConv',
         init_cfg: dict | list[dict] | None = None,
-        **foreign: object,
+        **foreign: NoReturn,
     ) -> None:
         refuse_foreign(type(self).__name__, foreign)
         super().__init__(in_channels, drop_path_rate, out_norm, norm_eval, with_cp, init_cfg)

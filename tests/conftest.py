@@ -5,6 +5,7 @@ pytest tests/reliability --slow --reliability-page docs/reliability.md
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,9 @@ from training_server import TrainingServer
 from mmconv2former.weights import TRUST_VARIABLE, admit_only_data
 
 ROOT = Path(__file__).parents[1]
-FAULTS = pytest.StashKey[list]()
+# Of the table of faults, in this order.
+AREAS = ['Killed', 'Disk', 'Data', 'Numbers', 'Checkpoints', 'Configs', 'Processes', 'Long runs',
+         'Supply chain']  # fmt: skip
 
 
 def pytest_addoption(parser):
@@ -31,10 +34,39 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes minutes; runs with --slow only')
-    config.stash[FAULTS] = []
     page = config.option.reliability_page
-    if page is not None and not page.is_file():
+    if page is None or hasattr(config, 'workerinput'):  # a worker of pytest-xdist only reports
+        return
+    if not page.is_file():
         raise pytest.UsageError(f'--reliability-page {page} does not exist')
+    config.pluginmanager.register(ReliabilityPage(page))
+
+
+class ReliabilityPage:
+    """Writes what tests entered with `fault_report` into a page."""
+
+    def __init__(self, page):
+        self.page = page
+        self.faults = []
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == 'call':
+            found = [tuple(value) for name, value in report.user_properties if name == 'fault']
+            self.faults += [(AREAS.index(area), report.nodeid, *rest) for area, *rest in found]
+
+    def pytest_sessionfinish(self):
+        lines = ['| | fault | tries | survived | what the user sees |', '|---|---|---|---|---|']
+        area_before = None
+        # Tests of several workers end in any order.
+        for area, _, fault, tries, survived, seen in sorted(self.faults, key=lambda row: row[:2]):
+            shown = seen.replace('|', '\\|').replace('\n', ' ')
+            title = f'**{AREAS[area]}**' if area != area_before else ''
+            lines.append(f'| {title} | {fault} | {tries:,} | {survived:,} | {shown} |')
+            area_before = area
+        tries, survived = (sum(row[i] for row in self.faults) for i in (3, 4))
+        lines.append(f'| **all** | {len(self.faults)} faults | {tries:,} | {survived:,} | |')
+        table = '\n'.join(lines) + '\n'
+        self.page.write_text(with_table(self.page.read_text(), 'reliability', table))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -44,20 +76,6 @@ def pytest_collection_modifyitems(config, items):
     slow = [item for item in items if item.get_closest_marker('slow')]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
-
-
-def pytest_sessionfinish(session):
-    page = session.config.option.reliability_page
-    if page is not None:
-        lines = ['| | fault | tries | survived | what the user sees |', '|---|---|---|---|---|']
-        area_before = None
-        for area, fault, tries, survived, seen in session.config.stash[FAULTS]:
-            shown = seen.replace('|', '\\|').replace('\n', ' ')
-            title = f'**{area}**' if area != area_before else ''
-            lines.append(f'| {title} | {fault} | {tries} | {survived} | {shown} |')
-            area_before = area
-        table = '\n'.join(lines) + '\n'
-        page.write_text(with_table(page.read_text(), 'reliability', table))
 
 
 @pytest.fixture
@@ -71,13 +89,14 @@ def fault_report(request):
     """Enters a fault that a test injected in the table of docs/reliability.md.
 
     `fault_report(area, fault, tries, survived, seen)`, once or more in a test, before it asserts
-    that `survived == tries`. `area` is the table's group ('Killed', 'Disk', 'Data', 'Numbers',
-    'Checkpoints', 'Configs', 'Processes', 'Long runs', 'Supply chain'), `fault` what was done,
-    `seen` what the user sees, in the program's own words.
+    that `survived == tries`. `area` is one of `AREAS`, `fault` what was done, `seen` what the user
+    sees, in the program's own words.
     """
 
     def report(area, fault, tries, survived, seen):
-        request.config.stash[FAULTS].append((area, fault, tries, survived, seen))
+        assert area in AREAS
+        seen = re.sub(r'/\S*/pytest-of-\w+/pytest-\d+(/popen-gw\d+)?', '...', seen)
+        request.node.user_properties.append(('fault', [area, fault, tries, survived, seen]))
 
     return report
 

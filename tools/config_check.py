@@ -21,7 +21,7 @@ from functools import cache
 from importlib import import_module
 from traceback import walk_tb
 from types import FunctionType, NoneType, UnionType
-from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import mmengine.registry
 from mmengine.config import Config
@@ -471,7 +471,7 @@ def arguments_of(cls: Callable) -> dict[str, Any] | None:
             return None
         names = {**named_parameters(init), **names}
         rest = rest_of(init)
-        if rest is None:
+        if rest is None or types_of(init).get(rest) is NoReturn:  # which takes no value
             break
         if not hands_on(init, rest):
             return None
@@ -488,11 +488,16 @@ def rest_of(function: FunctionType) -> str | None:
     return next((item.name for item in parameters if item.kind is item.VAR_KEYWORD), None)
 
 
-def named_parameters(function: FunctionType) -> dict[str, Any]:
+def types_of(function: FunctionType) -> dict[str, Any]:
+    """The types of a function's parameters, if all of them can be told."""
     try:
-        types = get_type_hints(function)
+        return get_type_hints(function)
     except (NameError, TypeError, AttributeError, SyntaxError):  # of names for type checkers only
-        types = {}
+        return {}
+
+
+def named_parameters(function: FunctionType) -> dict[str, Any]:
+    types = types_of(function)
     return {
         item.name: types.get(item.name, item.annotation)
         for item in inspect.signature(function).parameters.values()
