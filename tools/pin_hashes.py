@@ -14,7 +14,6 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import URLError
@@ -127,7 +126,7 @@ def release_hashes(index: str, pin: Requirement) -> list[str]:
     """Sorted SHA-256 hashes of all wheels and source distributions of a pinned release.
 
     Raises:
-        SystemExit: The index cannot be reached, or has no such release.
+        SystemExit: The index cannot be reached, has no such release, or it was withdrawn.
     """
     url = f'{index}/{canonicalize_name(pin.name)}/'
     try:
@@ -135,15 +134,13 @@ def release_hashes(index: str, pin: Requirement) -> list[str]:
             files = json.load(response)['files']
     except (URLError, TimeoutError) as error:
         raise SystemExit(f'error: {url}: {error}') from None
-    hashes = sorted(files_of_release(files, pinned_version(pin)))
-    if not hashes:
+    files = [file for file in files if file_version(file['filename']) == pinned_version(pin)]
+    if not files:
         raise SystemExit(f'error: {url} has no file of {pin}')
-    return hashes
-
-
-def files_of_release(files: Iterable[dict], version: Version) -> set[str]:
-    """SHA-256 hashes of one version among the files of a project, as PEP 691 lists them."""
-    return {file['hashes']['sha256'] for file in files if file_version(file['filename']) == version}
+    for file in files:
+        if file.get('yanked'):
+            raise SystemExit(f'error: {pin} was withdrawn ({file["yanked"]}): pin another')
+    return sorted(file['hashes']['sha256'] for file in files)
 
 
 def file_version(filename: str) -> Version | None:

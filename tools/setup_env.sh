@@ -118,7 +118,8 @@ if ! ls $WHEELS/*.whl >/dev/null 2>&1; then
 fi
 say 'installing the OpenMMLab packages and this project (about 1 minute)'
 pip_install --no-deps $WHEELS/*.whl
-pip_install --no-deps --no-build-isolation --editable .
+# without setuptools' general remarks on editable installations
+PYTHONWARNINGS=ignore pip_install --no-deps --no-build-isolation --editable .
 pip_install_pinned --no-build-isolation 'mmconv2former[onedl,test]'
 # mmsegmentation asks for the OpenCV that needs a screen's libraries (libGL); the headless one has
 # the same files without them, and is laid over it.
