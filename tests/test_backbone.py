@@ -3,10 +3,9 @@
 import copy
 import re
 
-import mmcv.ops
 import pytest
 import torch
-import torchvision.ops
+from half_precision import HALF_DTYPES
 from plain_conv2former import plain_conv2former
 from torch import nn
 
@@ -271,7 +270,7 @@ def test_frozen_stages(frozen_stages):
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)], 0.1
     )
-    outputs = model(torch.randn(2, 3, 64, 64))
+    outputs = model(torch.randn(8, 3, 64, 64))  # drop path drops no block in all of them
     if frozen_stages < 4:
         loss_of(outputs).backward()
         optimizer.step()
@@ -302,7 +301,7 @@ def test_modes_return_the_module():
     assert model.train() is model
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', HALF_DTYPES)
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_autocast(dtype, with_cp):
     model = randomized(small(with_cp=with_cp))
@@ -327,11 +326,14 @@ def test_memory_format_of_the_input_does_not_matter():
 
 def test_outputs_suit_the_roi_align_of_mmcv():
     """It reads `torch.channels_last` memory as if it were contiguous, and says nothing."""
+    # The network alone needs neither (docs/compatibility.md).
+    mmcv_ops = pytest.importorskip('mmcv.ops')
+    torchvision_ops = pytest.importorskip('torchvision.ops')
     features = randomized(small()).eval()(torch.randn(1, 3, 64, 64))[0]
     features = nn.Conv2d(8, 4, 1)(features)  # as FPN's lateral convolution
     rois = torch.tensor([[0.0, 2, 3, 12, 14]])
-    expected = torchvision.ops.roi_align(features, rois, (3, 3), aligned=True)
-    torch.testing.assert_close(mmcv.ops.roi_align(features, rois, (3, 3)), expected)
+    expected = torchvision_ops.roi_align(features, rois, (3, 3), aligned=True)
+    torch.testing.assert_close(mmcv_ops.roi_align(features, rois, (3, 3)), expected)
 
 
 def test_trace():
@@ -341,6 +343,9 @@ def test_trace():
     torch.testing.assert_close(traced(x), model(x))
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.export, 'Dim'), reason='torch < 2.2 exports with fixed shapes only'
+)
 def test_export_with_dynamic_shapes():
     model = randomized(small()).eval()
     side = 32 * torch.export.Dim('side', min=2, max=16)
