@@ -136,6 +136,7 @@ def test_form_for_inference(embedding, fusion):
 
 def test_detector_of_the_page(tmp_path):
     """The leaf of docs/classification.md: four equal maps, a pyramid of strides 4 to 64."""
+    pytest.importorskip('mmdet')  # not there where the network is tested alone
     page = (ROOT / 'docs/classification.md').read_text()
     (code,) = re.findall(r'```python\n(.*?)```', page, re.DOTALL)
     base = ROOT / 'configs/detection/mask_rcnn_conv2former_t.py'
@@ -152,6 +153,7 @@ def test_detector_of_the_page(tmp_path):
 
 
 def test_pyramid_for_segmentation():
+    pytest.importorskip('mmseg')
     config = Config.fromfile(ROOT / 'configs/segmentation/upernet_conv2former_t.py').model
     config.backbone = dict(
         type='mmconv2former.Conv2FormerIsotropic', arch=SMALL, out_indices=(0, 1, 2, 3)

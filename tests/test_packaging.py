@@ -173,7 +173,8 @@ def test_model_index_is_as_openmmlab_reads_it():
 # --------------------------------------------------------------------------------------------- mim
 QUICK = [*MODEL, *DATA_AND_SCHEDULE, 'model.backbone.arch=nano',
          'model.neck.in_channels=[64,128,256,512]', 'train_dataloader.batch_size=2',
-         'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1']  # fmt: skip
+         'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1',
+         'model.test_cfg.rcnn.score_thr=0.0']  # fmt: skip
 MIM_PACKAGES = ['openmim', 'colorama', 'tabulate', 'pandas', 'model-index', 'requests', 'urllib3',
                 'certifi', 'charset-normalizer', 'idna', 'python-dateutil']  # fmt: skip
 

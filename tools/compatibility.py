@@ -113,7 +113,7 @@ def install_pinned(text: str, names: tuple[str, ...] | list[str]) -> None:
 def install_torch(name: str, packages: list[str]) -> Path:
     environment = environment_of(name)
     venv.create(environment, with_pip=True, clear=True)
-    pip(environment, 'install', *packages, 'rich', 'pytest', 'wheel')
+    pip(environment, 'install', *packages, 'opencv-python-headless', 'rich', 'pytest')
     return environment
 
 
