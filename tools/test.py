@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--out', metavar='FILE.pkl', help='where to write the predictions')
     parser.add_argument(
-        '--show-dir', help='draw predictions beside the truth into WORK_DIR/TIME/SHOW_DIR'
+        '--show-dir',
+        help='draw predictions beside the truth into WORK_DIR/TIME/SHOW_DIR '
+        '(segmentation: WORK_DIR/SHOW_DIR/vis_data/vis_image)',
     )
     parser.add_argument('--show', action='store_true', help='show the drawings in a window')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a drawing is shown')
@@ -109,7 +111,7 @@ def draw_predictions(config: Config, args: argparse.Namespace) -> None:
         if config.get('default_scope') == 'mmdet':
             hook.test_out_dir = args.show_dir
         else:
-            config.visualizer.save_dir = args.show_dir
+            config.visualizer.save_dir = str(Path(config.work_dir, args.show_dir))
 
 
 if __name__ == '__main__':

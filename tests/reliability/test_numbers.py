@@ -337,7 +337,7 @@ def test_bfloat16_follows_float32(task, sample, tmp_path, guarded):
 @pytest.mark.slow
 @pytest.mark.parametrize('task', TASKS)
 def test_bfloat16_reaches_the_metric_of_float32(task, sample, tmp_path, guarded, fault_report):
-    """Two seeds each; the difference between the precisions is like that between seeds."""
+    """Two seeds each; bfloat16 falls short by no more than the difference between seeds."""
     losses, metrics = {}, {}
     for precision in PRECISIONS:
         for seed in (0, 1):
@@ -351,8 +351,13 @@ def test_bfloat16_reaches_the_metric_of_float32(task, sample, tmp_path, guarded,
     for precision in PRECISIONS:
         results[precision] = [metrics[precision, seed] for seed in (0, 1)]
     noise = max(abs(a - b) for a, b in results.values())
-    difference = abs(mean(results['bfloat16']) - mean(results['float32']))
-    survived = difference <= max(noise, 0.05 * mean(results['float32']))
+    shortfall = mean(results['float32']) - mean(results['bfloat16'])
+    # Two hundredths of AP50 is all that a network of this size learns here: the loss says more.
+    ratio = mean([losses['bfloat16', seed] for seed in (0, 1)]) / mean(
+        [losses['float32', seed] for seed in (0, 1)]
+    )
+    survived = shortfall <= max(noise, 0.05 * mean(results['float32']), 0.01)
+    survived &= ratio < 1.05
     fault_report(
         'Numbers', f'300 iterations in bfloat16 ({task})', 2, 2 * survived,
         f'{METRICS[task]} {" and ".join(f"{value:.4g}" for value in results["bfloat16"])}, in '
