@@ -178,7 +178,11 @@ BAD_ARGUMENTS = [
     (dict(arch=dict(depth=3)), ValueError, "arch as a dict must have 'channels'"),
     (dict(arch=dict(channels=8, depths=3)), ValueError, "arch as a dict .* got .*'depths'"),
     (dict(arch=dict(channels=10)), ValueError, 'multiple of 4.* got 10'),
-    (dict(arch=dict(channels=8, depth=0)), ValueError, r"arch\['depth'\] must be at least 1, got"),
+    (
+        dict(arch=dict(channels=8, depth=0)),
+        ValueError,
+        r"arch\['depth'\] must be from 1 to 1000, got",
+    ),
     (dict(patch_embedding='stem'), ValueError, 'patch_embedding must be one of plain, conv, got'),
     (dict(kernel_size=4), ValueError, 'kernel_size must be odd, got 4'),
     (dict(out_indices=18), ValueError, 'out_indices must be from -18 to 17, got 18'),
