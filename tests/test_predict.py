@@ -239,10 +239,11 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(checkpoints, folder, 
     assert 'a.jpg: cannot be read: cannot identify' in message
     assert 'cut off.jpg: cannot be read: image file is truncated' in message
     assert 'film.mp4: cannot be read: OpenCV finds no frames' in message
-    assert 'thin.png: input must be at least 32x32 pixels' in message
-    assert len(message.splitlines()) == 5
-    assert '2 of 6 inputs predicted' in capsys.readouterr().out
-    assert len(list((tmp_path / 'out/json').rglob('*.json'))) == 2
+    assert len(message.splitlines()) == 4
+    assert '3 of 6 inputs predicted' in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / 'out/json').rglob('*.json')}
+    assert len(names) == 3
+    assert 'thin.json' in names  # padded to the least that the backbone takes
 
 
 def test_inputs(folder, tmp_path, monkeypatch):

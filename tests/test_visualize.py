@@ -360,8 +360,9 @@ def test_predictions_beside_the_truth(kind, untrained, sample, tmp_path, capsys,
         type='RepeatDataset', times=2, dataset=wrapped.train_dataloader.dataset
     )
     wrapped.dump(tmp_path / 'wrapped.py')
+    inside = [option for option in options if not option.startswith('train_dataloader.dataset')]
     visualize.main([command[0], str(tmp_path / 'wrapped.py'), *command[2:], '--split', 'train',
-                    '--indices', '7', '--cfg-options', *options])  # fmt: skip
+                    '--indices', '7', '--cfg-options', *inside])  # fmt: skip
     assert [name for name, _ in drawn] == ['000000000008.jpg']
     with pytest.raises(SystemExit, match='error: --indices must be from 0 to 5, got 6'):
         visualize.main([*command, '--indices', '6', '--cfg-options', *options])
@@ -411,7 +412,7 @@ def test_a_folder_without_images(tmp_path):
         ('modulation {model} --image {images}/colour.jpg --channels 8',
          'channel must be from 0 to 7 in stages.0.1, got 8'),
         ('kernels {images}/notes.txt', 'notes.txt.* cannot be read'),
-        ('predictions none.py {model}', 'config none.py does not exist'),
+        ('predictions none.py {model}', 'config none.py: it does not exist'),
         ('predictions configs/classification/conv2former_n_in1k.py {model}', 'is of mmpretrain'),
     ],
 )  # fmt: skip

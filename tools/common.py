@@ -56,9 +56,26 @@ class OptionsAction(DictAction):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of both tools."""
+    """Adds the arguments of a run: of train.py and test.py."""
+    add_config_arguments(parser)
     parser.add_argument('--work-dir', help='for logs and checkpoints (default: work_dirs/CONFIG)')
+    add_data_root_argument(parser)
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='how the processes of a distributed run are started',
+    )
+    # Launchers older than torchrun pass the rank as an argument.
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def add_data_root_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--data-root', help="where the data lie, instead of the config's data_root")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what every tool takes that reads a config; those of a run get values that do nothing."""
     parser.add_argument(
         '--backbone',
         choices=list(COMPARATORS),
@@ -74,17 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='change the config: a.b=1, a.0.b=x for an item of a list, "a=[(1,2),(3,4)]"',
     )
     parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='how the processes of a distributed run are started',
-    )
-    parser.add_argument(
         '--traceback', action='store_true', help='show where an error of the config comes from'
     )
-    # Launchers older than torchrun pass the rank as an argument.
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     add_trust_argument(parser)
+    parser.set_defaults(work_dir=None, data_root=None, launcher='none', local_rank=0)
 
 
 def add_trust_argument(parser: argparse.ArgumentParser) -> None:

@@ -130,8 +130,11 @@ def merge_options(config: Config, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: A place is not there, or its name is one slip away from one that is.
     """
+    mark = '._delete_'  # replaces what is there as a whole, of whatever type
+    replaced = {path.removesuffix(mark) for path in options if path.endswith(mark)}
     for path, value in options.items():
-        check_option(config, path, value)
+        if not any(path.startswith(f'{other}.') for other in replaced):
+            check_option(config, path, value)
     try:
         config.merge_from_dict(dict(options))
     except (KeyError, TypeError, AttributeError) as error:

@@ -30,9 +30,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import checkpoint_errors
+from common import run_errors
 from inference import (
-    load_whole_model,
     one_of,
     parser_of,
     read_config,
@@ -45,7 +44,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mmconv2former.weights import load_pretrained
+from mmconv2former.weights import load_model, load_pretrained
 
 TOLERANCE = 1e-4  # of the largest difference, as a share of the largest value if that is above 1
 LABEL_TOLERANCE = 1e-3  # share of the pixels: where two classes are as likely, rounding decides
@@ -267,7 +266,7 @@ def build_network(config: Config, checkpoint: str, what: str) -> Network:
     if config.get('data_preprocessor') is not None:  # mmpretrain's configs have it beside
         settings.setdefault('data_preprocessor', config.data_preprocessor)
     model = MODELS.build(settings)
-    load_whole_model(model, read_weights(checkpoint), checkpoint)
+    load_model(model, read_weights(checkpoint), checkpoint, whole=True)
     if networks[what] is Detections and not (model.with_rpn and model.with_roi_head):
         raise SystemExit(
             f'error: --what model: {config.model.type} is no two-stage detector; '
@@ -554,7 +553,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Of guards that it cannot simplify, which is no fault.
     logging.getLogger('torch.fx.experimental.symbolic_shapes').setLevel(logging.ERROR)
     config = read_config(args)
-    with checkpoint_errors():
+    with run_errors(args.traceback):
         network = build_network(config, args.checkpoint, args.what)
     report = export(network, args)
     report |= dict(config=args.config, checkpoint=args.checkpoint, what=args.what)

@@ -24,14 +24,16 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from common import checkpoint_errors
-from inference import load_whole_model, one_of, parser_of, read_config, read_weights, to_deploy
+from common import run_errors
+from inference import one_of, parser_of, read_config, read_weights, to_deploy
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import Progress
+
+from mmconv2former.weights import load_model
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
@@ -81,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.score_thr is not None and predictor_type is not Detector:
         parser.error('--score-thr is for detectors only')
 
-    with checkpoint_errors():
+    with run_errors(args.traceback):
         predictor = predictor_type(config, args.checkpoint, device)
     if args.score_thr is not None:
         predictor.score_thr = args.score_thr
@@ -196,7 +198,7 @@ class WholeCheckpoint:
     default_meta: dict[str, Any]
 
     def _load_weights_to_model(self, model: torch.nn.Module, content: dict, config: Config) -> None:
-        load_whole_model(model, content, self.checkpoint)
+        load_model(model, content, self.checkpoint, whole=True)
         meta = content.get('meta') or {}
         dataset_meta = meta.get('dataset_meta') or self.default_meta
         meta = dict(meta, dataset_meta={key.lower(): v for key, v in dataset_meta.items()})
@@ -342,7 +344,7 @@ class Classifier(Predictor):
         progress.disable_progress_bar = True  # there is one already
         content = read_weights(checkpoint)
         model = get_model(config, pretrained=False, device=device)
-        load_whole_model(model, content, checkpoint)
+        load_model(model, content, checkpoint, whole=True)
         meta = (content.get('meta') or {}).get('dataset_meta') or self.dataset.metainfo
         classes = meta.get('classes') or [str(i) for i in range(model.head.num_classes)]
         inferencer = ImageClassificationInferencer(model, classes=classes)

@@ -30,12 +30,19 @@ import numpy as np
 import plot_curves
 import torch
 import torch.nn.functional as F
-from common import add_trust_argument, check_files, guard_checkpoints, load_config
+from common import (
+    add_config_arguments,
+    add_data_root_argument,
+    add_trust_argument,
+    check_files,
+    guard_checkpoints,
+    load_config,
+)
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
@@ -713,15 +720,9 @@ def add_predictions_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--count', type=positive_int, default=6, help='images, evenly spaced')
     parser.add_argument('--indices', type=int, nargs='+', help='these images of the split instead')
     parser.add_argument('--score', type=float, default=0.3, help='least score of a drawn object')
-    parser.add_argument('--data-root', help="where the data lie, instead of the config's data_root")
-    parser.add_argument('--backbone', choices=list(COMPARATORS), metavar='NAME',
-                        help='as tools/test.py takes it')  # fmt: skip
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={},
-                        metavar='KEY=VALUE', help='change the config')  # fmt: skip
-    # What `load_config` wants to know of a run.
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+    add_config_arguments(parser)
+    add_data_root_argument(parser)
     add_device_argument(parser)
-    add_trust_argument(parser)
     parser.add_argument('--out', type=picture_path, default='predictions.jpg')
 
 

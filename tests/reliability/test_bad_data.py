@@ -361,7 +361,7 @@ def test_killed_data_worker(sample, fault_report):
     loader = loader_of('segmentation', sample / DATA['segmentation'][1], 'train', workers=2)
     loader.dataset.pipeline.transforms.append(kill_worker)
     words = r'error: DataLoader worker .*Fewer workers'
-    with pytest.raises(SystemExit, match=words) as error, run_errors():
+    with pytest.raises(SystemExit, match=words) as error, run_errors(traceback=False):
         next(iter(loader))
     message = re.sub(r'pid(\(s\))? [\d, ]+', 'pid N', str(error.value))
     fault_report('Data', 'a data worker is killed (out of memory)', 1, 1, message)
