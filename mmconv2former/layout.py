@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+if hasattr(torch.compiler, 'is_compiling'):  # torch >= 2.3
+    from torch.compiler import is_compiling
+else:
+    from torch._utils import is_compiling
+
 
 def to_channels_first(x: Tensor) -> Tensor:
     """(N, H, W, C) -> (N, C, H, W), a view; of a contiguous tensor it is `torch.channels_last`."""
@@ -18,7 +23,7 @@ def to_channels_last(x: Tensor) -> Tensor:
 
 def is_captured() -> bool:
     """Whether a graph is being made of what runs: there only stock operators belong."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return torch.jit.is_tracing() or is_compiling()
 
 
 def is_cpu_float32(x: Tensor) -> bool:

@@ -4,7 +4,8 @@ Published Conv2Former checkpoints are timm training dictionaries (a `state_dict`
 and `argparse.Namespace`); others come from mmpretrain, mmdet or mmseg (`backbone.` in front of
 each key), are plain state dicts or safetensors. Pickles are read with
 `torch.load(weights_only=True)` and a short list of what may be rebuilt, so that nothing in a file
-is executed. The order here: reading, recognising a network by its shapes, loading into a module.
+is executed (with torch < 2.5: `data_pickle.py`). The order here: reading, recognising a network by
+its shapes, loading into a module.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shutil
 import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -36,8 +37,11 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
+from .data_pickle import DataPickle
+
 TRUST_VARIABLE = 'MMCONV2FORMER_TRUST_CHECKPOINTS'
 SECONDS_WITHOUT_ANSWER = 20  # of a host that a checkpoint is loaded from
+FORCE_VARIABLE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # torch's own
 
 HOW_TO_GET_WEIGHTS = (
     'The published weights are ImageNet checkpoints linked from the README of '
@@ -164,10 +168,7 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
                     level=logging.WARNING,
                 )
                 return torch.load(path, map_location, weights_only=False)
-            # torch < 2.5 cannot be told what to admit; it refuses what is not plain.
-            safe_globals = getattr(torch.serialization, 'safe_globals', lambda _: nullcontext())
-            with safe_globals(SAFE_GLOBALS):
-                return torch.load(path, map_location, weights_only=True)
+            return load_data(path, map_location)
     except UNREADABLE as error:
         raise CheckpointError(
             f'checkpoint {checkpoint!r} cannot be read: {reason_of(error)}'
@@ -192,6 +193,21 @@ def local_file(checkpoint: str) -> Iterator[str]:
         ):
             shutil.copyfileobj(answer, file)
         yield path
+
+
+def load_data(path: str, map_location: Any) -> Any:
+    """`torch.load` of data alone: plain containers, tensors and `SAFE_GLOBALS`."""
+    if hasattr(torch.serialization, 'safe_globals'):  # torch >= 2.5
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
+            return torch.load(path, map_location, weights_only=True)
+    forced = os.environ.pop(FORCE_VARIABLE, None)  # torch would refuse another module than its own
+    try:
+        return torch.load(
+            path, map_location, pickle_module=DataPickle(SAFE_GLOBALS), weights_only=False
+        )
+    finally:
+        if forced is not None:
+            os.environ[FORCE_VARIABLE] = forced
 
 
 def check_download(path: str) -> None:
@@ -249,7 +265,7 @@ def admit_only_data() -> None:
     """
     if not trusts_checkpoints():
         os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)  # torch refuses to have both
-        os.environ['TORCH_FORCE_WEIGHTS_ONLY_LOAD'] = '1'
+        os.environ[FORCE_VARIABLE] = '1'
     files = ['', 'http://', 'https://', r'(\S+\:)?s3://', r'(\S+\:)?petrel://']
     zoos = ['modelzoo://', 'torchvision://', 'open-mmlab://', 'openmmlab://', 'mmcls://', 'pavi://']
     CheckpointLoader.register_scheme(files, load_from_checked_file, force=True)

@@ -3,10 +3,10 @@
 import copy
 import re
 
-import mmcv.ops
 import pytest
 import torch
-import torchvision.ops
+from half_precision import HALF_DTYPES
+from mmengine.utils import digit_version
 from plain_conv2former import plain_conv2former
 from torch import nn
 
@@ -271,7 +271,7 @@ def test_frozen_stages(frozen_stages):
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad] or [torch.zeros(1)], 0.1
     )
-    outputs = model(torch.randn(2, 3, 64, 64))
+    outputs = model(torch.randn(8, 3, 64, 64))  # drop path drops no block in all of them
     if frozen_stages < 4:
         loss_of(outputs).backward()
         optimizer.step()
@@ -302,7 +302,7 @@ def test_modes_return_the_module():
     assert model.train() is model
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', HALF_DTYPES)
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_autocast(dtype, with_cp):
     model = randomized(small(with_cp=with_cp))
@@ -327,11 +327,14 @@ def test_memory_format_of_the_input_does_not_matter():
 
 def test_outputs_suit_the_roi_align_of_mmcv():
     """It reads `torch.channels_last` memory as if it were contiguous, and says nothing."""
+    # The network alone needs neither (docs/compatibility.md).
+    mmcv_ops = pytest.importorskip('mmcv.ops')
+    torchvision_ops = pytest.importorskip('torchvision.ops')
     features = randomized(small()).eval()(torch.randn(1, 3, 64, 64))[0]
     features = nn.Conv2d(8, 4, 1)(features)  # as FPN's lateral convolution
     rois = torch.tensor([[0.0, 2, 3, 12, 14]])
-    expected = torchvision.ops.roi_align(features, rois, (3, 3), aligned=True)
-    torch.testing.assert_close(mmcv.ops.roi_align(features, rois, (3, 3)), expected)
+    expected = torchvision_ops.roi_align(features, rois, (3, 3), aligned=True)
+    torch.testing.assert_close(mmcv_ops.roi_align(features, rois, (3, 3)), expected)
 
 
 def test_trace():
@@ -341,6 +344,10 @@ def test_trace():
     torch.testing.assert_close(traced(x), model(x))
 
 
+@pytest.mark.skipif(
+    digit_version(torch.__version__) < digit_version('2.5'),
+    reason='torch < 2.5 exports with a fixed batch',
+)
 def test_export_with_dynamic_shapes():
     model = randomized(small()).eval()
     side = 32 * torch.export.Dim('side', min=2, max=16)
@@ -382,16 +389,16 @@ BAD_ARGUMENTS = [
     (dict(arch=dict(depths=[1], channels=[8], width=3)), ValueError, "arch .* got .*'width'"),
     (dict(arch=dict(depths=[1, 1], channels=[8])), ValueError, 'one value a stage'),
     (dict(arch=dict(depths=[], channels=[])), ValueError, 'one value a stage'),
-    (dict(arch=dict(depths=[0], channels=[8])), ValueError, r"\['depths'\] .* at least 1, got 0"),
+    (dict(arch=dict(depths=[0], channels=[8])), ValueError, 'from 1 to 1000, got 0'),
     (dict(arch=dict(depths=[1.5], channels=[8])), TypeError, r"arch\['depths'\] .* got 1.5"),
     (dict(arch=dict(depths=3, channels=[8])), TypeError, r"arch\['depths'\] .* sequence .* got 3"),
     (dict(arch=dict(depths=[1], channels=[7])), ValueError, 'even number'),
     (dict(arch=dict(depths=[1], channels=[8], kernel_size=4)), ValueError, 'odd, got 4'),
     (dict(kernel_size=10), ValueError, 'kernel_size must be odd, got 10'),
-    (dict(kernel_size=-3), ValueError, 'kernel_size must be at least 1, got -3'),
-    (dict(kernel_size=0), ValueError, 'kernel_size must be at least 1, got 0'),
-    (dict(kernel_size=7.0), TypeError, 'kernel_size must be an int at least 1, got 7.0'),
-    (dict(kernel_size='7'), TypeError, "kernel_size must be an int at least 1, got '7'"),
+    (dict(kernel_size=-3), ValueError, 'kernel_size must be from 1 to 999, got -3'),
+    (dict(kernel_size=0), ValueError, 'kernel_size must be from 1 to 999, got 0'),
+    (dict(kernel_size=7.0), TypeError, 'kernel_size must be an int from 1 to 999, got 7.0'),
+    (dict(kernel_size='7'), TypeError, "kernel_size must be an int from 1 to 999, got '7'"),
     (dict(kernel_size=(7, 7)), ValueError, r'kernel_size .* each of 4 stages, got \(7, 7\)'),
     (dict(out_indices=4), ValueError, 'out_indices must be from -4 to 3, got 4'),
     (dict(out_indices=(0, -5)), ValueError, 'out_indices must be from -4 to 3, got -5'),
@@ -409,7 +416,7 @@ BAD_ARGUMENTS = [
     (dict(mlp_ratio=0), ValueError, 'mlp_ratio must be above 0, got 0'),
     (dict(fusion='max'), ValueError, "fusion must be one of hadamard, .*linear, got 'max'"),
     (dict(fusion=['sum']), ValueError, r"fusion must be one of .* got \['sum'\]"),
-    (dict(in_channels=0), ValueError, 'in_channels must be at least 1, got 0'),
+    (dict(in_channels=0), ValueError, 'in_channels must be from 1 to 65536, got 0'),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from half_precision import HALF_DTYPES
 from torch import nn
 
 from mmconv2former import depthwise
@@ -57,7 +58,7 @@ def test_parts_do_not_matter(cache_bytes, monkeypatch):
     torch.testing.assert_close(weight_gradient(x, grad, 11), expected)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', HALF_DTYPES)
 def test_half_precision_by_products(dtype, monkeypatch):
     """Not chosen there, but right where a user asks for it."""
     monkeypatch.setattr(depthwise, 'weight_gradient_method', 'products')

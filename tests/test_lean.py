@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from half_precision import HALF_DTYPES, needs_float16
 from plain_conv2former import plain_conv2former
 from test_backbone import SMALL_ARCHS, compare_with_plain, loss_of, randomized, relative_error
 from torch import nn
@@ -52,7 +53,7 @@ def test_less_and_less_is_kept():
 
 
 @pytest.mark.parametrize('recompute', RECOMPUTE[1:])
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', HALF_DTYPES)
 def test_half_precision(recompute, dtype):
     """As close to float64 as stock autograd under the same autocast, within a factor of two."""
     torch.manual_seed(0)
@@ -69,6 +70,7 @@ def test_half_precision(recompute, dtype):
         assert found[name].dtype == torch.float32
 
 
+@needs_float16
 @pytest.mark.parametrize('recompute', RECOMPUTE)
 def test_float16_does_not_overflow_with_large_inputs(recompute):
     model = Conv2Former(ARCH, recompute=recompute, layer_scale_init_value=1.0)
@@ -77,6 +79,7 @@ def test_float16_does_not_overflow_with_large_inputs(recompute):
     assert all(torch.isfinite(gradient).all() for gradient in found.values())
 
 
+@needs_float16
 @pytest.mark.parametrize('recompute', RECOMPUTE)
 def test_float16_does_not_vanish_with_the_initial_layer_scale(recompute):
     """With the loss scaled as GradScaler does, all parameters get a gradient through the 1e-6."""

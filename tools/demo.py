@@ -21,6 +21,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
+from mmengine.utils import digit_version
 
 WORK_DIR = Path('work_dirs/demo')
 CONFIG = 'configs/detection/mask_rcnn_conv2former_t.py'
@@ -45,6 +47,7 @@ MODEL = [  # a smaller, faster model around the same backbone, from random weigh
     'model.test_cfg.rpn.nms_pre=300',
     'model.test_cfg.rpn.max_per_img=100',
 ]
+IS_FUSED = digit_version(torch.__version__) >= digit_version('2.4')  # on a CPU
 DATA_AND_SCHEDULE = [
     'test_dataloader.dataset.pipeline.1.scale=(128,128)',
     'val_dataloader.dataset.pipeline.1.scale=(128,128)',
@@ -56,7 +59,7 @@ DATA_AND_SCHEDULE = [
     'test_dataloader.num_workers=1',
     'param_scheduler.0.end=60',
     'optim_wrapper.optimizer.lr=4e-4',
-    'optim_wrapper.optimizer.fused=True',
+    f'optim_wrapper.optimizer.fused={IS_FUSED}',
     'optim_wrapper.paramwise_cfg.decay_rate=1.0',
     'default_hooks.logger.interval=20',
 ]

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
 # Creates the environment that `make` uses, in .venv: every package at the version of
-# constraints.txt, mmcv with its compiled ops, and this project (editable).
+# constraints.txt with the hash that stands there, mmcv with its compiled ops, and this project
+# (editable).
 #
 #   tools/setup_env.sh              # Python from $PYTHON, else the first of 3.11, 3.12, 3.10
 #
 # Safe to run twice, and after an interruption at any point. The same by hand: README, Installation.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd -- "$(dirname -- "$0")/.."
 
 VENV=.venv
 WHEELS=$VENV/wheels           # mmcv's wheel, once it is built
 INSTALLING=$VENV/.installing  # there while pip writes: an environment left so is made anew
 STAMP=$VENV/.complete         # holds the fingerprint of what was installed
 # what mmcv and the other source distributions need to be built without isolation, beside torch
-BUILD_PACKAGES=(pip setuptools wheel ninja packaging numpy click)
+BUILD_PACKAGES=(setuptools wheel ninja packaging numpy click)
 
 say() { printf '[setup %4ds] %s\n' "$SECONDS" "$*"; }
 die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
@@ -51,20 +52,30 @@ int main() { return std::optional<int>(0).value(); }' |
     die "$needed_mib MiB of disk are needed in $PWD, $free_mib MiB are free"
 }
 
+pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+
+# Without constraints for what lies here already, as there are no hashes of it.
 pip_install() {
   touch $INSTALLING
-  $VENV/bin/python -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt "$@"
+  pip install --quiet "$@"
   rm $INSTALLING
+}
+
+pip_install_pinned() { pip_install --constraint constraints.txt "$@"; }
+
+# The pip that comes with Python may be too old to check the hashes of constraints, but it knows them
+# in requirements.
+install_pip() {
+  sed -n '/^pip==/,/[^\\]$/p' constraints.txt >$VENV/pip.txt
+  pip_install --require-hashes --requirement $VENV/pip.txt
 }
 
 build_mmcv() {  # further arguments for pip
   rm -rf $WHEELS $WHEELS.new
   # -g0 -O2 compiles in half the time to a twentieth of the size. With build isolation, mmcv would
   # not see torch and would be built without its ops.
-  CFLAGS="${CFLAGS:--g0 -O2}" MAX_JOBS="${MAX_JOBS:-$(nproc)}" $VENV/bin/python -m pip wheel \
-    --quiet --disable-pip-version-check --no-deps --no-build-isolation --constraint constraints.txt \
-    --wheel-dir $WHEELS.new "$@" onedl-mmcv
+  CFLAGS="${CFLAGS:--g0 -O2}" MAX_JOBS="${MAX_JOBS:-$(nproc)}" pip wheel --quiet --no-deps \
+    --no-build-isolation --constraint constraints.txt --wheel-dir $WHEELS.new "$@" onedl-mmcv
   mv $WHEELS.new $WHEELS
 }
 
@@ -97,19 +108,22 @@ if [ -e $STAMP ]; then  # made from other pins
   rm -rf $WHEELS $STAMP
 fi
 say 'installing torch (about 1 minute, 2.5 GB of downloads the first time)'
-pip_install "${BUILD_PACKAGES[@]}"
-pip_install torch torchvision
+install_pip
+pip_install_pinned "${BUILD_PACKAGES[@]}"
+pip_install_pinned torch torchvision
 
 if ! ls $WHEELS/*.whl >/dev/null 2>&1; then
   say 'building mmcv with its ops (about 8 minutes on 2 cores, seconds if pip has the wheel)'
   build_mmcv
 fi
 say 'installing the OpenMMLab packages and this project (about 1 minute)'
-pip_install $WHEELS/*.whl
-pip_install --no-build-isolation --editable '.[onedl,test]'
+pip_install --no-deps $WHEELS/*.whl
+# without setuptools' general remarks on editable installations
+PYTHONWARNINGS=ignore pip_install --no-deps --no-build-isolation --editable .
+pip_install_pinned --no-build-isolation 'mmconv2former[onedl,test]'
 # mmsegmentation asks for the OpenCV that needs a screen's libraries (libGL); the headless one has
 # the same files without them, and is laid over it.
-pip_install --force-reinstall --no-deps opencv-python-headless
+pip_install_pinned --force-reinstall --no-deps opencv-python-headless
 
 say "checking mmcv's ops (NMS, RoIAlign)"
 if ! check_ops; then

