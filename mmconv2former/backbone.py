@@ -95,6 +95,7 @@ class BlockOptions:
 
     @property
     def depthwise_type(self) -> Callable[[int, int], nn.Module] | None:
+        """The class of `depthwise_conv`, None if no module of that name is registered."""
         if not isinstance(self.depthwise_conv, str):
             raise TypeError(f'depthwise_conv must be a str, got {self.depthwise_conv!r}')
         try:
@@ -695,6 +696,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
 
 
 def is_sequence(value: object) -> bool:
+    """Whether a value is a sequence, of which a text is none here."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 

@@ -181,6 +181,7 @@ def check_files(
 
 
 def text(size: tuple[int, int]) -> str:
+    """A width and height for a message."""
     return f'{size[0]}x{size[1]}'
 
 

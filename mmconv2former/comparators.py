@@ -52,6 +52,7 @@ def locate_convnext(name: str) -> Location:
 
 
 def locate_swin(name: str) -> Location:
+    """Stage and block of a parameter of mmpretrain's Swin."""
     match name.split('.'):
         case ['patch_embed', *_]:
             return STEM
@@ -63,6 +64,7 @@ def locate_swin(name: str) -> Location:
 
 
 def locate_replknet(name: str) -> Location:
+    """Stage and block of a parameter of mmpretrain's RepLKNet; a block is two of its blocks."""
     match name.split('.'):
         case ['stem', *_]:
             return STEM
@@ -74,6 +76,7 @@ def locate_replknet(name: str) -> Location:
 
 
 def locate_efficientnet(name: str) -> Location:
+    """Stage and block of a parameter of mmpretrain's EfficientNet."""
     match name.split('.'):
         case ['layers', '0' | '1', *_]:  # all before stride 4
             return STEM
@@ -93,6 +96,7 @@ def locate_vit(name: str) -> Location:
 
 
 def locate_focalnet(name: str) -> Location:
+    """Stage and block of a parameter of timm's FocalNet."""
     match name.split('.'):
         case ['stem', *_]:
             return STEM
@@ -104,6 +108,7 @@ def locate_focalnet(name: str) -> Location:
 
 
 def locate_coatnet(name: str) -> Location:
+    """Stage and block of a parameter of timm's CoAtNet."""
     match name.split('.'):
         case ['stem', *_]:
             return STEM
@@ -268,10 +273,12 @@ class Variant:
 
     @property
     def linear_channels(self) -> int:
+        """Channels before the last linear layer of its classifier."""
         return self.classifier_channels or self.channels[-1]
 
 
 def doubled(channels: int) -> tuple[int, int, int, int]:
+    """Channels of four stages that double from each to the next."""
     return channels, 2 * channels, 4 * channels, 8 * channels
 
 

@@ -10,6 +10,7 @@ stock operator where `has_fast_weight_gradient` chooses it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -113,13 +114,13 @@ class DepthwiseConvFunction(torch.autograd.Function):
     """`depthwise_conv` with the gradients of `depthwise_conv_backward`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return depthwise_conv(x, weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return depthwise_conv_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad)
 
 

@@ -106,6 +106,7 @@ def check_weights(runner: Runner) -> None:
 
 
 def last_good_checkpoint(runner: Runner) -> str:
+    """Which checkpoint a run can go on from, for a message."""
     checkpoint = find_latest_checkpoint(runner.work_dir)
     return f'last good checkpoint: {checkpoint}' if checkpoint else 'no checkpoint was saved yet'
 
@@ -133,11 +134,13 @@ def image_paths(data_batch: Any) -> list[str]:
 
 
 def path_of(sample: Any) -> str | None:
+    """The file of the image of a sample, if the sample names it."""
     path = getattr(sample, 'img_path', None)
     return None if path is None else str(path)
 
 
 def flat(items: Iterable) -> Iterable:
+    """Items of lists and tuples within lists and tuples, one after another."""
     for item in items:
         if isinstance(item, (list, tuple)):
             yield from flat(item)

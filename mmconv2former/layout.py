@@ -32,6 +32,7 @@ def is_cpu_float32(x: Tensor) -> bool:
 
 
 def is_cpu_autocast() -> bool:
+    """Whether mixed precision is on for a CPU."""
     if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4
         return torch.is_autocast_enabled('cpu')
     return torch.is_autocast_cpu_enabled()

@@ -10,6 +10,8 @@ LayerNorm in the dtype of its input; gradients of biases are summed in float32.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,7 +48,9 @@ class ModulationFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, eps: float, scale: Tensor | None, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, eps: float, scale: Tensor | None, *parameters: Tensor
+    ) -> Tensor:
         dtype = autocast_dtype(x)
         with without_autocast(x):
             prepared = ModulationFunction.prepare(scale, parameters, dtype)
@@ -72,7 +76,7 @@ class ModulationFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, pair, mixed, scale, *rest = ctx.saved_tensors
         parameters, prepared = rest[:10], rest[10:]
         dtype = pair.dtype
@@ -108,7 +112,12 @@ class FeedForwardFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, eps: float, keep_hidden: bool, scale: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        eps: float,
+        keep_hidden: bool,
+        scale: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         dtype = autocast_dtype(x)
         with without_autocast(x):
@@ -136,7 +145,7 @@ class FeedForwardFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mixed, hidden, scale, *rest = ctx.saved_tensors
         parameters, prepared = rest[:8], rest[8:]
         dtype = mixed.dtype

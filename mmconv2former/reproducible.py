@@ -84,6 +84,7 @@ class PositionedSampler(Sampler):
 
     @property
     def is_infinite(self) -> bool:
+        """Whether samples come without an end, as for a run of iterations."""
         return type(self.sampler) is InfiniteSampler
 
     def __iter__(self) -> Iterator[SampleIndex]:

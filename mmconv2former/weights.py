@@ -688,6 +688,7 @@ def needed_to_tune(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 
 
 def of_backbone(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a whole model's state dict that is its backbone's, without the prefix."""
     return {n[len(BACKBONE) :]: value for n, value in state_dict.items() if n.startswith(BACKBONE)}
 
 
@@ -810,4 +811,5 @@ class LoadsPretrained:
 
 
 def is_pretrained(init_cfg: Mapping) -> bool:
+    """Whether an `init_cfg` loads a checkpoint."""
     return init_cfg['type'] in ('Pretrained', PretrainedInit)

@@ -30,11 +30,12 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -73,11 +74,11 @@ class PlainConv2Former(nn.Module):
 
 
 def stock_batch_norm(x: Tensor, p: dict[str, Tensor], name: str, training: bool) -> Tensor:
-    statistics = [p[f'{name}.running_mean'], p[f'{name}.running_var']]
-    return F.batch_norm(x, *statistics, p[f'{name}.weight'], p[f'{name}.bias'], training)
+    mean, var = p[f'{name}.running_mean'], p[f'{name}.running_var']
+    return F.batch_norm(x, mean, var, p[f'{name}.weight'], p[f'{name}.bias'], training)
 
 
-def build_conv2former(arch: str, deploy: bool = False, **options) -> nn.Module:
+def build_conv2former(arch: str, deploy: bool = False, **options: Any) -> nn.Module:
     model = Conv2Former(arch, layer_scale_init_value=1.0, **options)
     return model.switch_to_deploy() if deploy else model
 
@@ -247,7 +248,7 @@ def build_fake(spec: str, mode: FakeTensorMode) -> nn.Module:
     model = build(spec)
     fakes: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        fake = mode.from_tensor(tensor.detach())
+        fake: Tensor = mode.from_tensor(tensor.detach())
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         fakes[id(tensor)] = fake
@@ -305,7 +306,9 @@ class TrafficCounter(TorchDispatchMode):
         self.launches = 0
         self.bytes = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         returns = function._schema.returns
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
@@ -416,7 +419,7 @@ def bench(rounds: int, runs: int) -> tuple[str, list[Result]]:
     for _ in range(runs):
         training = measure(specs, SPEED, rounds, ['training'])
         inference = measure([*PLAIN, DEFAULT, DEPLOYED, RIVAL], SPEED, rounds, ['inference'])
-        values: dict[str, dict[str, float]] = {
+        values: dict[str, Mapping[str, float]] = {
             'training': {result.model: statistics.median(result.training) for result in training},
             'inference': {
                 result.model: statistics.median(result.inference) for result in inference
@@ -455,7 +458,8 @@ def verdict(ratios: list[float], must: float | None, aim: float | None) -> str:
 
 def count_table(specs: list[str], setting: Setting) -> str:
     """Operators launched and bytes moved, and their ratios to the first model."""
-    rows, first = [], {}
+    rows = []
+    first: dict[bool, tuple[int, int]] = {}
     for spec in specs:
         cells = [f'`{spec}`']
         for training in (True, False):
@@ -601,7 +605,7 @@ def main() -> None:
         medians = f'{SPEED}, medians of {args.rounds} rounds\n\n{goals}\n\nThe last run:\n\n'
         show('goals', title + medians + describe(results, rate), args.page)
     if args.json is not None:
-        content = {'setting': str(setting), 'machine': machine(rate)}
+        content: dict[str, Any] = {'setting': str(setting), 'machine': machine(rate)}
         content['results'] = [asdict(result) for result in results]
         args.json.write_text(json.dumps(content, indent=1) + '\n')
 

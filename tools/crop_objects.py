@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import cv2
+import numpy as np
 from datasets import COCO_SPLITS
 from pycocotools.coco import COCO
 
@@ -81,21 +82,21 @@ def crop_split(
     written: Counter[str] = Counter()
     lines = []
     for object_ in large_objects(coco, args.min_side):
-        name = names.get(object_['category_id'])
-        if name is None or (args.max_objects and written[name] == args.max_objects):
+        category = names.get(object_['category_id'])
+        if category is None or (args.max_objects and written[category] == args.max_objects):
             continue
         file_name = coco.imgs[object_['image_id']]['file_name']
         image = cv2.imread(str(images / file_name))
         if image is None:
             raise SystemExit(f'error: {images / file_name} is missing or no picture')
-        written[name] += 1
-        path = Path(name, f'{Path(file_name).stem}_{object_["id"]}.jpg')
+        written[category] += 1
+        path = Path(category, f'{Path(file_name).stem}_{object_["id"]}.jpg')
         cv2.imwrite(str(folder / path), crop(image, object_['bbox'], args.margin))
-        lines.append(f'{path} {labels[name]}')
+        lines.append(f'{path} {labels[category]}')
     return lines
 
 
-def crop(image, bbox: list[float], margin: float):
+def crop(image: np.ndarray, bbox: list[float], margin: float) -> np.ndarray:
     """The part of an image (H, W, 3) in a box (x, y, width, height) and a margin around it."""
     x, y, width, height = bbox
     left, top = (max(0, round(v - margin * size)) for v, size in ((x, width), (y, height)))

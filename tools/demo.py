@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -166,7 +167,7 @@ def read_metrics(work_dir: Path) -> dict[str, float]:
 
 def write_sheet(paths: list[Path], out: Path, columns: int = 3) -> None:
     """One picture of several of the same size, in rows."""
-    pictures = [cv2.imread(str(path)) for path in paths]
+    pictures: list[Any] = [cv2.imread(str(path)) for path in paths]
     pictures += [np.zeros_like(pictures[0])] * (-len(pictures) % columns)
     rows = [np.hstack(pictures[i : i + columns]) for i in range(0, len(pictures), columns)]
     cv2.imwrite(str(out), np.vstack(rows))

@@ -64,6 +64,7 @@ def draw(out: Path) -> None:
 
 # ------------------------------------------------------------------------------------- the panels
 def draw_network(axis: Axes) -> None:
+    """The row of stem, stages and downsamplings, with channels and strides."""
     arch, y = ARCHS[ARCH], 7.1
     title(axis, 0.25, 8.45, f'Conv2Former, with the numbers of {ARCH}')
     text(axis, (0.65, y), 'image\n3 x H x W')
@@ -104,6 +105,7 @@ def draw_stem(axis: Axes) -> None:
 
 
 def draw_block(axis: Axes) -> None:
+    """The two residual halves of a block."""
     x, skip = 3.5, 4.75
     panel(axis, (2.65, 0.2, 2.45, 5.8), PLAIN)
     title(axis, 2.8, 5.68, 'Block')
@@ -126,6 +128,7 @@ def draw_block(axis: Axes) -> None:
 
 
 def draw_modulation(axis: Axes) -> None:
+    """Both branches of the modulation and their product."""
     left, right, middle = 6.3, 8.15, 7.225
     kernel = ARCHS[ARCH].kernel_size
     panel(axis, (5.35, 0.2, 3.75, 5.8), MODULATION)
@@ -153,6 +156,7 @@ def draw_modulation(axis: Axes) -> None:
 
 
 def draw_feed_forward(axis: Axes) -> None:
+    """The feed-forward network with its depthwise convolution."""
     x, skip = 10.7, 12.2
     channels = ARCHS[ARCH].channels[0]
     panel(axis, (9.35, 0.2, 3.65, 5.8), FEED_FORWARD)

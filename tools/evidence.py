@@ -26,6 +26,7 @@ import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import set_backbone
@@ -519,7 +520,7 @@ def build_network(name: str) -> torch.nn.Module:
     """Backbone and classification head, as published."""
     if name in OURS:
         backbone = build_backbone(name, out_indices=(3,), out_norm=False)
-        head = Conv2FormerClsHead(backbone.channels[-1], CLASSES)
+        head: torch.nn.Module = Conv2FormerClsHead(int(backbone.channels[-1]), CLASSES)
     else:
         backbone = build_backbone(name, classification=True)
         head = LinearClsHead(CLASSES, backbone.channels[-1])
@@ -527,7 +528,7 @@ def build_network(name: str) -> torch.nn.Module:
     return torch.nn.Sequential(backbone, head).eval()
 
 
-def build_backbone(name: str, **options) -> torch.nn.Module:
+def build_backbone(name: str, **options: Any) -> torch.nn.Module:
     if name in OURS:
         options |= dict(type='mmconv2former.Conv2Former', arch=name.removeprefix('conv2former_'))
     else:

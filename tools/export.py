@@ -303,7 +303,14 @@ def torchvision_nms() -> Iterator[None]:
 
     class Suppression:
         @staticmethod
-        def apply(boxes, scores, threshold, offset, score_threshold, max_num):
+        def apply(
+            boxes: Tensor,
+            scores: Tensor,
+            threshold: float,
+            offset: int,
+            score_threshold: float,
+            max_num: int,
+        ) -> Tensor:
             if offset or score_threshold > 0:
                 raise SystemExit('error: NMS with an offset or a score threshold has no ONNX form')
             kept = torchvision.ops.nms(boxes, scores, float(threshold))
@@ -323,7 +330,9 @@ class AnyNumberOfBoxes(TorchFunctionMode):
     for every class, which the exporter writes box by box.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function is Tensor.split and isinstance(args[1], (tuple, list)) and len(args[1]) == 1:
             return (args[0],)
         if function is Tensor.repeat_interleave:

@@ -78,6 +78,7 @@ def make_sample(folder: Path, train: int, val: int, size: int, seed: int) -> Non
 
 
 def write_split(folder: Path, split: str, count: int, size: int, rng: Generator) -> None:
+    """Pictures, annotations and labels of one split, in both layouts."""
     coco_name, ade_name = COCO_SPLITS[split], ADE_SPLITS[split]
     coco_images = folder / 'coco' / coco_name
     ade_images = folder / 'ade/ADEChallengeData2016/images' / ade_name
@@ -85,7 +86,8 @@ def write_split(folder: Path, split: str, count: int, size: int, rng: Generator)
     for path in (coco_images, ade_images, ade_labels, folder / 'coco/annotations'):
         path.mkdir(parents=True, exist_ok=True)
 
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for image_id in range(1, count + 1):
         name = f'{image_id:012d}'
         picture, labels, objects = draw_picture(
@@ -200,7 +202,7 @@ def region_texture(name: str, size: int, rng: Generator) -> np.ndarray:
         'sand': ((130, 180, 205), 1),
     }[name]
     side = max(2, size // grain)
-    noise = rng.normal(0, 18, (side, side // (4 if name == 'sea' else 1), 1))
+    noise: np.ndarray = rng.normal(0, 18, (side, side // (4 if name == 'sea' else 1), 1))
     noise = cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
     texture = np.array(base) + rng.normal(0, 12, 3) + noise[..., None]
     if name == 'wall':  # bricks
@@ -298,8 +300,8 @@ def object_colors(category: str, rng: Generator) -> tuple[np.ndarray, np.ndarray
 
 def random_color(rng: Generator) -> tuple[int, int, int]:
     """A saturated colour (BGR)."""
-    hsv = np.uint8([[[rng.integers(0, 180), rng.integers(120, 256), rng.integers(120, 256)]]])
-    return tuple(cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0].tolist())
+    hsv = [rng.integers(0, 180), rng.integers(120, 256), rng.integers(120, 256)]
+    return tuple(cv2.cvtColor(np.array([[hsv]], np.uint8), cv2.COLOR_HSV2BGR)[0, 0].tolist())
 
 
 if __name__ == '__main__':

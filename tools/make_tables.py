@@ -132,6 +132,7 @@ def level(record: dict) -> str:
 
 
 def recipe_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
+    """Size, cost, published number and what was shown, of the recipes of some tasks."""
     rows = []
     for model in models():
         if task(ROOT / model['Config']) not in tasks:
@@ -186,6 +187,7 @@ def cost_cells(cost: dict | None) -> list[str]:
 
 
 def evidence_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
+    """What each run of the recipes of some tasks has printed."""
     rows = []
     for name in recipes(tasks):
         record = evidence.get(name, {})
@@ -223,6 +225,7 @@ def backbone_names() -> list[str]:
 
 
 def backbone_table(evidence: dict[str, dict]) -> str:
+    """Ours and the comparators on ImageNet, counted and published."""
     rows = []
     for name in backbone_names():
         cost = evidence.get(BACKBONES, {}).get(name, {}).get('classification')

@@ -76,6 +76,7 @@ def read_scalars(work_dir: Path, metric_names: list[str]) -> tuple[Curves, Curve
 
 
 def draw(losses: Curves, metrics: Curves, out: Path) -> None:
+    """Losses on the left, metrics (if there are any) on the right, as a picture."""
     figure, axes = plt.subplots(1, 2 if metrics else 1, figsize=(11, 4), squeeze=False)
     for axis, curves, title, label in zip(
         axes[0],

@@ -59,7 +59,7 @@ def spread(items: Sequence[Item], amount: float | int, where: Path) -> list[Item
     Raises:
         ValueError: There are not so many.
     """
-    count = max(1, round(amount * len(items))) if amount < 1 else amount
+    count = max(1, round(amount * len(items))) if amount < 1 else int(amount)
     if count > len(items):
         raise ValueError(f'{where} has {len(items)} such images, {count} were asked for')
     return [items[i * len(items) // count] for i in range(count)]
@@ -100,8 +100,8 @@ def write_ade(source: Path, folder: Path, amounts: Amounts) -> None:
     """
     parts = {}
     for split, (source_split, amount) in amounts.items():
-        images = source / 'images' / ADE_SPLITS[source_split]
-        parts[split] = spread(sorted(images.glob('*.jpg')), amount, images)
+        pictures = source / 'images' / ADE_SPLITS[source_split]
+        parts[split] = spread(sorted(pictures.glob('*.jpg')), amount, pictures)
     for split, images in parts.items():
         name, source_name = ADE_SPLITS[split], ADE_SPLITS[amounts[split][0]]
         for kind, suffix in (('images', '.jpg'), ('annotations', '.png')):

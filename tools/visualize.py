@@ -39,7 +39,6 @@ from common import (
     load_config,
 )
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from mmengine.config import Config, ConfigDict
@@ -363,6 +362,7 @@ def input_gradient(backbone: nn.Module, x: Tensor) -> np.ndarray:
         centre = feature[:, :, feature.shape[2] // 2, feature.shape[3] // 2]
         # Not `torch.autograd.grad`: the checkpointing of some comparators does not work with it.
         F.relu(centre).sum().backward()
+    assert x.grad is not None
     field = F.relu(x.grad).sum((0, 1)).double().cpu().numpy()
     if not np.isfinite(field).all() or not field.any():
         kind = 'zero everywhere' if np.isfinite(field).all() else 'not finite'
@@ -409,6 +409,7 @@ def log_scaled(field: np.ndarray, peak: float | None = None) -> np.ndarray:
 
 
 def add_erf_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `draw_erf`."""
     parser.add_argument('networks', nargs='+', metavar='NETWORK', help='see above; all in one go')
     parser.add_argument('--images', nargs='+', type=Path, required=True, help='files and folders')
     parser.add_argument('--limit', type=positive_int, default=50, help='images at most')
@@ -449,7 +450,7 @@ def draw_erf(args: argparse.Namespace) -> None:
         start = time.time()
         total = np.zeros((args.size, args.size))
         for path in images:
-            x = to_input(read_image(path).resize((args.size, args.size), Image.BICUBIC))
+            x = to_input(read_image(path).resize((args.size, args.size), Image.Resampling.BICUBIC))
             try:
                 total += input_gradient(backbone, x.to(args.device))
             except ValueError as error:
@@ -714,6 +715,7 @@ LEFT_OF_EACH = 'left of each pair the truth, right the prediction'
 
 
 def add_predictions_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `draw_predictions`."""
     parser.add_argument('config', help='config file, of detection or segmentation')
     parser.add_argument('checkpoint', help='checkpoint file of the whole model')
     parser.add_argument('--split', choices=['train', 'val', 'test'], default='test')
@@ -862,9 +864,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     add_trust_argument(parser)
 
 
-def panels(
-    rows: int, columns: int, size: float, aspect: float = 1.0
-) -> tuple[Figure, np.ndarray[Axes]]:
+def panels(rows: int, columns: int, size: float, aspect: float = 1.0) -> tuple[Figure, np.ndarray]:
     """A figure of panels without axes, each `size` inches wide and `aspect` times as high."""
     figure, axes = plt.subplots(
         rows,
