@@ -78,9 +78,11 @@ class TrainingServer:
             start_new_session=True,
         )
         self.pids = []
+        self.is_over = True
 
     def start(self, argv, log, processes=1, environment=None):
         """Starts a tool, as one process or as one of several of a distributed run."""
+        self.stop()  # what a test that failed has left
         environments = [environment or {}]
         if processes > 1:
             argv = [*argv, '--launcher', 'pytorch']
@@ -93,6 +95,7 @@ class TrainingServer:
         self.process.stdin.write(json.dumps(request) + '\n')
         self.process.stdin.flush()
         self.pids = json.loads(self.process.stdout.readline())
+        self.is_over = False
 
     def is_running(self, rank=0):
         """Whether a process of the run is there (a zombie, not waited for yet, is not)."""
@@ -123,12 +126,21 @@ class TrainingServer:
 
     def wait(self):
         """The exit status of each process (negative: the signal that killed it), when all ended."""
+        self.is_over = True
         return json.loads(self.process.stdout.readline())
 
-    def close(self):
+    def stop(self):
+        """Ends the run, if there is one."""
+        if self.is_over:
+            return
         for pid in self.pids:
             with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+                os.killpg(pid, signal.SIGKILL)  # none, if it has not made its session yet
+        self.wait()
+
+    def close(self):
+        self.stop()
         self.process.stdin.close()
         self.process.wait()
 
