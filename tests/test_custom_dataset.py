@@ -133,6 +133,7 @@ def run(project, monkeypatch, capfd, guarded):
         assert python == 'python'
         monkeypatch.setattr(sys, 'argv', [script, *arguments, '--cfg-options', *options])
         capfd.readouterr()
+        forget_instances()  # those of other tests in this process, such as a visualizer
         runpy.run_path(script, run_name='__main__')
         forget_instances()
         return ''.join(capfd.readouterr())
