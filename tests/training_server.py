@@ -114,8 +114,9 @@ class TrainingServer:
         while self.is_running(rank):
             assert time.monotonic() < deadline, f'the moment did not come in {seconds} s'
             if moment():
-                os.killpg(self.pids[rank], number)
-                return True
+                with suppress(ProcessLookupError):  # before it has made its session
+                    os.killpg(self.pids[rank], number)
+                    return True
             time.sleep(0.0002)
         return False
 

@@ -35,13 +35,23 @@ class Run:
         """A function that says whether the moment of a kind has come."""
         begin = time.monotonic()
         before = set(self.work_dir.glob('*.pth'))
+        partial_before = self.partial_time()  # of a file that an earlier kill has left
         later = begin + rng.uniform(0.5, SECONDS)
         return {
             'at a random moment': lambda: time.monotonic() > later,
-            'while a checkpoint is written': (self.work_dir / '.checkpoint.partial').exists,
+            'while a checkpoint is written': lambda: (
+                self.partial_time() not in (None, partial_before)
+            ),
             'when a checkpoint is there': lambda: set(self.work_dir.glob('*.pth')) - before,
             'in an evaluation': lambda: '(val)' in self.log.read_text(),
         }[kind]
+
+    def partial_time(self):
+        """When the checkpoint that is being written was changed; None without one."""
+        try:
+            return (self.work_dir / '.checkpoint.partial').stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
 
     def check(self):
         """All that looks like a checkpoint is one, and nothing that was reached is lost."""
