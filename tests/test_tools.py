@@ -330,7 +330,7 @@ def test_subset_refuses(sample, tmp_path):
 MISSING = '/nowhere/else'
 NO_WEIGHTS = ['--cfg-options', 'model.backbone.init_cfg=None']
 REFUSALS = {
-    'config': (['train.py', 'configs/none.py'], 'config configs/none.py does not exist'),
+    'config': (['train.py', 'configs/none.py'], 'config configs/none.py: it does not exist'),
     'data': (
         ['train.py', CONFIG, '--data-root', MISSING, *NO_WEIGHTS],
         f'{MISSING}/annotations/instances_train2017.json (train_dataloader)',
