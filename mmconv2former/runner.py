@@ -33,12 +33,14 @@ from .finite_loss import check_weights, images_on_error
 from .registry import RUNNERS, register
 from .reproducible import PositionedSampler, ResumedBatches, give_positions
 from .weights import (
+    UNREADABLE,
     CheckpointError,
     LoadsPretrained,
     check_optimizer,
     check_resumable,
     load_fitting,
     load_model,
+    reason_of,
     tensors_of,
 )
 
@@ -88,10 +90,16 @@ class ReliableRunner(Runner):
         checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
         if isinstance(checkpoint, dict) and checkpoint['type'] == 'CheckpointHook':
             hooks['checkpoint'] = {**checkpoint, 'type': 'mmconv2former.ReliableCheckpointHook'}
-        hooks.setdefault('seed', dict(type='mmconv2former.SeedHook'))
-        hooks.setdefault('log_length', dict(type='mmconv2former.LogLengthHook'))
-        hooks.setdefault('batch_images', dict(type='mmconv2former.BatchImagesHook'))
-        hooks.setdefault('finite_loss', dict(type='mmconv2former.FiniteLossHook'))
+        ours = {
+            'seed': 'SeedHook',
+            'log_length': 'LogLengthHook',
+            'batch_images': 'BatchImagesHook',
+            'finite_loss': 'FiniteLossHook',
+        }
+        for name, type_ in ours.items():
+            hooks.setdefault(name, dict(type=f'mmconv2former.{type_}'))
+            if hooks[name] is None:  # turned off, as mmengine's own are
+                del hooks[name]
         super().register_default_hooks(hooks)
 
     # --------------------------------------------------------------------------------------- run
@@ -181,7 +189,14 @@ class ReliableRunner(Runner):
 
     def _read(self, filename: str, whole: bool) -> dict:
         """What a file holds, after it was loaded into the model."""
-        content = CheckpointLoader.load_checkpoint(filename, 'cpu')
+        try:
+            content = CheckpointLoader.load_checkpoint(filename, 'cpu')
+        except (CheckpointError, FileNotFoundError):
+            raise
+        except UNREADABLE as error:  # of mmengine's own loaders, outside our tools
+            raise CheckpointError(
+                f'checkpoint {filename!r} cannot be read: {reason_of(error)}'
+            ) from error
         if self._resume:
             check_resumable(content, filename)
         load_model(unwrapped(self.model), content, filename, whole)

@@ -6,6 +6,7 @@ from mmengine.hooks import Hook
 from tiny import scalars, tiny_config
 
 from mmconv2former import ReliableRunner
+from mmconv2former.runner import checkpoints_of
 
 NOT_REPRODUCED = {'time', 'data_time', 'memory', 'epoch', 'iter'}
 
@@ -80,3 +81,48 @@ def test_interrupted_run_ends_as_an_uninterrupted_one(task, sample, tmp_path):
 
 def assert_equal(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_damaged_checkpoint_in_a_moved_work_dir(sample, tmp_path):
+    """`last_checkpoint` holds a path that is gone, of a file that was cut off in its new place."""
+    run(tiny_config('segmentation', sample, tmp_path / 'old', 4, 2))
+    work_dir = (tmp_path / 'old').rename(tmp_path / 'new')
+    assert (work_dir / 'last_checkpoint').read_text() == str(tmp_path / 'old/iter_4.pth')
+    newest = work_dir / 'iter_4.pth'
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    assert [path.name for path in checkpoints_of(work_dir)] == ['iter_4.pth', 'iter_2.pth']
+    iterations = []
+
+    class Count(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            iterations.append(runner.iter)
+
+    config = tiny_config('segmentation', sample, work_dir, 6, 2)
+    config.resume = 'auto'
+    config.visualizer.name = config.experiment_name
+    runner = ReliableRunner.from_cfg(config)
+    runner.register_hook(Count())
+    runner.train()
+    assert iterations == [2, 3, 4, 5]
+    assert final(work_dir, 'iter_4.pth')['meta']['iter'] == 4
+
+
+def test_one_best_checkpoint_for_each_metric(sample, tmp_path):
+    hook = {'save_best': ['mIoU', 'aAcc'], 'max_keep_ckpts': 1, 'rule': 'greater'}
+    options = {f'default_hooks.checkpoint.{key}': value for key, value in hook.items()}
+    run(tiny_config('segmentation', sample, tmp_path, 8, 2, options=options))
+    assert [path.name for path in tmp_path.glob('iter_*.pth')] == ['iter_8.pth']
+    values = scalars(tmp_path)
+    for metric in ('mIoU', 'aAcc'):
+        (path,) = tmp_path.glob(f'best_{metric}_*.pth')
+        history = {step: value for (name, step), value in values.items() if name == metric}
+        assert path.stem == f'best_{metric}_iter_{max(history, key=history.get)}'
+
+
+def test_hooks_of_ours_can_be_turned_off(sample, tmp_path):
+    config = tiny_config('segmentation', sample, tmp_path, 2, 2)
+    names = {type(hook).__name__ for hook in ReliableRunner.from_cfg(config).hooks}
+    assert {'SeedHook', 'FiniteLossHook', 'ReliableCheckpointHook'} <= names
+    config.default_hooks.seed = None
+    config.experiment_name += '_'
+    assert 'SeedHook' not in {type(hook).__name__ for hook in ReliableRunner.from_cfg(config).hooks}
