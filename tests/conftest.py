@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 from make_tables import with_table
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader
+from mmengine.visualization import Visualizer
 from training_server import TrainingServer
 
 from mmconv2former.weights import TRUST_VARIABLE, admit_only_data
@@ -76,6 +79,26 @@ def pytest_collection_modifyitems(config, items):
     slow = [item for item in items if item.get_closest_marker('slow')]
     config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def own_visualizers():
+    """Without those of earlier tests, into whose work dirs a run would log."""
+    forget_visualizers()
+
+
+def forget_visualizers():
+    """What mmengine keeps by name, of each class and of their base, for the whole process."""
+    classes = {type(visualizer) for visualizer in Visualizer._instance_dict.values()}
+    for cls in (Visualizer, *classes):
+        cls._instance_dict.clear()
+
+
+def forget_instances():
+    """The same, and all loggers and scopes: for a second run in one test."""
+    forget_visualizers()
+    for manager in (MMLogger, MessageHub, DefaultScope):
+        manager._instance_dict.clear()
 
 
 @pytest.fixture
@@ -146,6 +169,16 @@ def in_process(guarded, monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '0')
     # mmengine formats the config anew for each log and file: half a second each.
     monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """Fails a test whose tool comes as far as loading data."""
+
+    def build_dataloader(*args, **kwargs):
+        pytest.fail('data were loaded before the refusal')
+
+    monkeypatch.setattr('mmconv2former.ReliableRunner.build_dataloader', build_dataloader)
 
 
 def run_tool(name, *args, succeeds=True):

@@ -5,6 +5,7 @@ from functools import cache
 
 from conftest import ROOT
 from evidence import segmentation_size
+from tiny import FOUR_ITERATIONS
 
 
 @cache
@@ -50,13 +51,7 @@ def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), init_cfg=None, more='
 # What `quick_segmentation` of the tools' tests adds, without what this network has already.
 SMALL_DATA = [
     *segmentation_size(64),
-    'train_cfg.max_iters=4',
-    'train_cfg.val_interval=2',
-    'param_scheduler.0.end=1',
-    'param_scheduler.1.begin=1',
-    'param_scheduler.1.end=4',
-    'default_hooks.checkpoint.interval=2',
-    'default_hooks.logger.interval=1',
+    *FOUR_ITERATIONS,
     'val_dataloader.dataset.indices=1',
     'test_dataloader.dataset.indices=1',
 ]

@@ -16,16 +16,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, forget_instances
 from demo import MODEL
 from evidence import segmentation_size
 from mmengine.config import Config, DictAction
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DATASETS, METRICS, MODELS, DefaultScope, init_default_scope
-from mmengine.visualization import Visualizer
+from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 from mmseg.datasets.transforms import LoadAnnotations
 from pages import files_of, read_blocks, write_files
 from pycocotools.coco import COCO
+from tiny import FOUR_ITERATIONS, WITHOUT_WORKERS
 
 from mmconv2former.weights import read_state_dict
 
@@ -41,12 +40,7 @@ SMALL_DETECTOR = [
     'model.neck.in_channels=[64,128,256,512]',
     'model.test_cfg.rcnn.score_thr=0.0',  # else hardly trained weights predict nothing
     'train_dataloader.dataset.indices=4',
-    'train_dataloader.num_workers=0',
-    'train_dataloader.persistent_workers=False',
-    'val_dataloader.num_workers=0',
-    'val_dataloader.persistent_workers=False',
-    'test_dataloader.num_workers=0',
-    'test_dataloader.persistent_workers=False',
+    *WITHOUT_WORKERS,
     'train_dataloader.dataset.pipeline.2.scales=[(96,96)]',
     'val_dataloader.dataset.pipeline.1.scale=(96,96)',
     'test_dataloader.dataset.pipeline.1.scale=(96,96)',
@@ -62,18 +56,8 @@ SMALL_SEGMENTOR = [
     'model.auxiliary_head.in_channels=256',
     'model.decode_head.channels=32',
     'model.auxiliary_head.channels=32',
-    'train_dataloader.num_workers=0',
-    'train_dataloader.persistent_workers=False',
-    'val_dataloader.num_workers=0',
-    'val_dataloader.persistent_workers=False',
-    'test_dataloader.num_workers=0',
-    'test_dataloader.persistent_workers=False',
-    'train_cfg.val_interval=2',
-    'param_scheduler.0.end=1',
-    'param_scheduler.1.begin=1',
-    'param_scheduler.1.end=4',
-    'default_hooks.checkpoint.interval=2',
-    'default_hooks.logger.interval=1',
+    *WITHOUT_WORKERS,
+    *FOUR_ITERATIONS,
     *(f'tta_pipeline.1.transforms.0.{i}.scale=({64 * r},{16 * r})' for i, r in enumerate(RATIOS)),
 ]
 
@@ -133,19 +117,11 @@ def run(project, monkeypatch, capfd, guarded):
         assert python == 'python'
         monkeypatch.setattr(sys, 'argv', [script, *arguments, '--cfg-options', *options])
         capfd.readouterr()
-        forget_instances()  # those of other tests in this process, such as a visualizer
         runpy.run_path(script, run_name='__main__')
         forget_instances()
         return ''.join(capfd.readouterr())
 
     return run
-
-
-def forget_instances():
-    """What mmengine keeps by name until the process ends, as the tools' processes do."""
-    visualizers = {type(visualizer) for visualizer in Visualizer._instance_dict.values()}
-    for manager in (MMLogger, MessageHub, DefaultScope, Visualizer, *visualizers):
-        manager._instance_dict.clear()
 
 
 def load(name, project, monkeypatch):

@@ -17,6 +17,7 @@ from demo import CONFIG, DATA_AND_SCHEDULE, MODEL
 from evidence import segmentation_size
 from plot_curves import read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import FOUR_ITERATIONS
 
 # Eight pictures in batches of two: four iterations an epoch, of a small model on small pictures.
 QUICK = [
@@ -43,13 +44,7 @@ QUICK_SEGMENTATION = [
     'model.decode_head.channels=32',
     'model.auxiliary_head.channels=32',
     *segmentation_size(64),
-    'train_cfg.max_iters=4',
-    'train_cfg.val_interval=2',
-    'param_scheduler.0.end=1',
-    'param_scheduler.1.begin=1',
-    'param_scheduler.1.end=4',
-    'default_hooks.checkpoint.interval=2',
-    'default_hooks.logger.interval=1',
+    *FOUR_ITERATIONS,
 ]
 
 

@@ -51,6 +51,21 @@ WITHOUT_RANDOM_AUGMENTATION = {
         'train_dataloader.dataset.pipeline.5': dict(type='RandomFlip', prob=0.0),
     },
 }
+# Of a segmentor, as options of the command line.
+FOUR_ITERATIONS = [
+    'train_cfg.max_iters=4',
+    'train_cfg.val_interval=2',
+    'param_scheduler.0.end=1',
+    'param_scheduler.1.begin=1',
+    'param_scheduler.1.end=4',
+    'default_hooks.checkpoint.interval=2',
+    'default_hooks.logger.interval=1',
+]
+WITHOUT_WORKERS = [
+    f'{part}_dataloader.{option}'
+    for part in ('train', 'val', 'test')
+    for option in ('num_workers=0', 'persistent_workers=False')
+]
 names = itertools.count()
 
 

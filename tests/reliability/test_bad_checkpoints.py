@@ -15,20 +15,9 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmconv2former import weights
-from mmconv2former.runner import ReliableRunner
 
 AREA = 'Checkpoints'
 pytestmark = pytest.mark.usefixtures('in_process')
-
-
-@pytest.fixture
-def no_data(monkeypatch):
-    """Fails a test whose tool comes as far as loading data."""
-
-    def build_dataloader(*args, **kwargs):
-        pytest.fail('data were loaded before the refusal')
-
-    monkeypatch.setattr(ReliableRunner, 'build_dataloader', build_dataloader)
 
 
 @pytest.fixture

@@ -19,20 +19,8 @@ from in_process import SEGMENTATION, refusal_of, with_data, write_tiny_config
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 
-from mmconv2former.runner import ReliableRunner
-
 AREA = 'Configs'
 pytestmark = pytest.mark.usefixtures('in_process')
-
-
-@pytest.fixture
-def no_data(monkeypatch):
-    """Fails a test whose tool comes as far as loading data."""
-
-    def build_dataloader(*args, **kwargs):
-        pytest.fail('data were loaded before the refusal')
-
-    monkeypatch.setattr(ReliableRunner, 'build_dataloader', build_dataloader)
 
 
 DETECTRON2 = """

@@ -1,6 +1,7 @@
 """A disk that is full, or cannot be written to, while checkpoints are saved."""
 
 import errno
+import itertools
 import os
 import subprocess
 from contextlib import contextmanager
@@ -88,26 +89,45 @@ def test_unwritable_work_dir(server, sample, tmp_path, fault_report):
             fault_report('Disk', fault, 1, 1, f'`{error.replace(str(tmp_path), "...")}`')
 
 
-@pytest.mark.parametrize('name', ['iter_4.pth', 'best_mIoU_iter_2.pth'])
-def test_writer_that_fails_in_the_middle(name, sample, tmp_path, monkeypatch, fault_report):
-    """The number of writes until `name`: iter_2, best, iter_2 again, iter_4."""
-    put, count = LocalBackend.put, {'iter_4.pth': 4, 'best_mIoU_iter_2.pth': 2}[name]
-    writes = []
+WRITES = ['iter_2.pth', 'best_mIoU_iter_2.pth', 'iter_2.pth', 'iter_4.pth', 'best_mIoU_iter_4.pth']
+
+
+@pytest.mark.parametrize(
+    ('failing', 'left'),
+    [
+        (1, {'iter_2.pth'}),
+        (3, {'iter_2.pth', 'best_mIoU_iter_2.pth'}),
+        (4, {'iter_4.pth', 'best_mIoU_iter_2.pth'}),
+    ],
+    ids=['first best', 'second checkpoint', 'second best'],
+)
+def test_writer_that_fails_in_the_middle(
+    failing, left, sample, tmp_path, monkeypatch, fault_report
+):
+    """Of one checkpoint and one best that are kept: each is there until its successor is."""
+    scores = itertools.count(1)
+    monkeypatch.setattr(
+        'mmseg.evaluation.IoUMetric.compute_metrics', lambda *_: {'mIoU': float(next(scores))}
+    )
+    put, writes = LocalBackend.put, []
 
     def full(self, content, path):
         writes.append(path)
-        if len(writes) < count:
+        if len(writes) <= failing:
             return put(self, content, path)
         put(self, content[: len(content) // 2], path)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(LocalBackend, 'put', full)
     config = segmentation(sample, tmp_path / 'work')
+    config.default_hooks.checkpoint.max_keep_ckpts = 1
     config.visualizer.name = config.experiment_name
     runner = ReliableRunner.from_cfg(config)
+    name = WRITES[failing]
     with pytest.raises(CheckpointNotSaved, match=f'cannot save .*{name}: .*No space left'):
         runner.train()
-    assert checkpoints(tmp_path / 'work') == [2]
-    assert (tmp_path / 'work/last_checkpoint').read_text().endswith('iter_2.pth')
+    assert {path.name for path in tmp_path.glob('work/*.pth')} == left
+    (newest,) = checkpoints(tmp_path / 'work')
+    assert (tmp_path / 'work/last_checkpoint').read_text().endswith(f'/iter_{newest}.pth')
     seen = f'`cannot save .../{name}: [Errno 28] No space left on device`'
-    fault_report('Disk', f'half of {name.split("_iter")[0]} written', 1, 1, seen)
+    fault_report('Disk', f'half of {name} written', 1, 1, seen)
