@@ -35,7 +35,8 @@ class CpuAmpOptimWrapper(AmpOptimWrapper):
         **kwargs: Arguments of mmengine's `OptimWrapper`.
 
     Raises:
-        RuntimeError: The models of this machine run on a GPU, where mmengine's own is right.
+        RuntimeError: The models of this machine run on a GPU, where mmengine's own is right, or
+            torch is older than 2.3, whose loss scaler needs a GPU.
         ValueError, TypeError: An argument is not as described above.
     """
 
@@ -63,6 +64,11 @@ class CpuAmpOptimWrapper(AmpOptimWrapper):
             settings = loss_scale
         else:
             raise TypeError(f"loss_scale must be 'dynamic', a float or a dict, got {loss_scale!r}")
+        if not hasattr(torch.amp, 'GradScaler'):
+            raise RuntimeError(
+                'mixed precision without a GPU needs the loss scaler of torch 2.3 or later, found '
+                f'torch {torch.__version__}'
+            )
         self.loss_scaler = torch.amp.GradScaler('cpu', **settings)
 
     @contextmanager

@@ -268,7 +268,7 @@ class Downsample(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, conv = self
+        norm, conv = self[0], self[1]  # torch 2.1 cannot compile the unpacking of a module
         return to_channels_last(conv(to_channels_first(norm(x))))
 
 

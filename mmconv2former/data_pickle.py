@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import pickle
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
@@ -15,7 +16,9 @@ import torch
 from torch import _weights_only_unpickler
 
 # What later releases of torch admit by themselves.
-ADMITTED_LATER = [torch.bfloat16, torch.uint8, torch.bool, torch.device, codecs.encode, set]
+ADMITTED_LATER = [
+    torch.bfloat16, torch.uint8, torch.bool, torch.device, codecs.encode, set, Counter,
+]  # fmt: skip
 
 
 class DataPickle:

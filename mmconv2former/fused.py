@@ -26,9 +26,10 @@ HAS_FUSED_OPERATORS = torch.backends.mkldnn.is_available() and all(
 
 def is_fusible(x: Tensor) -> bool:
     """Whether oneDNN's fused operators can be used on `x`, the one place that decides."""
+    if torch.is_grad_enabled() or is_captured():
+        return False
     is_plain = type(x) is Tensor  # what pretends to be a tensor knows stock operators only
-    wants_more = torch.is_grad_enabled() or is_captured()
-    return is_plain and not wants_more and is_cpu_float32(x) and HAS_FUSED_OPERATORS
+    return is_plain and is_cpu_float32(x) and HAS_FUSED_OPERATORS
 
 
 class FusedConv(nn.Module):

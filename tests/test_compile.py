@@ -1,10 +1,8 @@
-"""`torch.compile`: one graph, forward and backward, for all sizes; and through mmengine's key."""
+"""`torch.compile`: one graph, forward and backward, for all sizes."""
 
 import pytest
 import torch
-from conftest import run_tool
 from test_backbone import SMALL_ARCHS, loss_of, randomized, relative_error
-from test_tools import SEGMENTATION, quick_segmentation
 
 from mmconv2former import Conv2Former, Conv2FormerIsotropic
 
@@ -65,16 +63,6 @@ def test_forward_and_backward(recompute, fusion):
         assert relative_error(output, reference) < 1e-12
     for parameter, reference in zip(model.parameters(), gradients):
         assert relative_error(parameter.grad, reference) < 1e-10
-
-
-def test_key_of_mmengine(sample, tmp_path):
-    options = quick_segmentation(
-        sample, tmp_path, 'compile.backend=eager', 'compile.fullgraph=True'
-    )
-    log = run_tool('train.py', SEGMENTATION, *options)
-    assert 'The backbone is compiled' in log
-    state = torch.load(tmp_path / 'iter_4.pth', weights_only=False)['state_dict']
-    assert not any('_orig_mod' in name for name in state)
 
 
 def test_deployed_form():

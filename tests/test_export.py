@@ -17,9 +17,14 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmengine.config import Config, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
+from packaging.version import Version
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures('guarded')
+with_free_sizes = pytest.mark.skipif(
+    Version(torch.__version__) < Version(export.FREE_SIZES_SINCE),
+    reason=f'torch < {export.FREE_SIZES_SINCE} exports programs of fixed sizes only',
+)
 
 SEGMENTATION = 'configs/segmentation/upernet_conv2former_n.py'
 CLASSIFICATION = 'configs/classification/conv2former_n_in1k.py'
@@ -173,6 +178,7 @@ def test_torchscript(case, checkpoint_of, tmp_path):
     compare(lambda x: as_list(loaded(x)), model, path, what)
 
 
+@with_free_sizes
 def test_program_of_the_first_stage(checkpoint_of, tmp_path):
     """The whole network takes half a minute, see below."""
     model, checkpoint = checkpoint_of(DETECTION)
@@ -187,6 +193,7 @@ def test_program_of_the_first_stage(checkpoint_of, tmp_path):
 
 
 @pytest.mark.slow
+@with_free_sizes
 @pytest.mark.parametrize('case', CASES)
 def test_program(case, checkpoint_of, tmp_path):
     """From 64 pixels a side on: a last feature map of one row is of another memory layout."""
@@ -200,6 +207,7 @@ def test_program(case, checkpoint_of, tmp_path):
 
 
 @pytest.mark.slow
+@with_free_sizes
 @pytest.mark.parametrize('case', CASES)
 def test_onnx_by_way_of_torch_export(case, checkpoint_of, tmp_path):
     path, what = CASES[case]
@@ -290,6 +298,16 @@ def test_refuses_with_one_message(case, checkpoint_of, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(path, checkpoint, tmp_path / name, *options)
     assert message in f'{stop.value}{capsys.readouterr().err}'
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('arguments', [['network.pt2'], ['network.onnx', '--dynamo']])
+def test_old_torch_is_named(arguments, checkpoint_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, '__version__', '2.5.1')
+    _, checkpoint = checkpoint_of(DETECTION)
+    name, *options = arguments
+    with pytest.raises(SystemExit, match=r'need torch 2\.6 or later, found 2\.5\.1'):
+        run(DETECTION, checkpoint, tmp_path / name, '--what', 'backbone', *options)
     assert not list(tmp_path.iterdir())
 
 

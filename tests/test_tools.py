@@ -167,6 +167,16 @@ def test_tensorboard_is_one_flag_away(trained_segmentor):
     assert accumulator.Scalars('mIoU')[0].value >= 0
 
 
+def test_backbone_is_compiled_by_a_key(sample, tmp_path):
+    options = quick_segmentation(
+        sample, tmp_path, 'compile.backend=eager', 'compile.fullgraph=True'
+    )
+    log = run_tool('train.py', SEGMENTATION, *options)
+    assert 'The backbone is compiled' in log
+    state = torch.load(tmp_path / 'iter_4.pth', weights_only=False)['state_dict']
+    assert not any('_orig_mod' in name for name in state)
+
+
 def test_segmentation_evaluates_draws_and_augments(trained_segmentor, sample, tmp_path):
     scales = [f'tta_pipeline.1.transforms.0.{i}.scale=({256 * r // 4},{64 * r // 4})'
               for i, r in enumerate((2, 3, 4, 5, 6, 7))]  # fmt: skip

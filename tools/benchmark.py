@@ -43,7 +43,7 @@ from make_tables import with_table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmconv2former import Comparator, Conv2Former
@@ -314,7 +314,8 @@ class TrafficCounter(TorchDispatchMode):
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
         is_free = is_view or function._schema.name in FREE or function.namespace != 'aten'
         if not is_free:
-            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)]
+            leaves, _ = tree_flatten((args, kwargs, result))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             self.launches += 1
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result

@@ -275,8 +275,8 @@ def use_gloo(config: Config) -> None:
     SyncBN works on CUDA only: it becomes BN, with statistics of each process alone.
     """
     seconds = config.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
-    timeout = None if seconds is None else timedelta(seconds=seconds)
-    torch.distributed.init_process_group('gloo', timeout=timeout)
+    timeout = {} if seconds is None else dict(timeout=timedelta(seconds=seconds))
+    torch.distributed.init_process_group('gloo', **timeout)
     config.model = replace_values(config.model, lambda value: 'BN' if value == 'SyncBN' else value)
     config.setdefault(
         'model_wrapper_cfg',

@@ -35,7 +35,7 @@ LAST = 'mmcv'
 # Of the package without a host library.
 BACKBONE_TESTS = [
     f'tests/test_{name}.py'
-    for name in ('backbone', 'isotropic', 'fusion', 'lean', 'product', 'depthwise')
+    for name in 'backbone isotropic fusion lean product depthwise deploy compile'.split()
 ]
 RELEASES = {  # of torch, with the mmengine of its time
     '2.1': ['torch==2.1.*', 'mmengine==0.10.7', 'numpy<2', 'setuptools<70'],
@@ -43,6 +43,7 @@ RELEASES = {  # of torch, with the mmengine of its time
     '2.8': ['torch==2.8.*', 'onedl-mmengine==0.10.12', 'numpy'],
     'newest': ['torch', 'onedl-mmengine==0.10.12', 'numpy'],
 }
+TWO = ('--numprocesses', '2', '--dist', 'loadfile')  # as `make test`
 OUTCOMES = ('passed', 'failed', 'skipped', 'deselected', 'error', 'errors')
 
 
@@ -113,7 +114,7 @@ def install_pinned(text: str, names: tuple[str, ...] | list[str]) -> None:
 def install_torch(name: str, packages: list[str]) -> Path:
     environment = environment_of(name)
     venv.create(environment, with_pip=True, clear=True)
-    pip(environment, 'install', *packages, 'opencv-python-headless', 'rich', 'pytest')
+    pip(environment, 'install', *packages, 'opencv-python-headless', 'rich', 'pytest-xdist')
     return environment
 
 
@@ -148,8 +149,8 @@ class Run:
 
 
 def run_tests(environment: Path, tests: list[str]) -> Run:
-    settings = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    command = [environment / 'bin/python', '-m', 'pytest', '-q', '--tb=short', '-rs', *tests]
+    settings = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    command = [environment / 'bin/python', '-m', 'pytest', '-q', '--tb=short', '-rs', *TWO, *tests]
     result = subprocess.run(
         command, cwd=ROOT, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

@@ -16,6 +16,7 @@ import argparse
 import copy
 import importlib
 import importlib.util
+import inspect
 import json
 import logging
 import os
@@ -41,6 +42,7 @@ from inference import (
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -55,6 +57,7 @@ CHECK_BATCHES = [1, 3]
 DETECTION_TOLERANCE = 0.02  # share of detections, for the same reason
 DETECTOR_SHAPE = (800, 1344)  # COCO's test scale, as mmdet pads it
 DETECTOR_CHECKS = 3  # random pictures
+FREE_SIZES_SINCE = '2.6'  # of torch, in `torch.export` without bounds for each
 
 
 # --------------------------------------------------------------------------------------- networks
@@ -369,7 +372,16 @@ def write_program(network: Network, x: Tensor, path: Path, args: argparse.Namesp
 
 
 def free_sizes() -> tuple[dict[int, Any]]:
-    """Batch, height and width of the one input, for `torch.export`."""
+    """Batch, height and width of the one input, for `torch.export`.
+
+    Raises:
+        SystemExit: This torch cannot leave them free.
+    """
+    if Version(torch.__version__) < Version(FREE_SIZES_SINCE):
+        raise SystemExit(
+            f'error: .pt2 and --dynamo need torch {FREE_SIZES_SINCE} or later, found '
+            f'{torch.__version__}; .onnx without --dynamo and .torchscript do not'
+        )
     return (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
 
 
@@ -394,8 +406,14 @@ def write_onnx(network: Network, x: Tensor, path: Path, args: argparse.Namespace
         network_or_trace = trace(network, x)
     torch.onnx.export(
         network_or_trace, (x,), str(path), input_names=[INPUT], output_names=names,
-        opset_version=args.opset, dynamic_axes=axes, dynamo=False,
+        opset_version=args.opset, dynamic_axes=axes, **by_tracing(),
     )  # fmt: skip
+
+
+def by_tracing() -> dict[str, bool]:
+    """Arguments with which `torch.onnx.export` traces; before torch 2.5 it knew nothing else."""
+    has_choice = 'dynamo' in inspect.signature(torch.onnx.export).parameters
+    return dict(dynamo=False) if has_choice else {}
 
 
 def describe_input(path: Path, content: dict[str, Any]) -> None:

@@ -378,7 +378,9 @@ def inferencer_of(
     settings = dict(checkpoint=checkpoint, default_meta=dataset.metainfo)
     config.visualizer.vis_backends = None  # nothing but `Writer` writes
     checked = type(inferencer_type.__name__, (WholeCheckpoint, inferencer_type), settings)
-    return checked(model=config, weights=checkpoint, device=device, show_progress=False)
+    inferencer = checked(model=config, weights=checkpoint, device=device)
+    inferencer.show_progress = False  # no argument of mmseg's before 1.3
+    return inferencer
 
 
 # -------------------------------------------------------------------------------------------- run

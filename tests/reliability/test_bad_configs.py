@@ -43,7 +43,7 @@ FILES = {  # content of a config file, and what is said of it
         'it is of detectron2 (MODEL); here a config of mmengine is needed',
     ),
     'mmdet 2.x': ('a.py', MMDET2, 'it is of the older mmdet 2.x, mmseg 0.x or mmcls'),
-    'a Python program': ('a.py', 'import os\n\nprint(os.getcwd())\n', 'it has no model'),
+    'a Python program': ('a.py', "print('hello')\n", 'it has no model'),
     'a tool of this project': ('a.py', (ROOT / 'tools/plot_curves.py').read_text(), ''),
     'an empty file': ('a.py', '', 'it has no model: no config of mmengine? At its top: nothing'),
     'a picture': ('a.py', '\0\1\2', ''),

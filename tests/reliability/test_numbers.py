@@ -24,6 +24,9 @@ from mmconv2former.finite_loss import (
 from mmconv2former.weights import read_checkpoint, read_state_dict
 
 TASKS = ('detection', 'segmentation')
+needs_scaler = pytest.mark.skipif(
+    not hasattr(torch.amp, 'GradScaler'), reason='torch < 2.3 has no loss scaler for the CPU'
+)
 # One term of the loss by task: where its weight is, and its names in the log.
 TERMS = {
     'detection': ('roi_head.bbox_head.loss_bbox', 'loss_bbox'),
@@ -191,6 +194,7 @@ class Product(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(4, 4))
 
 
+@needs_scaler
 def test_the_scaler_skips_an_overflow():
     model = Product()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -212,6 +216,7 @@ def test_the_scaler_skips_an_overflow():
     assert torch.allclose(weights[2], torch.ones(4, 4) - 0.1)
 
 
+@needs_scaler
 def test_a_run_survives_overflows(run, tmp_path, fault_report):
     scale = 2.0**60
     runner = run('segmentation', **{
@@ -247,6 +252,7 @@ def test_bad_arguments_of_amp(arguments, error, words):
         CpuAmpOptimWrapper(optimizer=optimizer, **arguments)
 
 
+@needs_scaler
 def test_state_of_amp_and_static_scale():
     def wrapper(**arguments):
         optimizer = torch.optim.SGD(Product().parameters(), lr=0.1)
@@ -259,6 +265,7 @@ def test_state_of_amp_and_static_scale():
     assert other.loss_scaler.get_scale() == 8.0
 
 
+@needs_scaler
 def test_parts_that_compute_in_bfloat16(run):
     """Of a segmentor all; of a detector backbone and neck, whose outputs are float32."""
     dtypes = {}
@@ -318,6 +325,7 @@ def mean(values):
     return sum(values) / len(values)
 
 
+@needs_scaler
 @pytest.mark.parametrize('task', TASKS)
 def test_bfloat16_follows_float32(task, sample, tmp_path, guarded):
     """The same samples in the same order: the losses of 20 iterations go down together."""
@@ -335,6 +343,7 @@ def test_bfloat16_follows_float32(task, sample, tmp_path, guarded):
 
 
 @pytest.mark.slow
+@needs_scaler
 @pytest.mark.parametrize('task', TASKS)
 def test_bfloat16_reaches_the_metric_of_float32(task, sample, tmp_path, guarded, fault_report):
     """Three seeds each; the means differ by no more than seeds of one precision do."""
