@@ -3,15 +3,20 @@
 import json
 import pickle
 import re
+import shutil
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from checkpoints import published_state_dict
 from conftest import ROOT, run_tool
 from evidence import STEPS_CLASSIFICATION, STEPS_CLASSIFICATION_VAL
+from in_process import load_tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.visualization import Visualizer
+from tiny import WITHOUT_WORKERS
 
 from mmconv2former.backbone import ARCHS
 
@@ -134,22 +139,70 @@ def test_official_file_is_evaluated_as_it_is(crops, tmp_path):
     assert scores[0][0].max() > 2 / 1000  # the initial weights' are all about 1 / 1000
 
 
+FOLDERS = 'configs/classification/conv2former_t_folders.py'
+QUICK_FOLDERS = [
+    *QUICK,
+    'model.backbone.arch=nano',
+    'model.backbone.init_cfg=None',
+    'model.head.init_cfg=None',
+    'model.head.in_channels=512',
+    'model.head.num_classes=2',
+]
+
+
 def test_own_image_folders(crops, tmp_path):
-    config = 'configs/classification/conv2former_t_folders.py'
-    options = [
-        *QUICK,
-        'model.backbone.arch=nano',
-        'model.backbone.init_cfg=None',
-        'model.head.init_cfg=None',
-        'model.head.in_channels=512',
-        'model.head.num_classes=2',
-    ]
-    log = run_tool(
-        'train.py', config, '--data-root', crops, '--work-dir', tmp_path, '--cfg-options', *options
-    )
+    options = ['--data-root', crops, '--work-dir', tmp_path, '--cfg-options', *QUICK_FOLDERS]
+    log = run_tool('train.py', FOLDERS, *options)
     assert 'accuracy/top1' in log
     state = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)['state_dict']
     assert state['head.pred.weight'].shape == (2, 1280)
+
+
+@pytest.fixture
+def evaluate_folders(crops, tmp_path, in_process):
+    """Runs test.py with options on pictures of the same names in two classes, which it returns."""
+    for folder in (crops / 'val').iterdir():
+        (tmp_path / 'data/val' / folder.name).mkdir(parents=True)
+        for number, path in enumerate(sorted(folder.iterdir())):
+            shutil.copy(path, tmp_path / f'data/val/{folder.name}/{number}.jpg')
+
+    def evaluate(*options):
+        places = ['--data-root', tmp_path / 'data', '--work-dir', tmp_path / 'work']
+        arguments = [FOLDERS, 'none', *options, *places,
+                     '--cfg-options', *QUICK_FOLDERS, *WITHOUT_WORKERS]  # fmt: skip
+        load_tool('test').main([str(argument) for argument in arguments])
+        return sorted((tmp_path / 'data/val').rglob('*.jpg'))
+
+    return evaluate
+
+
+def test_draws_classes_on_the_pictures(evaluate_folders, tmp_path):
+    """With their colours: in what is below the text, the drawing is the picture."""
+    pictures = evaluate_folders('--show-dir', 'pictures')
+    (folder,) = (tmp_path / 'work').glob('*/pictures')
+    assert len(list(folder.rglob('*.*'))) == len(pictures) > 2
+    for path in pictures:
+        drawing = cv2.imread(str(folder / path.relative_to(tmp_path / 'data/val')))
+        height, width = drawing.shape[:2]
+        assert min(height, width) == 224
+        picture = cv2.resize(cv2.imread(str(path)), (width, height))
+        difference = np.abs(drawing.astype(float) - picture).mean(axis=(1, 2))
+        assert difference[height // 4 :].mean() < 3
+        assert difference[: height // 10].mean() > 10
+        assert np.abs(picture[..., ::-1].astype(float) - drawing).mean() > 6
+
+
+def test_shows_in_a_window(evaluate_folders, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        Visualizer, 'show', lambda self, image, **options: shown.append(options | {'image': image})
+    )
+    pictures = evaluate_folders('--show', '--wait-time', 0.5)
+    names = [path.relative_to(tmp_path / 'data/val').as_posix() for path in pictures]
+    assert sorted(options['win_name'] for options in shown) == sorted(names)
+    assert {options['wait_time'] for options in shown} == {0.5}
+    assert all(options['image'].std() > 0 for options in shown)
+    assert not [*(tmp_path / 'work').rglob('*.jpg'), *(tmp_path / 'work').rglob('*.png')]
 
 
 def test_switches_of_the_evaluation():
