@@ -12,14 +12,17 @@ import torch
 from checkpoints import published_state_dict
 from conftest import ROOT, run_tool
 from evidence import STEPS_CLASSIFICATION, STEPS_CLASSIFICATION_VAL
-from in_process import load_tool
+from in_process import load_tool, run_command
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.visualization import Visualizer
+from pages import read_blocks
 from tiny import WITHOUT_WORKERS
 
 from mmconv2former.backbone import ARCHS
+from mmconv2former.weights import read_state_dict
 
+PAGE = ROOT / 'docs/classification.md'
 CONFIG = 'configs/classification/conv2former_n_in1k.py'
 QUICK = [*STEPS_CLASSIFICATION, *STEPS_CLASSIFICATION_VAL, 'randomness.seed=0']
 
@@ -150,12 +153,37 @@ QUICK_FOLDERS = [
 ]
 
 
-def test_own_image_folders(crops, tmp_path):
-    options = ['--data-root', crops, '--work-dir', tmp_path, '--cfg-options', *QUICK_FOLDERS]
-    log = run_tool('train.py', FOLDERS, *options)
-    assert 'accuracy/top1' in log
-    state = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)['state_dict']
+def test_own_image_folders(crops, tmp_path, monkeypatch, capfd, in_process):
+    """The page's commands: trained, evaluated with drawings, predicted with the folders' names."""
+    (commands,) = [block.commands() for block in read_blocks(PAGE) if block.name == 'folders']
+    train, evaluate, predict = commands
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'photos').mkdir()
+    for path, target in {
+        'tools': ROOT / 'tools', 'configs': ROOT / 'configs', 'data/flowers': crops
+    }.items():  # fmt: skip
+        (tmp_path / path).symlink_to(target)
+    shutil.copy(next((crops / 'val').rglob('*.jpg')), tmp_path / 'photos/new.jpg')
+    monkeypatch.chdir(tmp_path)
+
+    options = [*QUICK_FOLDERS, *WITHOUT_WORKERS]
+    assert 'accuracy/top1' in run_command(train, options, monkeypatch, capfd)
+    work_dir = tmp_path / 'work_dirs/conv2former_t_folders'
+    state = read_state_dict(str(work_dir / 'epoch_1.pth'))
     assert state['head.pred.weight'].shape == (2, 1280)
+
+    assert 'accuracy/top1' in run_command(evaluate, options, monkeypatch, capfd)
+    names = sorted(path.name for path in (crops / 'val').iterdir())
+    assert sorted(path.name for path in next(work_dir.glob('*/pictures')).iterdir()) == names
+
+    run_command(predict, options, monkeypatch, capfd)
+    content = json.loads((tmp_path / 'predictions/flowers/json/new.json').read_text())
+    assert {item['label']: item['class'] for item in content['classes']} == dict(enumerate(names))
+    assert sum(item['score'] for item in content['classes']) == pytest.approx(1)
+    drawing = cv2.imread(str(tmp_path / 'predictions/flowers/pictures/new.jpg'))
+    picture = cv2.imread(str(tmp_path / 'photos/new.jpg'))
+    assert drawing.shape == picture.shape
+    assert np.abs(drawing.astype(float) - picture).max() > 60
 
 
 @pytest.fixture
@@ -207,7 +235,7 @@ def test_shows_in_a_window(evaluate_folders, tmp_path, monkeypatch):
 
 def test_switches_of_the_evaluation():
     """The options that docs/classification.md names change what they should."""
-    page = (ROOT / 'docs/classification.md').read_text()
+    page = PAGE.read_text()
     crop, mean, std = re.search(
         r'`(\S+scale=233)`.*`(data_preprocessor.mean=\S+) (data_preprocessor.std=\S+)`', page, re.S
     ).groups()
