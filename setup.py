@@ -1,7 +1,8 @@
 """Packaging; the version is read from the package, the pins are in `constraints.txt`.
 
 OpenMMLab's `mim` looks for a package's recipes and tools in its folder `.mim`. Wheels have copies
-of them there, an editable installation links.
+of them there, an editable installation links. openmim looks for the folder beside the package's
+metadata: in a clone it finds those that an editable installation leaves here.
 """
 
 import re
@@ -25,6 +26,11 @@ class BuildWithMim(build_py):
 
     def run(self):
         super().run()
+        if self.editable_mode:
+            # pip asks for it only when it builds in isolation.
+            metadata = self.distribution.get_command_class('egg_info')(self.distribution)
+            metadata.ensure_finalized()
+            metadata.run()
         mim = (ROOT if self.editable_mode else Path(self.build_lib)) / MIM
         shutil.rmtree(mim, ignore_errors=True)
         mim.mkdir(parents=True)

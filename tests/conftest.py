@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 from make_tables import with_table
 from mmengine.logging import MessageHub, MMLogger
@@ -192,3 +194,14 @@ def run_tool(name, *args, succeeds=True):
     )
     assert (result.returncode == 0) == succeeds, result.stdout
     return result.stdout
+
+
+def assert_drawn_beside(drawing, picture):
+    """A drawing has truth and prediction side by side, and something is drawn on both."""
+    picture, drawing = cv2.imread(str(picture)), cv2.imread(str(drawing))
+    height, width = picture.shape[:2]
+    assert drawing.shape == (height, 2 * width, 3)
+    # The picture as a JPEG, as the drawing is.
+    stored = cv2.imdecode(cv2.imencode('.jpg', picture)[1], cv2.IMREAD_COLOR)
+    for half in (drawing[:, :width], drawing[:, width:]):
+        assert np.abs(half.astype(float) - stored).mean() > 1

@@ -1,9 +1,12 @@
 """Runs the tools in the process of the tests, which saves the imports of the host libraries."""
 
 import importlib.util
+import runpy
+import subprocess
+import sys
 from functools import cache
 
-from conftest import ROOT
+from conftest import ROOT, forget_instances
 from evidence import segmentation_size
 from tiny import FOUR_ITERATIONS
 
@@ -24,6 +27,20 @@ def refusal_of(tool, *arguments):
     except SystemExit as error:
         return str(error)
     return ''
+
+
+def run_command(command, options, monkeypatch, capfd):
+    """Runs a command of a page, with `--cfg-options`; returns what it printed, errors included."""
+    expanded = subprocess.run(
+        ['bash', '-c', f'printf "%s\\n" {command}'], capture_output=True, text=True, check=True
+    )
+    python, script, *arguments = expanded.stdout.splitlines()
+    assert python == 'python'
+    monkeypatch.setattr(sys, 'argv', [script, *arguments, '--cfg-options', *options])
+    capfd.readouterr()
+    runpy.run_path(script, run_name='__main__')
+    forget_instances()
+    return ''.join(capfd.readouterr())
 
 
 SEGMENTATION = ROOT / 'configs/segmentation/upernet_conv2former_n.py'

@@ -3,18 +3,26 @@
 import json
 import pickle
 import re
+import shutil
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from checkpoints import published_state_dict
 from conftest import ROOT, run_tool
 from evidence import STEPS_CLASSIFICATION, STEPS_CLASSIFICATION_VAL
+from in_process import load_tool, run_command
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.visualization import Visualizer
+from pages import read_blocks
+from tiny import WITHOUT_WORKERS
 
 from mmconv2former.backbone import ARCHS
+from mmconv2former.weights import read_state_dict
 
+PAGE = ROOT / 'docs/classification.md'
 CONFIG = 'configs/classification/conv2former_n_in1k.py'
 QUICK = [*STEPS_CLASSIFICATION, *STEPS_CLASSIFICATION_VAL, 'randomness.seed=0']
 
@@ -134,27 +142,100 @@ def test_official_file_is_evaluated_as_it_is(crops, tmp_path):
     assert scores[0][0].max() > 2 / 1000  # the initial weights' are all about 1 / 1000
 
 
-def test_own_image_folders(crops, tmp_path):
-    config = 'configs/classification/conv2former_t_folders.py'
-    options = [
-        *QUICK,
-        'model.backbone.arch=nano',
-        'model.backbone.init_cfg=None',
-        'model.head.init_cfg=None',
-        'model.head.in_channels=512',
-        'model.head.num_classes=2',
-    ]
-    log = run_tool(
-        'train.py', config, '--data-root', crops, '--work-dir', tmp_path, '--cfg-options', *options
-    )
-    assert 'accuracy/top1' in log
-    state = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)['state_dict']
+FOLDERS = 'configs/classification/conv2former_t_folders.py'
+QUICK_FOLDERS = [
+    *QUICK,
+    'model.backbone.arch=nano',
+    'model.backbone.init_cfg=None',
+    'model.head.init_cfg=None',
+    'model.head.in_channels=512',
+    'model.head.num_classes=2',
+]
+
+
+def test_own_image_folders(crops, tmp_path, monkeypatch, capfd, in_process):
+    """The page's commands: trained, evaluated with drawings, predicted with the folders' names."""
+    (commands,) = [block.commands() for block in read_blocks(PAGE) if block.name == 'folders']
+    train, evaluate, predict = commands
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'photos').mkdir()
+    for path, target in {
+        'tools': ROOT / 'tools', 'configs': ROOT / 'configs', 'data/flowers': crops
+    }.items():  # fmt: skip
+        (tmp_path / path).symlink_to(target)
+    shutil.copy(next((crops / 'val').rglob('*.jpg')), tmp_path / 'photos/new.jpg')
+    monkeypatch.chdir(tmp_path)
+
+    options = [*QUICK_FOLDERS, *WITHOUT_WORKERS]
+    assert 'accuracy/top1' in run_command(train, options, monkeypatch, capfd)
+    work_dir = tmp_path / 'work_dirs/conv2former_t_folders'
+    state = read_state_dict(str(work_dir / 'epoch_1.pth'))
     assert state['head.pred.weight'].shape == (2, 1280)
+
+    assert 'accuracy/top1' in run_command(evaluate, options, monkeypatch, capfd)
+    names = sorted(path.name for path in (crops / 'val').iterdir())
+    assert sorted(path.name for path in next(work_dir.glob('*/pictures')).iterdir()) == names
+
+    run_command(predict, options, monkeypatch, capfd)
+    content = json.loads((tmp_path / 'predictions/flowers/json/new.json').read_text())
+    assert {item['label']: item['class'] for item in content['classes']} == dict(enumerate(names))
+    assert sum(item['score'] for item in content['classes']) == pytest.approx(1)
+    drawing = cv2.imread(str(tmp_path / 'predictions/flowers/pictures/new.jpg'))
+    picture = cv2.imread(str(tmp_path / 'photos/new.jpg'))
+    assert drawing.shape == picture.shape
+    assert np.abs(drawing.astype(float) - picture).max() > 60
+
+
+@pytest.fixture
+def evaluate_folders(crops, tmp_path, in_process):
+    """Runs test.py with options on pictures of the same names in two classes, which it returns."""
+    for folder in (crops / 'val').iterdir():
+        (tmp_path / 'data/val' / folder.name).mkdir(parents=True)
+        for number, path in enumerate(sorted(folder.iterdir())):
+            shutil.copy(path, tmp_path / f'data/val/{folder.name}/{number}.jpg')
+
+    def evaluate(*options):
+        places = ['--data-root', tmp_path / 'data', '--work-dir', tmp_path / 'work']
+        arguments = [FOLDERS, 'none', *options, *places,
+                     '--cfg-options', *QUICK_FOLDERS, *WITHOUT_WORKERS]  # fmt: skip
+        load_tool('test').main([str(argument) for argument in arguments])
+        return sorted((tmp_path / 'data/val').rglob('*.jpg'))
+
+    return evaluate
+
+
+def test_draws_classes_on_the_pictures(evaluate_folders, tmp_path):
+    """With their colours: in what is below the text, the drawing is the picture."""
+    pictures = evaluate_folders('--show-dir', 'pictures')
+    (folder,) = (tmp_path / 'work').glob('*/pictures')
+    assert len(list(folder.rglob('*.*'))) == len(pictures) > 2
+    for path in pictures:
+        drawing = cv2.imread(str(folder / path.relative_to(tmp_path / 'data/val')))
+        height, width = drawing.shape[:2]
+        assert min(height, width) == 224
+        picture = cv2.resize(cv2.imread(str(path)), (width, height))
+        difference = np.abs(drawing.astype(float) - picture).mean(axis=(1, 2))
+        assert difference[height // 4 :].mean() < 3
+        assert difference[: height // 10].mean() > 10
+        assert np.abs(picture[..., ::-1].astype(float) - drawing).mean() > 6
+
+
+def test_shows_in_a_window(evaluate_folders, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        Visualizer, 'show', lambda self, image, **options: shown.append(options | {'image': image})
+    )
+    pictures = evaluate_folders('--show', '--wait-time', 0.5)
+    names = [path.relative_to(tmp_path / 'data/val').as_posix() for path in pictures]
+    assert sorted(options['win_name'] for options in shown) == sorted(names)
+    assert {options['wait_time'] for options in shown} == {0.5}
+    assert all(options['image'].std() > 0 for options in shown)
+    assert not [*(tmp_path / 'work').rglob('*.jpg'), *(tmp_path / 'work').rglob('*.png')]
 
 
 def test_switches_of_the_evaluation():
     """The options that docs/classification.md names change what they should."""
-    page = (ROOT / 'docs/classification.md').read_text()
+    page = PAGE.read_text()
     crop, mean, std = re.search(
         r'`(\S+scale=233)`.*`(data_preprocessor.mean=\S+) (data_preprocessor.std=\S+)`', page, re.S
     ).groups()

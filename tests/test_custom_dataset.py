@@ -7,20 +7,21 @@ models and pictures small.
 
 import json
 import re
-import runpy
-import subprocess
-import sys
+import shutil
 from argparse import ArgumentParser
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, forget_instances
+from conftest import ROOT
 from demo import MODEL
 from evidence import segmentation_size
+from in_process import run_command
 from mmengine.config import Config, DictAction
 from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader
 from mmseg.datasets.transforms import LoadAnnotations
 from pages import files_of, read_blocks, write_files
 from pycocotools.coco import COCO
@@ -72,6 +73,9 @@ def project(sample, tmp_path_factory):
     write_files(PAGE, project)
     make_shapes(sample / 'coco', project / 'data/shapes')
     make_scenes(sample / 'ade/ADEChallengeData2016', project / 'data/scenes')
+    (project / 'photos').mkdir()
+    for number, path in enumerate(sorted((sample / 'coco/val2017').iterdir())[:2]):
+        shutil.copy(path, project / f'photos/new_{number}.jpg')
     return project
 
 
@@ -110,16 +114,7 @@ def run(project, monkeypatch, capfd, guarded):
     monkeypatch.chdir(project)
 
     def run(command, options):
-        expanded = subprocess.run(
-            ['bash', '-c', f'printf "%s\\n" {command}'], capture_output=True, text=True, check=True
-        )
-        python, script, *arguments = expanded.stdout.splitlines()
-        assert python == 'python'
-        monkeypatch.setattr(sys, 'argv', [script, *arguments, '--cfg-options', *options])
-        capfd.readouterr()
-        runpy.run_path(script, run_name='__main__')
-        forget_instances()
-        return ''.join(capfd.readouterr())
+        return run_command(command, options, monkeypatch, capfd)
 
     return run
 
@@ -224,8 +219,29 @@ def scalars(work_dir):
     ]
 
 
+def predictions(project, name):
+    """JSON, drawing and picture of each new picture, after a prediction into a folder."""
+    folder = project / 'predictions' / name
+    photos = sorted((project / 'photos').iterdir())
+    assert [path.stem for path in photos] == sorted(p.stem for p in (folder / 'json').iterdir())
+    for photo in photos:
+        content = json.loads((folder / f'json/{photo.stem}.json').read_text())
+        drawing, picture = cv2.imread(str(folder / 'pictures' / photo.name)), cv2.imread(str(photo))
+        assert drawing.shape == picture.shape
+        yield content, drawing.astype(float), picture.astype(float)
+
+
+def make_certain(work_dir, layer, values):
+    """Lets a layer of the newest checkpoint say the same of everything."""
+    path = Path((work_dir / 'last_checkpoint').read_text())
+    checkpoint = CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    checkpoint['state_dict'][f'{layer}.weight'].zero_()
+    checkpoint['state_dict'][f'{layer}.bias'].copy_(torch.tensor(values))
+    torch.save(checkpoint, path)
+
+
 def test_detection(run, project):
-    train, resume, evaluate = COMMANDS['detection']
+    train, resume, evaluate, predict = COMMANDS['detection']
     work_dir = project / 'work_dirs/mask_rcnn_shapes'
     run(train, [*SMALL_DETECTOR, 'train_cfg.max_epochs=1'])
     assert (work_dir / 'epoch_1.pth').exists()
@@ -243,6 +259,15 @@ def test_detection(run, project):
     pictures = list(work_dir.glob('*/pictures/*.jpg'))
     assert len(pictures) == 6
     assert all(cv2.imread(str(picture)) is not None for picture in pictures)
+
+    # Of ball, kite, food and none; hardly trained weights would be sure of nothing.
+    make_certain(work_dir, 'roi_head.bbox_head.fc_cls', np.log([0.45, 0.05, 0.4, 0.1]))
+    run(predict, SMALL_DETECTOR)
+    for content, drawing, picture in predictions(project, 'shapes'):
+        found = {(item['label'], item['class'], round(item['score'], 2), 'mask' in item)
+                 for item in content['instances']}  # fmt: skip
+        assert found == {(0, 'ball', 0.45, True), (2, 'food', 0.4, True)}
+        assert np.abs(drawing - picture).max() > 60
 
 
 @pytest.fixture
@@ -320,7 +345,7 @@ def test_truth_has_full_score_in_the_segmentor_s_evaluator(project, monkeypatch)
 
 
 def test_segmentation(run, project, slow):
-    train, resume, evaluate, evaluate_in_scales = COMMANDS['segmentation']
+    train, resume, evaluate, evaluate_in_scales, predict = COMMANDS['segmentation']
     work_dir = project / 'work_dirs/upernet_scenes'
     run(train, [*SMALL_SEGMENTOR, 'train_cfg.max_iters=2'])
     output = run(resume, [*SMALL_SEGMENTOR, 'train_cfg.max_iters=4'])
@@ -332,8 +357,19 @@ def test_segmentation(run, project, slow):
 
     output = run(evaluate, SMALL_SEGMENTOR)
     assert re.search(r'\|\s+ground\s+\|.*\|\s+ball\s+\|.*\|\s+kite\s+\|', output, re.DOTALL)
-    pictures = list((work_dir / 'pictures').rglob('*.png'))
+    pictures = list(work_dir.glob('*/pictures/*.jpg'))
     assert len(pictures) == 6
     assert all(cv2.imread(str(picture)) is not None for picture in pictures)
     if slow:
         assert 'mIoU' in run(evaluate_in_scales, SMALL_SEGMENTOR)
+
+    make_certain(work_dir, 'decode_head.conv_seg', [0.0, 0.0, 1.0])
+    run(predict, SMALL_SEGMENTOR)
+    for content, drawing, picture in predictions(project, 'scenes'):
+        assert content['classes'] == [
+            {'label': 2, 'class': 'kite', 'value': 2, 'pixels': 64 * 64, 'share': 1.0}
+        ]
+        labels = cv2.imread(str(project / 'predictions/scenes' / content['labels']), -1)
+        assert (labels == 2).all()
+        painted = 0.2 * picture + 0.8 * np.array([80, 160, 0])  # the palette's colour, as BGR
+        assert np.median(np.abs(drawing - painted)) < 8  # but where the name is written

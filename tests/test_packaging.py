@@ -75,14 +75,16 @@ def build(source, *command):
                cwd=source)  # fmt: skip
 
 
-@pytest.fixture(scope='module')
-def source(tmp_path_factory):
-    """A copy of what a clone holds, so that nothing is built in this one."""
-    folder = tmp_path_factory.mktemp('clone') / 'project'
+def copy_clone(folder):
+    """Copies what a fresh clone holds, so that nothing is built in this one."""
     unwanted = ('.git', '.venv*', '.mim', 'build', 'dist', '*.egg-info', '__pycache__', '.*_cache',
                 'data', 'pretrain', 'work_dirs')  # fmt: skip
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*unwanted))
-    return folder
+    return shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*unwanted))
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    return copy_clone(tmp_path_factory.mktemp('clone') / 'project')
 
 
 @pytest.fixture(scope='module')
@@ -127,13 +129,16 @@ def test_source_distribution_makes_the_same_wheel(source, wheel, tmp_path):
     assert contents(again) == contents(wheel)
 
 
-def test_editable_installation_links(source, tmp_path):
+def test_editable_installation_links(tmp_path):
     """Twice, as after another `pip install --editable`."""
+    source = copy_clone(tmp_path / 'project')
     for number in range(2):
         build(source, f'build_meta.build_editable({str(tmp_path / str(number))!r})')
     for name in ('configs', 'tools', 'model-index.yml'):
         assert (source / MIM / name).is_symlink()
         assert (source / MIM / name).resolve() == source / name
+    # Beside which openmim looks for the package.
+    assert 'Version' in (source / 'mmconv2former.egg-info/PKG-INFO').read_text()
     ignored = ['git', 'check-ignore', f'{MIM}/configs', f'{MIM}/tools']
     if (ROOT / '.git').exists():
         assert len(run(*ignored, cwd=ROOT).splitlines()) == 2
@@ -180,29 +185,36 @@ MIM_PACKAGES = ['openmim', 'colorama', 'tabulate', 'pandas', 'model-index', 'req
 
 
 @pytest.mark.slow
-def test_mim_runs_trains_and_tests(wheel, tmp_path):
-    """With the wheel and openmim in an environment that has all else from this one."""
+@pytest.mark.parametrize('kind', ['wheel', 'editable'])
+def test_mim_runs_trains_and_tests(kind, wheel, tmp_path):
+    """With this package and openmim in an environment that has all else from this one."""
     environment = tmp_path / 'environment'
     venv.create(environment)
     (packages,) = environment.glob('lib/python*/site-packages')
     (packages / 'base.pth').write_text(sysconfig.get_paths()['purelib'])
     pip = [sys.executable, '-m', 'pip', '--python', environment / 'bin/python', 'install',
            '--quiet', '--no-deps', '--ignore-installed']  # fmt: skip
-    run(*pip, wheel)
     run(*pip, '--constraint', ROOT / 'constraints.txt', *MIM_PACKAGES)
     settings = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    if kind == 'wheel':
+        run(*pip, wheel)
+        folder, program = tmp_path, [environment / 'bin/mim']
+        configs = f'{packages}/{MIM}/configs'
+    else:
+        folder, program = copy_clone(tmp_path / 'clone'), [environment / 'bin/python', '-m', 'mim']
+        run(*pip, '--no-build-isolation', '--editable', folder, env=settings)
+        configs = f'{folder}/configs'
 
     def mim(*arguments):
-        return run(environment / 'bin/mim', *arguments, cwd=tmp_path, env=settings)
+        return run(*program, *arguments, cwd=folder, env=settings)
 
     mim('run', 'mmconv2former', 'make_sample', 'data', '--train', 8, '--val', 4, '--size', 64)
     options = ['--work-dir', 'work', '--data-root', 'data/coco', '--cfg-options', *QUICK]
     config = 'mask_rcnn_conv2former_t.py'
-    found = f'{packages}/{MIM}/configs/detection/{config}'
     printed = mim('train', 'mmconv2former', config, *options)
-    assert found in printed
+    assert f'{configs}/detection/{config}' in printed
     assert 'Training finished successfully' in printed
-    checkpoint = tmp_path / 'work/epoch_1.pth'
+    checkpoint = folder / 'work/epoch_1.pth'
     printed = mim('test', 'mmconv2former', config, '--checkpoint', checkpoint, *options)
     assert 'coco/bbox_mAP' in printed
     assert 'Testing finished successfully' in printed

@@ -12,7 +12,7 @@ import time
 import cv2
 import pytest
 import torch
-from conftest import ROOT, run_tool
+from conftest import ROOT, assert_drawn_beside, run_tool
 from demo import CONFIG, DATA_AND_SCHEDULE, MODEL
 from evidence import segmentation_size
 from plot_curves import read_scalars
@@ -112,12 +112,16 @@ def test_evaluates_draws_and_dumps(trained, sample, tmp_path):
     checkpoint = trained / 'epoch_3.pth'
     out = tmp_path / 'predictions.pkl'
     options = ['--out', out, '--show-dir', 'pictures']
-    run_tool('test.py', CONFIG, checkpoint, *options, *quick(sample / 'coco', tmp_path))
+    score = 'default_hooks.visualization.score_thr=0.0'
+    run_tool('test.py', CONFIG, checkpoint, *options, *quick(sample / 'coco', tmp_path, score))
     metrics = metrics_of(tmp_path)
     assert {f'coco/{kind}_mAP{at}' for kind in ('bbox', 'segm') for at in ('', '_50')} <= set(
         metrics
     )
-    assert len(list(tmp_path.glob('*/pictures/*.jpg'))) == 6
+    drawings = list(tmp_path.glob('*/pictures/*'))
+    assert sorted(path.name for path in drawings) == sorted(os.listdir(sample / 'coco/val2017'))
+    for drawing in drawings:
+        assert_drawn_beside(drawing, sample / 'coco/val2017' / drawing.name)
     predictions = pickle.loads(out.read_bytes())
     assert len(predictions) == 6
     assert {'bboxes', 'scores', 'labels', 'masks'} <= set(predictions[0]['pred_instances'])
@@ -180,17 +184,21 @@ def test_backbone_is_compiled_by_a_key(sample, tmp_path):
 def test_segmentation_evaluates_draws_and_augments(trained_segmentor, sample, tmp_path):
     scales = [f'tta_pipeline.1.transforms.0.{i}.scale=({256 * r // 4},{64 * r // 4})'
               for i, r in enumerate((2, 3, 4, 5, 6, 7))]  # fmt: skip
-    runs = {'plain': ['--show-dir', tmp_path / 'drawn'], 'augmented': ['--tta']}
+    runs = {'plain': [], 'augmented': ['--tta']}
+    pictures = sample / 'ade/ADEChallengeData2016/images/validation'
     labels = {}
     for name, options in runs.items():
         out = tmp_path / f'{name}.pkl'
         arguments = [*quick_segmentation(sample, tmp_path / name), *scales]
-        run_tool('test.py', SEGMENTATION, trained_segmentor / 'iter_4.pth', '--out', out, *options,
-                 *arguments)  # fmt: skip
+        run_tool('test.py', SEGMENTATION, trained_segmentor / 'iter_4.pth', '--out', out,
+                 '--show-dir', tmp_path / 'drawn' / name, *options, *arguments)  # fmt: skip
         assert {'mIoU', 'aAcc'} <= set(metrics_of(tmp_path / name))
         samples = pickle.loads(out.read_bytes())
         labels[name] = torch.stack([sample['pred_sem_seg']['data'] for sample in samples])
-    assert len(list((tmp_path / 'drawn').rglob('*.png'))) == 6
+        drawings = list((tmp_path / 'drawn' / name).iterdir())
+        assert sorted(path.name for path in drawings) == sorted(os.listdir(pictures))
+        for drawing in drawings:
+            assert_drawn_beside(drawing, pictures / drawing.name)
     assert labels['plain'].shape == labels['augmented'].shape == (6, 1, 64, 64)
     assert (labels['plain'] != labels['augmented']).any()
 

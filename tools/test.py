@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import mmcv
 import torch
 from common import (
     add_arguments,
@@ -22,9 +24,19 @@ from common import (
     read_ahead,
     run_errors,
 )
-from mmengine.config import Config
+from inference import one_of
+from mmengine.config import Config, ConfigDict
+from mmengine.fileio import get
+from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
+from mmengine.runner import Runner
+
+from mmconv2former.checked_data import leaves
+
+# The visualizer's method that draws a prediction, by library.
+DRAW = {'mmdet': 'add_datasample', 'mmseg': 'add_datasample', 'mmpretrain': 'visualize_cls'}
+LEAST_SIDE = 224  # pixels of a classifier's drawing, on which text is legible
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--out', metavar='FILE.pkl', help='where to write the predictions')
     parser.add_argument(
         '--show-dir',
-        help='draw predictions beside the truth into WORK_DIR/TIME/SHOW_DIR '
-        '(segmentation: WORK_DIR/SHOW_DIR/vis_data/vis_image)',
+        metavar='DIR',
+        help='draw predictions and the truth into WORK_DIR/TIME/DIR, or into DIR if it begins '
+        'with /; of several processes the first draws its share',
     )
     parser.add_argument('--show', action='store_true', help='show the drawings in a window')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a drawing is shown')
@@ -60,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config.resume = False
     check_files(config, ['test_dataloader'], check_weights=args.checkpoint == 'none')
     check_work_dir(config)
-    if args.show or args.show_dir:
-        draw_predictions(config, args)
+    drawing = draw_predictions(config, args) if args.show or args.show_dir else None
     if args.tta:
         augment_at_test_time(config)
 
@@ -72,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             name = 'DumpDetResults' if config.get('default_scope') == 'mmdet' else 'DumpResults'
             metric = METRICS.build(dict(type=name, out_file_path=args.out))
             runner.test_evaluator.metrics.append(metric)
+        if drawing is not None:
+            runner.register_hook(drawing)
         read_ahead(runner, whole=True)
         if args.checkpoint == 'none':
             initialize(runner.model)
@@ -95,23 +109,69 @@ def augment_at_test_time(config: Config) -> None:
     config.test_dataloader.dataset.pipeline = config.tta_pipeline
 
 
-def draw_predictions(config: Config, args: argparse.Namespace) -> None:
-    """Turns the host library's visualization hook on.
+class DrawPredictions(Hook):
+    """Draws every picture's prediction and truth by the visualizer of the host library.
+
+    In the place of the libraries' own hooks, which lay pictures into different folders under
+    different names, and of which mmpretrain's draws one of 5000, with red and blue exchanged.
+
+    Args:
+        method: The visualizer's method for it.
+        folder: Where the drawings go, under the names that the pictures have in their data set; a
+            relative one is in the folder of the run. None draws for the window only.
+        options: Further arguments of the method.
+    """
+
+    def __init__(self, method: str, folder: str | None, options: dict[str, Any]) -> None:
+        self.method, self.folder, self.options = method, folder, options
+
+    def before_test(self, runner: Runner) -> None:
+        self.roots = [
+            Path(prefix).absolute()
+            for dataset in leaves(runner.test_dataloader.dataset)
+            for prefix in getattr(dataset, 'data_prefix', {}).values()
+            if prefix
+        ]
+
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] = ()
+    ) -> None:
+        for sample in outputs:
+            picture = mmcv.imfrombytes(get(sample.img_path), channel_order='rgb')
+            name = self.name(sample.img_path)
+            options = dict(self.options)
+            if self.folder is not None:
+                path = Path(runner.log_dir, self.folder, name).with_suffix('.jpg')
+                options['out_file'] = str(path)
+            if self.method == 'visualize_cls' and min(picture.shape[:2]) < LEAST_SIDE:
+                options['resize'] = LEAST_SIDE
+            getattr(runner.visualizer, self.method)(
+                name=name, image=picture, data_sample=sample, **options
+            )
+
+    def name(self, path: str) -> str:
+        """The picture's name with the folders that tell it from others, such as its class."""
+        absolute = Path(path).absolute()
+        for root in self.roots:
+            if root in absolute.parents:
+                return str(absolute.relative_to(root))
+        return absolute.name
+
+
+def draw_predictions(config: Config, args: argparse.Namespace) -> DrawPredictions:
+    """The hook that draws, in the place of the config's own.
 
     Raises:
-        SystemExit: The config has no such hook.
+        SystemExit: The config is of no library that we can draw for.
     """
-    if 'visualization' not in config.default_hooks:
-        raise SystemExit(f'error: --show: {args.config} has no default_hooks.visualization')
-    hook = config.default_hooks.visualization
-    hook.draw = True
-    if args.show:
-        hook.show, hook.wait_time = True, args.wait_time
-    if args.show_dir:
-        if config.get('default_scope') == 'mmdet':
-            hook.test_out_dir = args.show_dir
-        else:
-            config.visualizer.save_dir = str(Path(config.work_dir, args.show_dir))
+    method = one_of(DRAW, config)
+    settings = config.default_hooks.pop('visualization', ConfigDict())
+    options = dict(show=args.show, wait_time=args.wait_time)
+    if 'score_thr' in settings:  # of a detector's drawings
+        options['pred_score_thr'] = settings.score_thr
+    if not args.show_dir:
+        config.visualizer.vis_backends = None  # which would keep the drawings
+    return DrawPredictions(method, args.show_dir, options)
 
 
 if __name__ == '__main__':
