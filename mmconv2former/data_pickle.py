@@ -10,11 +10,12 @@ import codecs
 import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import torch
 from torch import _weights_only_unpickler
 
+BUILD = pickle.BUILD[0]  # opcode that gives an object its state
 # What later releases of torch admit by themselves.
 ADMITTED_LATER = [
     torch.bfloat16, torch.uint8, torch.bool, torch.device, codecs.encode, set, Counter,
@@ -31,12 +32,14 @@ class DataPickle:
     __name__ = 'data_pickle'  # torch asks for it
 
     def __init__(self, safe_globals: Sequence[Callable]) -> None:
-        admitted = {
+        self.admitted = admitted = {
             **_weights_only_unpickler._get_allowed_globals(),
             **{path_of(value): value for value in [*ADMITTED_LATER, *safe_globals]},
         }
 
-        class Unpickler(pickle.Unpickler):
+        kept = {value for value in admitted.values() if isinstance(value, type)}
+
+        class Unpickler(pickle._Unpickler):  # typed as the one in C, which hides more
             def find_class(self, module: str, name: str) -> Any:
                 if module == '__builtin__':  # Python 2's name, which old protocols keep
                     module = 'builtins'
@@ -44,6 +47,15 @@ class DataPickle:
                 if path not in admitted:
                     raise pickle.UnpicklingError(f'GLOBAL {path} is not admitted')
                 return admitted[path]
+
+            def load_build(self) -> None:
+                """Gives an object its state; a class or function would be changed for all."""
+                changed = type(self.stack[-2])  # type: ignore[attr-defined]
+                if changed not in kept:
+                    raise pickle.UnpicklingError(f'state of {path_of(changed)} is not admitted')
+                pickle._Unpickler.dispatch[BUILD](self)  # type: ignore[arg-type]
+
+            dispatch: ClassVar[dict] = {**pickle._Unpickler.dispatch, BUILD: load_build}
 
         self.Unpickler = Unpickler
 

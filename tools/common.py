@@ -29,6 +29,7 @@ from config_check import (
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS, build_from_cfg
 from mmengine.runner import Runner
+from torch.distributed.constants import default_pg_timeout
 
 from mmconv2former.checked_data import DataError
 from mmconv2former.comparators import COMPARATORS, find_comparator, how_to_get_weights
@@ -275,8 +276,8 @@ def use_gloo(config: Config) -> None:
     SyncBN works on CUDA only: it becomes BN, with statistics of each process alone.
     """
     seconds = config.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
-    timeout = {} if seconds is None else dict(timeout=timedelta(seconds=seconds))
-    torch.distributed.init_process_group('gloo', **timeout)
+    timeout = default_pg_timeout if seconds is None else timedelta(seconds=seconds)
+    torch.distributed.init_process_group('gloo', timeout=timeout)
     config.model = replace_values(config.model, lambda value: 'BN' if value == 'SyncBN' else value)
     config.setdefault(
         'model_wrapper_cfg',

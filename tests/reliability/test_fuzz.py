@@ -30,7 +30,9 @@ from safetensors.torch import save
 
 from mmconv2former import Conv2Former, Conv2FormerIsotropic
 from mmconv2former.backbone import Arch
+from mmconv2former.data_pickle import DataPickle
 from mmconv2former.weights import (
+    SAFE_GLOBALS,
     CheckpointError,
     check_resumable,
     load_from_checked_file,
@@ -244,8 +246,51 @@ def try_on_a_model(content, path):
     check_resumable(content, path)
 
 
+@pytest.fixture
+def without_safe_globals(monkeypatch):
+    """As torch before 2.5: files are read by `mmconv2former.data_pickle`, whatever is installed."""
+    monkeypatch.delattr(torch.serialization, 'safe_globals', raising=False)
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
+
+
 @pytest.mark.parametrize('kind', FILES)
 def test_reader_of_weights(kind, slow, tmp_path, fault_report):
+    fuzz_reader(kind, '', slow, tmp_path, fault_report)
+
+
+@pytest.mark.usefixtures('without_safe_globals')
+@pytest.mark.parametrize('kind', [kind for kind, (suffix, _) in FILES.items() if suffix == '.pth'])
+def test_reader_of_weights_of_older_torch(kind, slow, tmp_path, fault_report):
+    before = state_of_admitted()
+    fuzz_reader(kind, ' (as with torch < 2.5)', slow, tmp_path, fault_report)
+    assert state_of_admitted() == before
+
+
+def state_of_admitted():
+    """Attributes of all classes and functions that a file may name, which it must not change."""
+    reader = DataPickle(SAFE_GLOBALS)
+    return {name: dict(vars(value)) for name, value in reader.admitted.items()
+            if hasattr(value, '__dict__')}  # fmt: skip
+
+
+@pytest.mark.usefixtures('without_safe_globals')
+@pytest.mark.parametrize(
+    'name',
+    ['torch.nn.parameter Parameter', 'torch._utils _rebuild_tensor_v2', 'torch FloatStorage',
+     'mmengine.logging.history_buffer HistoryBuffer', 'collections OrderedDict'],
+)  # fmt: skip
+def test_classes_and_functions_keep_their_attributes(name, tmp_path):
+    """With the opcode BUILD, a pickle sets attributes of whatever it names."""
+    path = tmp_path / 'file.pth'
+    named = 'c' + name.replace(' ', '\n') + '\n'
+    program = b'\x80\x02' + named.encode() + b'N}X\x01\x00\x00\x00aK\x01s\x86b.'
+    path.write_bytes(in_zip(program))
+    before = state_of_admitted()
+    assert 'state of ' in refusal(lambda: read_state_dict(str(path)))
+    assert state_of_admitted() == before
+
+
+def fuzz_reader(kind, where, slow, tmp_path, fault_report):
     suffix, strategy = FILES[kind]
     path = str(tmp_path / f'file{suffix}')
 
@@ -256,7 +301,7 @@ def test_reader_of_weights(kind, slow, tmp_path, fault_report):
 
     number = fuzz(slow, strategy, check, 600)
     seen = 'taken, or refused as a CheckpointError of one line'
-    fault_report(AREAS['reader'], f'fuzzing: {kind}', number, number, seen)
+    fault_report(AREAS['reader'], f'fuzzing: {kind}{where}', number, number, seen)
 
 
 LEAVES = (
