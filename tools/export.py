@@ -399,15 +399,33 @@ def write_onnx(network: Network, x: Tensor, path: Path, args: argparse.Namespace
         axes = {INPUT: {0: 'batch', 2: 'height', 3: 'width'}}
         for name in names:
             axes[name] = {0: 'batch'}
-        network_or_trace = network
     else:
         axes = {name: {0: 'detections'} for name in names}
-        # Traced before: mmdet has a branch for this exporter that calls what it no longer has.
-        network_or_trace = trace(network, x)
-    torch.onnx.export(
-        network_or_trace, (x,), str(path), input_names=[INPUT], output_names=names,
-        opset_version=args.opset, dynamic_axes=axes, **by_tracing(),
-    )  # fmt: skip
+    with CompleteNorms():
+        # Detectors first: mmdet has a branch for this exporter that calls what it no longer has.
+        network_or_trace = network if network.has_free_sizes else trace(network, x)
+        torch.onnx.export(
+            network_or_trace, (x,), str(path), input_names=[INPUT], output_names=names,
+            opset_version=args.opset, dynamic_axes=axes, **by_tracing(),
+        )  # fmt: skip
+
+
+class CompleteNorms(TorchFunctionMode):
+    """Gives LayerNorms without scale and shift those of an identity.
+
+    torch 2.1 writes empty inputs for them: ONNX forbids the first, the second is a segmentation
+    fault of ONNX Runtime.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.layer_norm and kwargs['weight'] is None:
+            x, normalized_shape = args
+            identity = dict(weight=x.new_ones(normalized_shape), bias=x.new_zeros(normalized_shape))
+            kwargs = {**kwargs, **identity}
+        return function(*args, **kwargs)
 
 
 def by_tracing() -> dict[str, bool]:
