@@ -218,3 +218,5 @@ def test_mim_runs_trains_and_tests(kind, wheel, tmp_path):
     printed = mim('test', 'mmconv2former', config, '--checkpoint', checkpoint, *options)
     assert 'coco/bbox_mAP' in printed
     assert 'Testing finished successfully' in printed
+    printed = mim('run', 'mmconv2former', 'demo', '--train', 8, '--val', 3, '--epochs', 1)
+    assert 'minutes in all' in printed

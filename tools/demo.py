@@ -4,14 +4,15 @@
 
 Makes the sample, evaluates the untrained network, trains the COCO recipe with the overrides below,
 evaluates on held-out pictures, draws predictions and curves. Every command is printed as it can be
-pasted. docs/demo.md says what each override is for. Replaces data/sample and work_dirs/demo, unless
-told to write elsewhere.
+pasted. docs/demo.md says what each override is for. Replaces data/sample and work_dirs/demo of the
+current folder, unless told to write elsewhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 from mmengine.utils import digit_version
 
+ROOT = Path(__file__).resolve().parents[1]
 WORK_DIR = Path('work_dirs/demo')
 CONFIG = 'configs/detection/mask_rcnn_conv2former_t.py'
 MODEL = [  # a smaller, faster model around the same backbone, from random weights
@@ -91,6 +93,7 @@ def main() -> None:
         parser.error(f'--work-dir {work_dir} exists already')
     work_dir.mkdir(parents=True)
     overrides = [*MODEL, *DATA_AND_SCHEDULE, *schedule(args.epochs)]
+    config = os.path.relpath(ROOT / CONFIG)
     common = ['--data-root', str(args.data / 'coco'), '--cfg-options', *overrides]
 
     def run(tool: str, *arguments: str) -> None:
@@ -98,14 +101,14 @@ def main() -> None:
 
     counts = ['--train', str(args.train), '--val', str(args.val)]
     run('make_sample.py', str(args.data), *counts)
-    run('test.py', CONFIG, 'none', '--work-dir', str(work_dir / 'untrained'), *common)
+    run('test.py', config, 'none', '--work-dir', str(work_dir / 'untrained'), *common)
     untrained = read_metrics(work_dir / 'untrained')
     train_start = time.time()
-    run('train.py', CONFIG, '--work-dir', str(work_dir / 'train'), *common)
+    run('train.py', config, '--work-dir', str(work_dir / 'train'), *common)
     train_minutes = (time.time() - train_start) / 60
     checkpoint = (work_dir / 'train/last_checkpoint').read_text()
     test_options = ['--work-dir', str(work_dir / 'trained'), '--show-dir', 'pictures']
-    run('test.py', CONFIG, checkpoint, *test_options, *common)
+    run('test.py', config, checkpoint, *test_options, *common)
     trained = read_metrics(work_dir / 'trained')
     run('plot_curves.py', str(work_dir / 'train'), '--out', str(work_dir / 'curves.png'))
     pictures = newest(work_dir / 'trained', '*/pictures')
@@ -140,7 +143,7 @@ def run_tool(tool: str, *args: str, log: Path) -> None:
     Raises:
         SystemExit: The tool failed; its last lines are printed.
     """
-    command = ['python', f'tools/{tool}', *args]
+    command = ['python', os.path.relpath(ROOT / 'tools' / tool), *args]
     print(f'\n$ {shlex.join(command)}', flush=True)
     command[0] = sys.executable
     with log.open('w') as file:
