@@ -56,6 +56,7 @@ class CpuAmpOptimWrapper(AmpOptimWrapper):
             raise ValueError(f'dtype must be one of {list(DTYPES)}, got {dtype!r}')
         self.cast_dtype = DTYPES[dtype]
         self._scale_update_param = loss_scale if isinstance(loss_scale, float) else None
+        settings: dict[str, Any]
         if loss_scale == 'dynamic':
             settings = {}
         elif isinstance(loss_scale, float):
@@ -78,7 +79,7 @@ class CpuAmpOptimWrapper(AmpOptimWrapper):
         Args:
             model: The model, in its wrapper for several processes or without.
         """
-        inner = model.module if is_model_wrapper(model) else model
+        inner: Any = model.module if is_model_wrapper(model) else model
         with OptimWrapper.optim_context(self, model), ExitStack() as stack:
             if hasattr(inner, 'with_bbox'):  # of all detectors of mmdet
                 for part in (inner.backbone, inner.neck) if inner.with_neck else (inner.backbone,):

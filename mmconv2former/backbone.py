@@ -17,16 +17,15 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 import torch
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .deploy import DeployedBlock, deployed_downsample, deployed_stem
+from .deploy import DeployedBlock, deployed_downsample, deployed_stem, matrix
 from .depthwise import DepthwiseConv
 from .fusion import FUSIONS
 from .layout import is_captured, to_channels_first, to_channels_last
@@ -88,22 +87,22 @@ class BlockOptions:
         )
         check_choice('fusion', self.fusion, FUSIONS)
         check_choice('recompute', self.recompute, RECOMPUTE)
-        if self.depthwise_type is None:
-            raise ValueError(
-                f'depthwise_conv must be a registered model, got {self.depthwise_conv!r}'
-            )
+        self.depthwise_type()
 
-    @property
-    def depthwise_type(self) -> Callable[[int, int], nn.Module] | None:
-        """The class of `depthwise_conv`, None if no module of that name is registered."""
+    def depthwise_type(self) -> Callable[[int, int], nn.Module]:
+        """The class of `depthwise_conv`."""
         if not isinstance(self.depthwise_conv, str):
             raise TypeError(f'depthwise_conv must be a str, got {self.depthwise_conv!r}')
         try:
             found = MODELS.get(self.depthwise_conv)  # `build` would look in the default scope only
         except RuntimeError:  # OneDL's mmengine, where the original returns None
-            return None
+            found = None
         # mmengine finds any object by its full name, of which not all are layers.
-        return found if isinstance(found, type) and issubclass(found, nn.Module) else None
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            raise ValueError(
+                f'depthwise_conv must be a registered model, got {self.depthwise_conv!r}'
+            )
+        return found
 
 
 class Stem(nn.Sequential):
@@ -128,11 +127,13 @@ class Stem(nn.Sequential):
 class PointwiseConv(nn.Conv2d):
     """1x1 convolution on the last axis: (N, H, W, C_in) -> (N, H, W, C_out)."""
 
+    bias: Tensor
+
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight.flatten(1), self.bias)
+        return product(x, *matrix(self))
 
 
 class Modulation(nn.Module):
@@ -142,13 +143,15 @@ class Modulation(nn.Module):
     the ablations another fusion of A and V (`mmconv2former.fusion`).
     """
 
+    att: Any  # nn.Sequential, which to type checkers holds any modules
+
     def __init__(self, channels: int, kernel_size: int, options: BlockOptions) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.att = nn.Sequential(
             PointwiseConv(channels, channels),
             nn.GELU(),
-            options.depthwise_type(channels, kernel_size),
+            options.depthwise_type()(channels, kernel_size),
         )
         self.v = PointwiseConv(channels, channels)
         self.proj = PointwiseConv(channels, channels)
@@ -157,7 +160,7 @@ class Modulation(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor, recompute: str) -> Tensor:
         folded, remaining = (None, scale) if is_float16(x) else (scale, None)
-        proj = parameters_of(self.proj)
+        proj = matrix(self.proj)
         if recompute == 'nothing' or not self.is_stock:
             y = self.norm(x)
             out = product(FUSIONS[self.fusion](self.att(y), self.v(y)), *scaled(proj, folded))
@@ -185,7 +188,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor, recompute: str) -> Tensor:
         folded, remaining = (None, scale) if is_float16(x) else (scale, None)
-        fc2 = parameters_of(self.fc2)
+        fc2 = matrix(self.fc2)
         if recompute == 'nothing':
             hidden = self.act(self.fc1(self.norm(x)))  # (N, H, W, mlp_ratio * C)
             total = self.act(self.pos(hidden))
@@ -204,12 +207,14 @@ def is_float16(x: Tensor) -> bool:
     return autocast_dtype(x) == torch.float16
 
 
-def parameters_of(*layers: nn.Module) -> list[Tensor]:
+def parameters_of(*layers: nn.LayerNorm | PointwiseConv | DepthwiseConv) -> list[Tensor]:
     """Weight and bias of each layer, those of products as (C_out, C_in)."""
-    parameters = []
+    parameters: list[Tensor] = []
     for layer in layers:
-        is_product = isinstance(layer, PointwiseConv)
-        parameters += [layer.weight.flatten(1) if is_product else layer.weight, layer.bias]
+        if isinstance(layer, PointwiseConv):
+            parameters += matrix(layer)
+        else:
+            parameters += layer.weight, layer.bias
     return parameters
 
 
@@ -272,7 +277,7 @@ class Downsample(nn.Sequential):
         return to_channels_last(conv(to_channels_first(norm(x))))
 
 
-class Conv2FormerBase(LoadsPretrained, BaseModule):
+class Conv2FormerBase(LoadsPretrained):
     """What the hierarchical and the isotropic network share: weights, modes, form for inference.
 
     Subclasses have `channels`, `strides`, `smallest_input` (pixels of a side), `out_indices`, norms
@@ -439,6 +444,10 @@ class Conv2Former(Conv2FormerBase):
     Source: arXiv 2211.11943; parameter names as in the published ImageNet checkpoints.
     """
 
+    # Both nn.ModuleList, which to type checkers holds any modules.
+    downsample_layers: Any  # of Stem and Downsample
+    stages: Any  # of nn.Sequential of Block
+
     def __init__(
         self,
         arch: str | Mapping = 'tiny',
@@ -460,36 +469,36 @@ class Conv2Former(Conv2FormerBase):
     ) -> None:
         refuse_foreign(type(self).__name__, foreign)
         super().__init__(in_channels, drop_path_rate, out_norm, norm_eval, with_cp, init_cfg)
-        arch = parse_arch(arch)
-        num_stages = len(arch.depths)
+        variant = parse_arch(arch)
+        channels, num_stages = variant.channels, len(variant.depths)
         kernel_sizes = parse_kernel_size(
-            arch.kernel_size if kernel_size is None else kernel_size, num_stages
+            variant.kernel_size if kernel_size is None else kernel_size, num_stages
         )
         check_int('frozen_stages', frozen_stages, minimum=-1, maximum=num_stages)
         options = BlockOptions(fusion, mlp_ratio, layer_scale_init_value, recompute, depthwise_conv)
         self.out_indices = parse_out_indices(out_indices, num_stages)
         self.frozen_stages = frozen_stages
-        self.depths = arch.depths[: max(self.out_indices) + 1]
-        self.channels = tuple(arch.channels[i] for i in self.out_indices)
+        self.depths = variant.depths[: max(self.out_indices) + 1]
+        self.channels = tuple(channels[i] for i in self.out_indices)
         self.strides = tuple(STEM_STRIDE * 2**i for i in self.out_indices)
         self.smallest_input = STEM_STRIDE * 2 ** (len(self.depths) - 1)
 
-        self.downsample_layers = nn.ModuleList([Stem(in_channels, arch.channels[0])])
+        self.downsample_layers = nn.ModuleList([Stem(in_channels, channels[0])])
         for i in range(1, len(self.depths)):
-            self.downsample_layers.append(Downsample(arch.channels[i - 1], arch.channels[i]))
+            self.downsample_layers.append(Downsample(channels[i - 1], channels[i]))
 
         # Over the arch's full depth, so that a network cut by `out_indices` is part of the whole.
-        rates = iter(drop_path_rates(drop_path_rate, sum(arch.depths)))
+        rates = iter(drop_path_rates(drop_path_rate, sum(variant.depths)))
         self.stages = nn.ModuleList()
         for i, depth in enumerate(self.depths):
             blocks = [
-                Block(arch.channels[i], kernel_sizes[i], next(rates), options) for _ in range(depth)
+                Block(channels[i], kernel_sizes[i], next(rates), options) for _ in range(depth)
             ]
             self.stages.append(nn.Sequential(*blocks))
 
         if out_norm:
             for i in self.out_indices:
-                self.add_module(f'norm{i}', nn.LayerNorm(arch.channels[i], eps=LAYER_NORM_EPS))
+                self.add_module(f'norm{i}', nn.LayerNorm(channels[i], eps=LAYER_NORM_EPS))
         self._start()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
@@ -633,7 +642,7 @@ def parse_arch(arch: str | Mapping) -> Arch:
 
 def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
     """One odd kernel size a stage."""
-    sizes = kernel_size if is_sequence(kernel_size) else (kernel_size,) * num_stages
+    sizes: Sequence[Any] = kernel_size if is_sequence(kernel_size) else (kernel_size,) * num_stages
     if len(sizes) != num_stages:
         raise ValueError(
             f'kernel_size must be an int or one int for each of {num_stages} stages, '
@@ -648,7 +657,7 @@ def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> tupl
 
 def parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
     """Stages from 0, none twice, in the given order."""
-    indices = out_indices if is_sequence(out_indices) else (out_indices,)
+    indices: Sequence[Any] = out_indices if is_sequence(out_indices) else (out_indices,)
     if not 1 <= len(indices) <= num_stages:
         raise ValueError(
             f'out_indices must name at least one stage and none of {num_stages} twice, '
@@ -695,7 +704,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}')
 
 
-def is_sequence(value: object) -> bool:
+def is_sequence(value: object) -> TypeGuard[Sequence]:
     """Whether a value is a sequence, of which a text is none here."""
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
@@ -721,7 +730,7 @@ def check_int(name: str, value: object, minimum: int, maximum: int | None = None
     allowed = f'at least {minimum}' if maximum is None else f'from {minimum} to {maximum}'
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f'{name} must be an int {allowed}, got {value!r}')
-    if value < minimum or (maximum is not None and value > maximum):
+    if value < minimum or not (maximum is None or value <= maximum):
         raise ValueError(f'{name} must be {allowed}, got {value}')
 
 
@@ -736,10 +745,11 @@ def check_number(
     """Raises TypeError or ValueError unless `value` is a finite number within the given bounds."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name} must be a number, got {value!r}')
+    # `numbers.Real` declares < and <= only.
     bounds = [
-        (minimum is None or value >= minimum, f'at least {minimum}'),
+        (minimum is None or value >= minimum, f'at least {minimum}'),  # type: ignore[operator]
         (maximum is None or value <= maximum, f'at most {maximum}'),
-        (above is None or value > above, f'above {above}'),
+        (above is None or value > above, f'above {above}'),  # type: ignore[operator]
         (below is None or value < below, f'below {below}'),
         (value == value and value not in (math.inf, -math.inf), 'finite'),
     ]

@@ -180,7 +180,7 @@ def check_files(
         raise ValueError(f'labels must have two pixels a side or more, got {text(label_size)}')
 
 
-def text(size: tuple[int, int]) -> str:
+def text(size: tuple[int | None, int | None]) -> str:
     """A width and height for a message."""
     return f'{size[0]}x{size[1]}'
 

@@ -489,6 +489,8 @@ class Comparator(BaseModule):
         ModuleNotFoundError: The library is not installed; the message names the pip package.
     """
 
+    channels: tuple[int, ...]
+
     def __init__(
         self,
         name: str,
@@ -503,7 +505,8 @@ class Comparator(BaseModule):
         check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
         if init_cfg is not None and init_cfg.get('type') != 'Pretrained':
             raise ValueError(f"init_cfg must be None or of type 'Pretrained', got {init_cfg}")
-        if family.dense is None and not classification:
+        own_arguments = family.classification if classification else family.dense
+        if own_arguments is None:
             raise ValueError(
                 f'{name} is for classification only (classification=True): its tables of relative '
                 'positions are of the training size, so it takes no other input'
@@ -513,7 +516,7 @@ class Comparator(BaseModule):
         self.classification = classification
         self.taps = () if classification else family.taps
         arguments = dict(family.arguments, drop_path_rate=drop_path_rate)
-        arguments.update(family.classification if classification else family.dense)
+        arguments.update(own_arguments)
         arguments.update(options or {})
         if family.library == 'timm':
             timm = import_library('timm', name)
@@ -566,7 +569,7 @@ class Comparator(BaseModule):
             load_pretrained(self.body, checkpoint, prefix, may_miss=may_miss)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, 3, H, W)
-        if self.taps:
+        if self.norms is not None:
             maps = self.body.forward_intermediates(
                 x, indices=list(self.taps), intermediates_only=True
             )

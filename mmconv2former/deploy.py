@@ -6,12 +6,17 @@ results differ by rounding only; there is nothing to train or to load afterwards
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .fused import FusedConv, is_fusible
 from .fusion import FUSIONS
+
+if TYPE_CHECKING:  # which imports this file
+    from .backbone import Block, Downsample, PointwiseConv, Stem
 
 
 def fold_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,7 +34,7 @@ class DeployedBlock(nn.Module):
     before them (`mmconv2former.fused`).
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Block) -> None:
         super().__init__()
         attn, mlp = block.attn, block.mlp
         self.normalized_shape, self.eps = attn.norm.normalized_shape, attn.norm.eps
@@ -62,20 +67,21 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return x.add_(y) if is_fusible(x) else x + y
 
 
-def matrix(layer: nn.Module) -> tuple[Tensor, Tensor]:
+def matrix(layer: PointwiseConv) -> tuple[Tensor, Tensor]:
     """Weight (C_out, C_in) and bias of a 1x1 convolution."""
     return layer.weight.flatten(1), layer.bias
 
 
-def scaled(layer: nn.Module, scale: Tensor) -> tuple[Tensor, Tensor]:
+def scaled(layer: PointwiseConv, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Weight (C_out, C_in) and bias of a 1x1 convolution with the layer scale in them."""
     weight, bias = matrix(layer)
     return scale[:, None] * weight, scale * bias
 
 
-def deployed_downsample(downsample: nn.Sequential) -> nn.Sequential:
+def deployed_downsample(downsample: Downsample) -> nn.Sequential:
     """A `Downsample` whose LayerNorm only normalises; shift and scale are in the convolution."""
-    norm, conv = downsample
+    layers: list[Any] = list(downsample)
+    norm, conv = layers
     with torch.no_grad():
         weight, bias = fold_norm(norm, conv.weight, conv.bias)
         conv.weight.copy_(weight)
@@ -84,20 +90,18 @@ def deployed_downsample(downsample: nn.Sequential) -> nn.Sequential:
     return downsample
 
 
-def deployed_stem(stem: nn.Sequential) -> nn.Sequential:
+def deployed_stem(stem: Stem) -> nn.Sequential:
     """A `Stem` with its second BatchNorm in the convolution behind.
 
     The first one stays: the convolution behind it pads with zeros, which stand for shifted values
     at the border, so that its shift cannot be folded exactly.
     """
-    *first, norm, conv = stem
+    layers: list[Any] = list(stem)
+    *first, norm, conv = layers
     with torch.no_grad():
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
         shift = norm.bias - norm.running_mean * scale
-        folded = nn.Conv2d(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, device=scale.device,
-            dtype=scale.dtype,
-        )  # fmt: skip
-        folded.weight.copy_(conv.weight * scale.view(1, -1, 1, 1))
-        folded.bias.copy_((conv.weight * shift.view(1, -1, 1, 1)).sum((1, 2, 3)))
+        folded = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
+        folded.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1))
+        folded.bias = nn.Parameter((conv.weight * shift.view(1, -1, 1, 1)).sum((1, 2, 3)))
     return nn.Sequential(*first, folded)

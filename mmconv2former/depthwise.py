@@ -10,7 +10,7 @@ stock operator where `has_fast_weight_gradient` chooses it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,8 @@ class DepthwiseConv(nn.Conv2d):
     module with these arguments, input and output, and the parameters `weight` and `bias`.
     """
 
+    bias: Tensor
+
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
@@ -58,6 +60,18 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return to_channels_last(
         F.conv2d(to_channels_first(x), weight, bias, padding=padding, groups=channels)
     )
+
+
+@overload
+def depthwise_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def depthwise_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
 
 def depthwise_conv_backward(
@@ -121,7 +135,8 @@ class DepthwiseConvFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return depthwise_conv_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad)
+        x, weight = ctx.saved_tensors
+        return depthwise_conv_backward(grad, x, weight, ctx.needs_input_grad)
 
 
 def weight_gradient(x: Tensor, grad: Tensor, kernel_size: int) -> Tensor:

@@ -40,6 +40,9 @@ class FusedConv(nn.Module):
         bias: (C_out,).
     """
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.register_buffer('weight', weight.contiguous())

@@ -57,6 +57,8 @@ class ReliableCheckpointHook(CheckpointHook):
       without interruption.
     """
 
+    keep_ckpt_ids: list[int]  # mmengine has a `deque` there
+
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
         self._outdated_best: dict[str, str | None] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
@@ -111,6 +111,8 @@ class Conv2FormerIsotropic(Conv2FormerBase):
     Source: arXiv 2211.11943, section 4.1.
     """
 
+    blocks: Any  # nn.ModuleList of Block, which to type checkers holds any modules
+
     def __init__(
         self,
         arch: str | Mapping = 'small',
@@ -133,28 +135,28 @@ class Conv2FormerIsotropic(Conv2FormerBase):
     ) -> None:
         refuse_foreign(type(self).__name__, foreign)
         super().__init__(in_channels, drop_path_rate, out_norm, norm_eval, with_cp, init_cfg)
-        arch = parse_isotropic_arch(arch)
-        (kernel_size,) = parse_kernel_size(
-            arch.kernel_size if kernel_size is None else kernel_size, num_stages=1
+        variant = parse_isotropic_arch(arch)
+        channels, depth = variant.channels, variant.depth
+        (size,) = parse_kernel_size(
+            variant.kernel_size if kernel_size is None else kernel_size, num_stages=1
         )
         check_choice('patch_embedding', patch_embedding, PATCH_EMBEDDINGS)
-        check_int('frozen_stages', frozen_stages, minimum=-1, maximum=arch.depth)
+        check_int('frozen_stages', frozen_stages, minimum=-1, maximum=depth)
         options = BlockOptions(fusion, mlp_ratio, layer_scale_init_value, recompute, depthwise_conv)
-        self.out_indices = parse_out_indices(out_indices, arch.depth)
+        self.out_indices = parse_out_indices(out_indices, depth)
         self.frozen_stages = frozen_stages
-        self.channels = (arch.channels,) * len(self.out_indices)
+        self.channels = (channels,) * len(self.out_indices)
         self.strides = (PATCH_STRIDE,) * len(self.out_indices)
         self.smallest_input = PATCH_STRIDE
 
-        self.patch_embed = PATCH_EMBEDDINGS[patch_embedding](in_channels, arch.channels)
-        rates = drop_path_rates(drop_path_rate, arch.depth)
+        self.patch_embed = PATCH_EMBEDDINGS[patch_embedding](in_channels, channels)
+        rates = drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.ModuleList(
-            Block(arch.channels, kernel_size, rate, options)
-            for rate in rates[: max(self.out_indices) + 1]
+            Block(channels, size, rate, options) for rate in rates[: max(self.out_indices) + 1]
         )
         if out_norm:
             for i in self.out_indices:
-                self.add_module(f'norm{i}', nn.LayerNorm(arch.channels, eps=LAYER_NORM_EPS))
+                self.add_module(f'norm{i}', nn.LayerNorm(channels, eps=LAYER_NORM_EPS))
         self._start()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
@@ -218,12 +220,12 @@ def parse_isotropic_arch(arch: str | Mapping) -> IsotropicArch:
             "arch as a dict must have 'channels', and may have 'depth' and 'kernel_size', "
             f'got {dict(arch)}'
         )
-    arch = IsotropicArch(**arch)
-    check_int("arch['channels']", arch.channels, minimum=4, maximum=MOST_CHANNELS)
-    check_int("arch['depth']", arch.depth, minimum=1, maximum=MOST_BLOCKS)
-    if arch.channels % 4:
+    variant = IsotropicArch(**arch)
+    check_int("arch['channels']", variant.channels, minimum=4, maximum=MOST_CHANNELS)
+    check_int("arch['depth']", variant.depth, minimum=1, maximum=MOST_BLOCKS)
+    if variant.channels % 4:
         raise ValueError(
             "arch['channels'] must be a multiple of 4, as the convolutional patch embedding is "
-            f'a quarter as wide, got {arch.channels}'
+            f'a quarter as wide, got {variant.channels}'
         )
-    return arch
+    return variant

@@ -95,7 +95,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 continue
             scale = scales[name]
             if self.base_lr is not None:
-                group['lr'] = group.get('lr', self.base_lr) * scale
+                group.setdefault('lr', self.base_lr)
+                group['lr'] *= scale
             if self.base_wd is not None:
                 group.setdefault('weight_decay', self.base_wd)
             key = (scale, *sorted(group.items()))

@@ -55,7 +55,7 @@ class ModulationFunction(torch.autograd.Function):
         with without_autocast(x):
             prepared = ModulationFunction.prepare(scale, parameters, dtype)
             gate_and_value, depthwise, proj = in_pairs(prepared)
-            y = normalize(x, parameters[:2], eps)[0].to(dtype)
+            y = normalize(x, in_pairs(parameters)[0], eps)[0].to(dtype)
             pair = product(y, *gate_and_value)  # (N, H, W, 2 C)
             gate, value = pair.chunk(2, -1)
             mixed = depthwise_conv(F.gelu(gate).contiguous(), *depthwise)
@@ -71,7 +71,7 @@ class ModulationFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Weights and biases of both first products, of the convolution, of the last product."""
         _, att, depthwise, v, proj = in_pairs(parameters)
-        first = tuple(torch.cat(both) for both in zip(att, v))
+        first = torch.cat([att[0], v[0]]), torch.cat([att[1], v[1]])
         return cast([first, depthwise, scaled(proj, scale)], dtype)
 
     @staticmethod
@@ -96,8 +96,8 @@ class ModulationFunction(torch.autograd.Function):
             y, mean, rstd = normalize(x, parameters[:2], ctx.eps)
             grads_first, grad = product_backward(grad_pair, y.to(dtype), gate_and_value[0])
             grad_x, *grads_norm = normalize_backward(grad, x, mean, rstd, parameters[:2])
-            grads_first = as_parameters(grads_first, parameters[2:4])
-            grads_att, grads_v = zip(*(both.chunk(2) for both in grads_first))
+            first = as_parameters(grads_first, parameters[2:4])
+            grads_att, grads_v = zip(*(both.chunk(2) for both in first))
             grads_proj, grad_scale = scaled_backward(grads_proj, in_pairs(parameters)[-1], scale)
         grads = (*grads_norm, *grads_att, *grads_depthwise, *grads_v, *grads_proj)
         return grad_x, None, grad_scale, *as_parameters(grads, parameters)
@@ -123,7 +123,7 @@ class FeedForwardFunction(torch.autograd.Function):
         with without_autocast(x):
             prepared = FeedForwardFunction.prepare(scale, parameters, dtype)
             fc1, pos, fc2 = in_pairs(prepared)
-            hidden = product(normalize(x, parameters[:2], eps)[0].to(dtype), *fc1)
+            hidden = product(normalize(x, in_pairs(parameters)[0], eps)[0].to(dtype), *fc1)
             active = F.gelu(hidden)
             mixed = depthwise_conv(active, *pos)
             out = product(active.add_(F.gelu(mixed)), *fc2)
@@ -176,7 +176,7 @@ def cast(pairs: list[Pair], dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Weights and biases one after another in `dtype`; the biases, which are small, cast as one."""
     weights, biases = zip(*pairs)
     if dtype != weights[0].dtype:
-        weights = [weight.to(dtype) for weight in weights]
+        weights = tuple(weight.to(dtype) for weight in weights)
         biases = torch.cat(biases).to(dtype).split([len(bias) for bias in biases])
     return tuple(tensor for pair in zip(weights, biases) for tensor in pair)
 

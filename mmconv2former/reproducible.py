@@ -63,6 +63,8 @@ class PositionedSampler(Sampler):
         seed: The run's, the same in all processes.
     """
 
+    sampler: Any  # of any library: torch's `Sampler` has no length, `seed` or `epoch`
+
     def __init__(self, sampler: Sampler, seed: int) -> None:
         self.sampler = sampler
         self.begin(seed)
@@ -109,7 +111,7 @@ def give_positions(dataloader: DataLoader, seed: int) -> None:
 
     Loaders without batches of indices (of iterable datasets) stay as they are.
     """
-    batch_sampler = dataloader.batch_sampler
+    batch_sampler: Any = dataloader.batch_sampler  # to torch any iterable of lists
     if isinstance(getattr(batch_sampler, 'sampler', None), Sampler):
         # The loader's own attributes are sealed; what it iterates is its batch sampler.
         batch_sampler.sampler = PositionedSampler(batch_sampler.sampler, seed)
@@ -131,14 +133,15 @@ class ResumedBatches:
     def __init__(
         self, dataloader: DataLoader, seed: int, position: int, ignored_calls: int
     ) -> None:
+        batch_sampler: Any = dataloader.batch_sampler  # to torch any iterable of lists
         self.dataloader = dataloader
-        self.sampler: PositionedSampler = dataloader.batch_sampler.sampler
+        self.sampler: PositionedSampler = batch_sampler.sampler
         self.ignored_calls = ignored_calls
         self.epoch = 0
         if not self.sampler.is_infinite:
             self.epoch, position = divmod(position, len(dataloader))
             self.sampler.set_epoch(self.epoch)
-        self.sampler.begin(seed, position * dataloader.batch_sampler.batch_size)
+        self.sampler.begin(seed, position * batch_sampler.batch_size)
         self.iterator = iter(dataloader)
 
     def skip_iter(self, num_iters: int) -> None:

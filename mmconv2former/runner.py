@@ -56,6 +56,8 @@ class ReliableRunner(Runner):
     read, and without one begins as if nothing had been said of resuming.
     """
 
+    _has_loaded: bool  # this and the next are mmengine's
+    _resume: bool | str
     _ahead: tuple[str | None, dict] = (None, {})  # name and content, see `read_ahead`
 
     @property
@@ -257,7 +259,7 @@ class ReliableRunner(Runner):
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model in a wrapper for several processes, or for augmentation at test time."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+        model = model.get_submodule('module')
     return model
 
 

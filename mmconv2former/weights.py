@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
-from mmengine.model import PretrainedInit
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def named(path: str, function: Callable) -> Callable:
     return call
 
 
-MULTIARRAY = (np.core if np.__version__ < '2' else np._core).multiarray
+MULTIARRAY = getattr(np, 'core' if np.__version__ < '2' else '_core').multiarray
 
 # What checkpoints of timm and mmengine hold beside tensors and plain containers: objects that only
 # keep values, and functions that only build such. torch calls nothing that is not in this list or
@@ -337,7 +337,7 @@ def read_state_dict(checkpoint: str, averaged: bool = False) -> dict[str, Tensor
             that is asked for.
     """
     content = read_checkpoint(checkpoint)
-    keys = ('state_dict', 'model')
+    keys: tuple[str, ...] = ('state_dict', 'model')
     if averaged:
         is_of_ema_hook = isinstance(content, Mapping) and 'ema_state_dict' in content
         keys = ('state_dict',) if is_of_ema_hook else ('state_dict_ema', 'model_ema')
@@ -373,7 +373,7 @@ def named_tensors(content: Mapping) -> dict[str, Tensor]:
     }
 
 
-def without_module(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_module(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same without the `module.` that data-parallel training puts in front of all names."""
     if not all(isinstance(name, str) and name.startswith('module.') for name in state_dict):
         return state_dict
@@ -422,7 +422,7 @@ def recognise_arch(state_dict: Mapping[str, Tensor]) -> Architecture:
         channels=tuple(stage[0].shape[0] for stage in stages),
         depths=tuple(len(stage) for stage in stages),
         kernel_size=tuple(stage[0].shape[-1] for stage in stages),
-        mlp_ratio=hidden_channels / in_channels if in_channels else None,
+        mlp_ratio=hidden_channels / in_channels if hidden_channels and in_channels else None,
         in_channels=size('downsample_layers.0.0.weight', 1),
         num_classes=size('pred.weight', 0),
     )
@@ -640,7 +640,7 @@ def load_model(model: nn.Module, content: Mapping[str, Any], checkpoint: str, wh
 
 
 def load_fitting(
-    model: nn.Module, state_dict: Mapping[str, Tensor]
+    model: nn.Module, state_dict: OrderedDict[str, Tensor]
 ) -> tuple[list[str], dict[str, str], list[str]]:
     """Loads what fits, by way of all the hooks by which modules read files of former versions.
 
@@ -669,13 +669,13 @@ def load_fitting(
     return missing, misshaped, keys.unexpected_keys
 
 
-def tensors_of(state_dict: Any) -> Mapping[str, Tensor]:
+def tensors_of(state_dict: Any) -> OrderedDict[str, Tensor]:
     """The tensors of a state dict and the versions of its modules; nothing of what is none."""
-    found = OrderedDict()
+    found: OrderedDict[str, Tensor] = OrderedDict()
     if isinstance(state_dict, Mapping):
         found = OrderedDict(without_module(named_tensors(state_dict)))
         if hasattr(state_dict, '_metadata'):  # by which modules read files of former versions
-            found._metadata = state_dict._metadata
+            found._metadata = state_dict._metadata  # type: ignore[attr-defined]
     return found
 
 
@@ -773,12 +773,14 @@ def without_layers(state_dict: Mapping[str, Tensor], layers: Sequence[str]) -> d
     return {name: value for name, value in state_dict.items() if not name.startswith(prefixes)}
 
 
-class LoadsPretrained:
-    """For modules of mmengine: `init_cfg=dict(type='Pretrained', ...)` goes by `load_pretrained`.
+class LoadsPretrained(BaseModule):
+    """mmengine's module, whose `init_cfg=dict(type='Pretrained', ...)` goes by `load_pretrained`.
 
-    Stands before `BaseModule` among the bases. The other keys of the dict are the arguments of
+    Stands first among several bases. The other keys of the dict are the arguments of
     `load_pretrained`.
     """
+
+    init_cfg: dict | list[dict] | None
 
     def init_weights(self) -> None:
         """Applies `init_cfg`; pretrained weights are read safely and must fit.

@@ -86,6 +86,8 @@ def build_conv2former(arch: str, deploy: bool = False, **options: Any) -> nn.Mod
 class BirderBackbone(nn.Module):
     """The four feature maps of a network of birder."""
 
+    network: Any
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network

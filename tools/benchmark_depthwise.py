@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from benchmark import show, table
@@ -47,8 +48,8 @@ def main() -> None:
             weight = nn.Parameter(torch.randn(channels, 1, kernel_size, kernel_size))
             stock, products = medians(
                 args.repeats,
-                lambda g=grad, x=x, w=weight: backward(g, x, w, 'stock'),
-                lambda g=grad, x=x, w=weight: backward(g, x, w, 'products'),
+                partial(backward, grad, x, weight, 'stock'),
+                partial(backward, grad, x, weight, 'products'),
             )
             is_chosen = depthwise.has_fast_weight_gradient(to_channels_first(x), weight)
             rows.append(

@@ -38,6 +38,7 @@ from benchmark import (
 from common import set_backbone, set_data_root
 from datasets import COCO_IDS
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from pycocotools.mask import frPyObjects
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ def measure_steps(args: argparse.Namespace) -> str:
     return title + table(header, rows)
 
 
-def build(config: Config) -> nn.Module:
+def build(config: Config) -> BaseModel:
     config = copy.deepcopy(config)
     config.model.backbone.pop('init_cfg', None)
     torch.manual_seed(0)
@@ -127,17 +128,17 @@ def with_convnext(config: Config) -> Config:
     return config
 
 
-def with_published_operators(model: nn.Module) -> nn.Module:
+def with_published_operators(model: BaseModel) -> BaseModel:
     model.backbone = PlainConv2Former(model.backbone)
     return model
 
 
-def step(model: nn.Module, batch: dict) -> None:
+def step(model: BaseModel, batch: dict) -> None:
     model.zero_grad(set_to_none=True)
     loss(model, batch).backward()
 
 
-def loss(model: nn.Module, batch: dict) -> Tensor:
+def loss(model: BaseModel, batch: dict) -> Tensor:
     torch.manual_seed(0)  # the same samples of proposals in each step
     data = model.data_preprocessor(batch, training=True)
     return model.parse_losses(model(**data, mode='loss'))[0]

@@ -333,7 +333,7 @@ def check_typed(
         allowed = arguments_of(cls)
         try:
             if allowed is not None:
-                taken = TAKEN_BY_BUILDERS.get(kind, set())
+                taken = TAKEN_BY_BUILDERS.get(kind or '', set())
                 check_keys(path, getattr(cls, '__name__', str(cls)), keys, set(allowed) | taken)
                 check_numbers(path, settings, allowed)
         except ConfigError as error:
@@ -488,7 +488,7 @@ def rest_of(function: FunctionType) -> str | None:
     return next((item.name for item in parameters if item.kind is item.VAR_KEYWORD), None)
 
 
-def types_of(function: FunctionType) -> dict[str, Any]:
+def types_of(function: Callable) -> dict[str, Any]:
     """The types of a function's parameters, if all of them can be told."""
     try:
         return get_type_hints(function)
@@ -496,7 +496,7 @@ def types_of(function: FunctionType) -> dict[str, Any]:
         return {}
 
 
-def named_parameters(function: FunctionType) -> dict[str, Any]:
+def named_parameters(function: Callable) -> dict[str, Any]:
     types = types_of(function)
     return {
         item.name: types.get(item.name, item.annotation)

@@ -150,7 +150,7 @@ def run_tool(tool: str, *args: str, log: Path) -> None:
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        for line in process.stdout:
+        for line in process.stdout or ():
             file.write(line)
             if ' Epoch(' in line:  # mmengine's lines of progress and metrics
                 print(line[line.index('Epoch(') :].rstrip(), flush=True)

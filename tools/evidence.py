@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,11 @@ from make_tables import (
 from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.models import GlobalAveragePooling, LinearClsHead
 
+from mmconv2former import Comparator, Conv2Former
 from mmconv2former.cls_head import Conv2FormerClsHead
 from mmconv2former.comparators import find_comparator
 from mmconv2former.weights import read_checkpoint
@@ -423,7 +425,7 @@ def bytes_kept(config: Config, with_cp: bool) -> int:
 def measure_comparators() -> dict:
     results = {}
     for name, (library, path, gflops) in CONVNEXT_T.items():
-        folder = Path(find_spec(library).submodule_search_locations[0], '.mim/configs')
+        folder = Path(import_module(library).__path__[0], '.mim/configs')
         cost = count_cost(Config.fromfile(folder / path))
         print(name, cost, flush=True)
         results[name] = {'cost': cost, 'published_gflops': gflops}
@@ -528,7 +530,7 @@ def build_network(name: str) -> torch.nn.Module:
     return torch.nn.Sequential(backbone, head).eval()
 
 
-def build_backbone(name: str, **options: Any) -> torch.nn.Module:
+def build_backbone(name: str, **options: Any) -> Conv2Former | Comparator:
     if name in OURS:
         options |= dict(type='mmconv2former.Conv2Former', arch=name.removeprefix('conv2former_'))
     else:
@@ -560,7 +562,7 @@ def limit_masks(model: torch.nn.Module) -> None:
     roi_head._mask_forward = limited
 
 
-def pack(model: torch.nn.Module, scope: str, size: tuple[int, int]) -> dict:
+def pack(model: BaseModel, scope: str, size: tuple[int, int]) -> dict:
     """A batch of one grey image, as the model's preprocessor hands it on."""
     if scope == 'mmseg':
         from mmseg.structures import SegDataSample as Sample  # one library is needed at a time

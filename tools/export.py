@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ from inference import (
     to_deploy,
 )
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseModule, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from packaging.version import Version
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ DETECTION_TOLERANCE = 0.02  # share of detections, for the same reason
 DETECTOR_SHAPE = (800, 1344)  # COCO's test scale, as mmdet pads it
 DETECTOR_CHECKS = 3  # random pictures
 FREE_SIZES_SINCE = '2.6'  # of torch, in `torch.export` without bounds for each
+M = TypeVar('M', bound=nn.Module)
 
 
 # --------------------------------------------------------------------------------------- networks
@@ -91,7 +92,7 @@ class MatrixAdaptiveAvgPool2d(nn.Module):
         return inside / inside.sum(1, keepdim=True)
 
 
-def exchange(module: nn.Module, old: type, new: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def exchange(module: nn.Module, old: type[M], new: Callable[[M], nn.Module]) -> nn.Module:
     """Puts `new(child)` in the place of every module of a type, in place."""
     for name, child in module.named_children():
         if isinstance(child, old):
@@ -118,10 +119,11 @@ def matrix_pooling(pool: nn.AdaptiveAvgPool2d) -> nn.Module:
 class Network(nn.Module):
     """A model as one function of the input (N, 3, H, W), with the names of its outputs."""
 
+    model: BaseModule
     output_names: tuple[str, ...] = ('logits',)
     has_free_sizes = True
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: BaseModule) -> None:
         super().__init__()
         self.model = model
 
@@ -132,7 +134,7 @@ class Network(nn.Module):
 class Features(Network):
     """The feature maps of a backbone."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: BaseModule) -> None:
         super().__init__(model)
         self.output_names = tuple(f'features_{i}' for i in range(len(model.channels)))
 
@@ -178,7 +180,7 @@ class Detections(Network):
 
     has_free_sizes = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: BaseModule) -> None:
         super().__init__(model)
         masks = ('masks',) if model.roi_head.with_mask else ()
         self.output_names = ('boxes', 'scores', 'labels', *masks)
@@ -220,7 +222,9 @@ class EveryLevel(nn.Module):
         extractor: A SingleRoIExtractor.
     """
 
-    def __init__(self, extractor: nn.Module) -> None:
+    extractor: BaseModule
+
+    def __init__(self, extractor: BaseModule) -> None:
         super().__init__()
         self.extractor = extractor
         self.num_inputs, self.out_channels = extractor.num_inputs, extractor.out_channels
@@ -302,7 +306,9 @@ def torchvision_nms() -> Iterator[None]:
     """Suppression by torchvision's operator, which ONNX and TorchScript know, not by mmcv's."""
     import torchvision
 
-    nms_module = importlib.import_module('mmcv.ops.nms')  # its package has a function of this name
+    nms_module: Any = importlib.import_module(
+        'mmcv.ops.nms'
+    )  # its package has a function of this name
 
     class Suppression:
         @staticmethod
@@ -428,7 +434,7 @@ class CompleteNorms(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def by_tracing() -> dict[str, bool]:
+def by_tracing() -> dict[str, Any]:
     """Arguments with which `torch.onnx.export` traces; before torch 2.5 it knew nothing else."""
     has_choice = 'dynamo' in inspect.signature(torch.onnx.export).parameters
     return dict(dynamo=False) if has_choice else {}

@@ -71,5 +71,6 @@ def read_weights(checkpoint: str) -> dict[str, Any]:
 
 def to_deploy(model: nn.Module) -> None:
     """Gives the backbone its form for inference, if it has one."""
-    if hasattr(model.backbone, 'switch_to_deploy'):
-        model.backbone.switch_to_deploy()
+    switch_to_deploy = getattr(model.backbone, 'switch_to_deploy', None)
+    if switch_to_deploy is not None:
+        switch_to_deploy()

@@ -14,7 +14,7 @@ import glob
 import json
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from common import run_errors
 from inference import one_of, parser_of, read_config, read_weights, to_deploy
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.infer import BaseInferencer
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from pycocotools import mask as coco_mask
@@ -187,7 +188,7 @@ def build_dataset(config: Config) -> BaseDataset:
         return DATASETS.build(settings | dict(lazy_init=True))
 
 
-class WholeCheckpoint:
+class WholeCheckpoint(BaseInferencer):
     """Stands before an inferencer of mmengine among the bases: the checkpoint must fit wholly.
 
     Classes are those of the checkpoint or, where it names none, of the config's data set, instead
@@ -226,7 +227,7 @@ class Predictor(ABC):
         self.model = self.inferencer.model
 
     @abstractmethod
-    def _build(self, config: Config, checkpoint: str, device: str) -> Callable:
+    def _build(self, config: Config, checkpoint: str, device: str) -> BaseInferencer:
         """The library's inferencer."""
 
     def predict(self, pictures: list[np.ndarray]) -> list[Any]:
@@ -252,7 +253,7 @@ class Detector(Predictor):
 
     score_thr = DEFAULT_SCORE
 
-    def _build(self, config: Config, checkpoint: str, device: str) -> Callable:
+    def _build(self, config: Config, checkpoint: str, device: str) -> BaseInferencer:
         from mmdet.apis import DetInferencer  # here, as users of one library have no other
 
         return inferencer_of(DetInferencer, self.dataset, config, checkpoint, device)
@@ -288,7 +289,7 @@ class Detector(Predictor):
 class Segmentor(Predictor):
     """Semantic labels of mmseg."""
 
-    def _build(self, config: Config, checkpoint: str, device: str) -> Callable:
+    def _build(self, config: Config, checkpoint: str, device: str) -> BaseInferencer:
         from mmseg.apis import MMSegInferencer  # here, as users of one library have no other
 
         inferencer = inferencer_of(MMSegInferencer, self.dataset, config, checkpoint, device)
@@ -335,7 +336,7 @@ class Classifier(Predictor):
 
     needs_equal_sizes = False  # the pipeline brings all to one
 
-    def _build(self, config: Config, checkpoint: str, device: str) -> Callable:
+    def _build(self, config: Config, checkpoint: str, device: str) -> BaseInferencer:
         # Here, as users of one library have no other.
         from mmpretrain.apis import ImageClassificationInferencer, get_model
         from mmpretrain.utils import progress
@@ -373,7 +374,7 @@ PREDICTORS = {'mmdet': Detector, 'mmseg': Segmentor, 'mmpretrain': Classifier}
 
 def inferencer_of(
     inferencer_type: type, dataset: BaseDataset, config: Config, checkpoint: str, device: str
-) -> Callable:
+) -> BaseInferencer:
     """An inferencer of mmengine's kind whose checkpoint fits wholly; see `WholeCheckpoint`."""
     settings = dict(checkpoint=checkpoint, default_meta=dataset.metainfo)
     config.visualizer.vis_backends = None  # nothing but `Writer` writes
@@ -439,7 +440,7 @@ class Writer:
 
     def _open_film(self, source: Source, rate: float, frame: np.ndarray) -> cv2.VideoWriter:
         path = self._path('pictures', source.name, '.mp4')
-        codec = cv2.VideoWriter_fourcc(*'mp4v')
+        codec = cv2.VideoWriter.fourcc(*'mp4v')
         film = cv2.VideoWriter(str(path), codec, rate, frame.shape[1::-1])
         if not film.isOpened():
             raise SystemExit(f'error: OpenCV cannot write {path}; --no-pictures does without it')
@@ -534,7 +535,7 @@ def run_video(
     rate = video.get(cv2.CAP_PROP_FPS)
     rate = rate if rate > 0 else DEFAULT_RATE
 
-    def predicted() -> Iterator[tuple[np.ndarray, Any]]:
+    def predicted() -> Generator[tuple[np.ndarray, Any], None, None]:
         frames = ((None, frame) for part in ([first], read_frames(video)) for frame in part)
         for batch in batches(frames, batch_size, predictor.needs_equal_sizes):
             pictures = [picture for _, picture in batch]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import mmcv
-import torch
 from common import (
     add_arguments,
     build_runner,
@@ -28,7 +27,7 @@ from inference import one_of
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import get
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
@@ -92,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runner.test()
 
 
-def initialize(model: torch.nn.Module) -> None:
+def initialize(model: BaseModel) -> None:
     """Gives a model its initial weights, pretrained ones too, which mmengine does to train only."""
     (model.module if is_model_wrapper(model) else model).init_weights()
 

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(dest='command', required=True)
     for name, (add_arguments, run) in COMMANDS.items():
-        command = commands.add_parser(name, help=run.__doc__.splitlines()[0])
+        command = commands.add_parser(name, help=(run.__doc__ or '').partition('\n')[0])
         add_arguments(command)
         command.set_defaults(run=run)
     args = parser.parse_args(arguments)
@@ -164,7 +164,9 @@ def conv2former_options(fusion: str, with_cp: bool) -> dict:
     return dict(out_indices=-1, fusion=fusion, with_cp=with_cp, recompute='nothing')
 
 
-def build_backbone(name: str, fusion: str, with_cp: bool) -> nn.Module:
+def build_backbone(
+    name: str, fusion: str, with_cp: bool
+) -> Conv2Former | Conv2FormerIsotropic | Comparator:
     """A backbone by its name, whose last output is the deepest feature map.
 
     Raises:
@@ -189,7 +191,9 @@ def build_backbone(name: str, fusion: str, with_cp: bool) -> nn.Module:
     )
 
 
-def backbone_of_checkpoint(checkpoint: str, fusion: str, with_cp: bool) -> nn.Module:
+def backbone_of_checkpoint(
+    checkpoint: str, fusion: str, with_cp: bool
+) -> Conv2Former | Conv2FormerIsotropic:
     """The Conv2Former that a checkpoint is of, by the shapes of its tensors, still to be loaded.
 
     Raises:
@@ -595,17 +599,19 @@ def modulation_figure(
     Raises:
         ValueError: A block has no such channel.
     """
-    rows: list[tuple[str, Callable[[ModulationMaps], Tensor]]] = []
+    rows: list[tuple[str, list[Tensor]]] = []  # what is drawn of each block
     if channels is None:
-        rows.append(('mean |A|', lambda found: found.a.abs().mean(0)))
-        rows.append((f'mean |{fused_name}|', lambda found: found.fused.abs().mean(0)))
+        rows.append(('mean |A|', [found.a.abs().mean(0) for found in maps.values()]))
+        means = [found.fused.abs().mean(0) for found in maps.values()]
+        rows.append((f'mean |{fused_name}|', means))
     for channel in channels or ():
         for name, found in maps.items():
             if not 0 <= channel < len(found.a):
                 raise ValueError(f'channel must be from 0 to {len(found.a) - 1} in {name}, '
                                  f'got {channel}')  # fmt: skip
-        rows.append((f'A, channel {channel}', lambda found, c=channel: found.a[c]))
-        rows.append((f'{fused_name}, channel {channel}', lambda found, c=channel: found.fused[c]))
+        rows.append((f'A, channel {channel}', [found.a[channel] for found in maps.values()]))
+        of_channel = [found.fused[channel] for found in maps.values()]
+        rows.append((f'{fused_name}, channel {channel}', of_channel))
 
     figure, axes = panels(len(rows), 1 + len(maps), 2.6, aspect=image.height / image.width)
     figure.suptitle(network.title, fontsize=9)
@@ -613,9 +619,8 @@ def modulation_figure(
     extent = (0, image.width, image.height, 0)
     axes[0, 0].imshow(image)
     axes[0, 0].set_title('image', fontsize=8)
-    for (row_name, take), row in zip(rows, axes):
-        for (name, found), axis in zip(maps.items(), row[1:]):
-            values = take(found).numpy()
+    for (row_name, drawn), row in zip(rows, axes):
+        for name, values, axis in zip(maps, map(Tensor.numpy, drawn), row[1:]):
             low, high = values.min(), values.max()
             if channels is not None:
                 high = np.abs(values).max()
@@ -686,7 +691,9 @@ def kernels_figure(
     figure = plt.figure(
         figsize=(size * count, size * (1.15 * len(kernels)) + 2.4), dpi=DOTS_PER_INCH
     )
-    sheet, bottom = figure.subfigures(2, 1, height_ratios=(size * 1.15 * len(kernels), 2.4))
+    sheet, bottom = figure.subfigures(
+        2, 1, squeeze=False, height_ratios=(size * 1.15 * len(kernels), 2.4)
+    ).flat
     sheet.suptitle(f'{network.title}: kernels, each from -max (blue) to +max '
                    '(red); channel and max above it', fontsize=8)  # fmt: skip
     axes = sheet.subplots(len(kernels), count, squeeze=False)
