@@ -16,6 +16,7 @@ import torch
 from torch import _weights_only_unpickler
 
 BUILD = pickle.BUILD[0]  # opcode that gives an object its state
+BYTEARRAY8 = pickle.BYTEARRAY8[0]  # one that fills memory of any size before it reads as much
 # What later releases of torch admit by themselves.
 ADMITTED_LATER = [
     torch.bfloat16, torch.uint8, torch.bool, torch.device, codecs.encode, set, Counter,
@@ -38,6 +39,9 @@ class DataPickle:
         }
 
         kept = {value for value in admitted.values() if isinstance(value, type)}
+        # Called with a number, both fill memory of any size; `_reconstruct` is told of the array.
+        admitted.pop('builtins.bytearray', None)
+        admitted['numpy.ndarray'] = None
 
         class Unpickler(pickle._Unpickler):  # typed as the one in C, which hides more
             def find_class(self, module: str, name: str) -> Any:
@@ -55,7 +59,14 @@ class DataPickle:
                     raise pickle.UnpicklingError(f'state of {path_of(changed)} is not admitted')
                 pickle._Unpickler.dispatch[BUILD](self)  # type: ignore[arg-type]
 
-            dispatch: ClassVar[dict] = {**pickle._Unpickler.dispatch, BUILD: load_build}
+            def load_bytearray8(self) -> None:
+                raise pickle.UnpicklingError('a bytearray is not admitted')
+
+            dispatch: ClassVar[dict] = {
+                **pickle._Unpickler.dispatch,
+                BUILD: load_build,
+                BYTEARRAY8: load_bytearray8,
+            }
 
         self.Unpickler = Unpickler
 
@@ -63,7 +74,7 @@ class DataPickle:
         """As `pickle.load`.
 
         Raises:
-            pickle.UnpicklingError: The file names what is not admitted.
+            pickle.UnpicklingError: The file names or changes what is not admitted.
         """
         return self.Unpickler(file, **options).load()
 

@@ -17,9 +17,10 @@ import os
 import re
 import shutil
 import struct
+import tarfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
@@ -103,6 +104,16 @@ def history_buffer_statistic(owner: object, name: str) -> Callable:
     return getattr(owner, name)
 
 
+def empty_array(owner: object, shape: object, kind: object) -> np.ndarray:
+    """numpy's `_reconstruct`, which would fill memory of any shape; the state comes afterwards."""
+    return np.empty(0, 'b')
+
+
+def scalar(dtype: np.dtype, data: object) -> Any:
+    """numpy's own, which without data would fill memory of any size."""
+    return MULTIARRAY.scalar(dtype, data)
+
+
 def named(path: str, function: Callable) -> Callable:
     """A function that torch admits where a pickle asks for `path`."""
 
@@ -127,9 +138,9 @@ SAFE_GLOBALS = [
     np.dtype,
     *{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'},
     *(
-        named(f'numpy.{package}.multiarray.{name}', getattr(MULTIARRAY, name))
+        named(f'numpy.{package}.multiarray.{name}', function)
         for package in ('core', '_core')
-        for name in ('_reconstruct', 'scalar')
+        for name, function in (('_reconstruct', empty_array), ('scalar', scalar))
     ),
 ]
 
@@ -197,6 +208,7 @@ def local_file(checkpoint: str) -> Iterator[str]:
 
 def load_data(path: str, map_location: Any) -> Any:
     """`torch.load` of data alone: plain containers, tensors and `SAFE_GLOBALS`."""
+    check_is_pickle(path)
     if hasattr(torch.serialization, 'safe_globals'):  # torch >= 2.5
         with torch.serialization.safe_globals(SAFE_GLOBALS):
             return torch.load(path, map_location, weights_only=True)
@@ -224,6 +236,19 @@ def check_download(path: str) -> None:
         raise CheckpointError('it is a web page')
     if start.startswith(b'PK') and not is_zipfile(path):
         raise CheckpointError('its end is missing, as after a download that broke off')
+
+
+def check_is_pickle(path: str) -> None:
+    """Refuses what torch before 2.6 reads without the unpickler, whatever it was told to admit.
+
+    Raises:
+        CheckpointError: The file is a TorchScript archive, whose program would run, or a tar as of
+            the first torch, whose members would be unpacked.
+    """
+    if is_zipfile(path) and 'constants.pkl' in torch._C.PyTorchFileReader(path).get_all_records():
+        raise CheckpointError('it is TorchScript, a program; save its state_dict() instead')
+    with suppress(tarfile.TarError), tarfile.open(path, 'r:'):
+        raise CheckpointError('it is a tar archive')
 
 
 def read_safetensors(path: str, map_location: Any) -> dict[str, Tensor]:

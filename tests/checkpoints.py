@@ -123,4 +123,30 @@ def replace_pickle(source, path, change):
             new.writestr(entry, change(data) if entry.endswith('data.pkl') else data)
 
 
+class Program(torch.nn.Module):
+    """Has code that TorchScript runs as it loads the file."""
+
+    def __init__(self, trace):
+        super().__init__()
+        self.trace = str(trace)
+        self.kept = torch.ones(1)
+
+    @torch.jit.export
+    def __getstate__(self):
+        return self.trace, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]):
+        self.trace, self.training = state
+        self.kept = torch.from_file(self.trace, True, 1)  # makes the file
+
+    def forward(self, x):
+        return x
+
+
+def write_torchscript(path, trace):
+    """An archive that torch before 2.6 runs, also with `weights_only=True` (CVE-2025-32434)."""
+    torch.jit.script(Program(trace)).save(str(path))
+
+
 HOSTILE = {'call': write_call, 'getattr chain': write_getattr_chain}

@@ -5,6 +5,7 @@ import io
 import pickle
 import re
 import sys
+import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +20,7 @@ from checkpoints import (
     published_state_dict,
     replace_pickle,
     write_call,
+    write_torchscript,
 )
 from conftest import run_tool
 from mmengine.logging import HistoryBuffer, MMLogger
@@ -411,6 +413,29 @@ def test_hostile_file_at_an_address_is_not_run(tmp_path, guarded):
             CheckpointLoader.load_checkpoint(f'{address}/none.pth')
         server.shutdown()
     assert not trace.exists()
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+def test_torchscript_is_not_run(tmp_path):
+    trace, path = tmp_path / 'trace', tmp_path / 'file.pth'
+    write_torchscript(path, trace)
+    assert not trace.exists()
+    with pytest.raises(CheckpointError, match='it is TorchScript, a program'):
+        read_checkpoint(str(path))
+    assert not trace.exists()
+    torch.jit.load(path)
+    assert trace.exists(), 'the file would not have done anything'
+
+
+def test_tar_is_not_unpacked(tmp_path):
+    """The member `storages` would be unpacked as what it is: a pipe, at which reading hangs."""
+    path = tmp_path / 'file.pth'
+    with tarfile.open(path, 'w') as tar:
+        member = tarfile.TarInfo('storages')
+        member.type = tarfile.FIFOTYPE
+        tar.addfile(member)
+    with pytest.raises(CheckpointError, match='it is a tar archive'):
+        read_checkpoint(str(path))
 
 
 def test_names_of_zoos_are_refused(guarded):
