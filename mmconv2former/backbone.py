@@ -503,13 +503,12 @@ class Conv2Former(Conv2FormerBase):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
         self._check_input(x)
-        outputs = {}
+        outputs: list[Any] = []  # a list by stage: torch 2.4 cannot compile a dict by integers
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = embed(downsample, x) if i == 0 else downsample(x)
             for block in stage:
                 x = self._run_block(block, x)
-            if i in self.out_indices:
-                outputs[i] = self._output(x, i)
+            outputs.append(self._output(x, i) if i in self.out_indices else None)
         return tuple(outputs[i] for i in self.out_indices)
 
     def _deploy(self) -> None:
