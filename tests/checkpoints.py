@@ -80,6 +80,9 @@ class Attack:
         return open, (str(self.path), 'w')
 
 
+CALLED = f'{open.__module__}.open'  # as pickles name it: _io.open from Python 3.12 on
+
+
 def write_call(path, trace, content=None):
     """A checkpoint that calls a function, the plain way."""
     torch.save(dict(content or {}, args=Attack(trace)), path)

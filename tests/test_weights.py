@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import (
+    CALLED,
     HOSTILE,
     in_mmpretrain,
     published_names,
@@ -368,7 +369,7 @@ def test_hostile_file_is_not_run(hostile, reader, tmp_path, guarded):
         READERS[reader](str(path))
     assert not trace.exists()
     if isinstance(error.value, CheckpointError):
-        name = 'io.open' if hostile == 'call' else 'builtins.getattr'
+        name = CALLED if hostile == 'call' else 'builtins.getattr'
         assert f'cannot be read: it holds {name}, which is not data. If you trust' in str(
             error.value
         )

@@ -634,7 +634,7 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     if missing:
         raise SystemExit(
             f'error: ONNX needs {", ".join(missing)}: '
-            "pip install -c constraints.txt '.[export]' (docs/export.md)"
+            "pip install 'mmconv2former[export]' (docs/export.md)"
         )
     if not args.out.parent.is_dir():
         raise SystemExit(f'error: folder {args.out.parent} does not exist')

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from checkpoints import write_call, write_getattr_chain
+from checkpoints import CALLED, write_call, write_getattr_chain
 from in_process import refusal_of, with_data, write_tiny_config
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -82,7 +82,7 @@ FAULTS = {
     ),
     'pickle that calls a function': (
         lambda path, good: write_call(path, path.with_name('trace'), torch.load(good)),
-        'it holds io.open, which is not data',
+        f'it holds {CALLED}, which is not data',
         None,
     ),
     'pickle that reaches exec by getattr': (
