@@ -188,18 +188,22 @@ def test_own_image_folders(crops, tmp_path, monkeypatch, capfd, in_process):
 
 @pytest.fixture
 def evaluate_folders(crops, tmp_path, in_process):
-    """Runs test.py with options on pictures of the same names in two classes, which it returns."""
+    """Runs test.py with options on pictures of the same names in two classes, which it returns.
+
+    One is there as .jpg and .png.
+    """
     for folder in (crops / 'val').iterdir():
         (tmp_path / 'data/val' / folder.name).mkdir(parents=True)
         for number, path in enumerate(sorted(folder.iterdir())):
             shutil.copy(path, tmp_path / f'data/val/{folder.name}/{number}.jpg')
+        cv2.imwrite(str(tmp_path / f'data/val/{folder.name}/0.png'), cv2.imread(str(path)))
 
     def evaluate(*options):
         places = ['--data-root', tmp_path / 'data', '--work-dir', tmp_path / 'work']
         arguments = [FOLDERS, 'none', *options, *places,
                      '--cfg-options', *QUICK_FOLDERS, *WITHOUT_WORKERS]  # fmt: skip
         load_tool('test').main([str(argument) for argument in arguments])
-        return sorted((tmp_path / 'data/val').rglob('*.jpg'))
+        return sorted((tmp_path / 'data/val').rglob('*.*'))
 
     return evaluate
 
@@ -210,7 +214,8 @@ def test_draws_classes_on_the_pictures(evaluate_folders, tmp_path):
     (folder,) = (tmp_path / 'work').glob('*/pictures')
     assert len(list(folder.rglob('*.*'))) == len(pictures) > 2
     for path in pictures:
-        drawing = cv2.imread(str(folder / path.relative_to(tmp_path / 'data/val')))
+        name = str(path.relative_to(tmp_path / 'data/val'))
+        drawing = cv2.imread(str(folder / (name if path.suffix == '.jpg' else f'{name}.jpg')))
         height, width = drawing.shape[:2]
         assert min(height, width) == 224
         picture = cv2.resize(cv2.imread(str(path)), (width, height))

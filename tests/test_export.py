@@ -17,12 +17,12 @@ from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmengine.config import Config, DictAction
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from packaging.version import Version
+from mmengine.utils import digit_version
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures('guarded')
 with_free_sizes = pytest.mark.skipif(
-    Version(torch.__version__) < Version(export.FREE_SIZES_SINCE),
+    digit_version(torch.__version__) < digit_version(export.FREE_SIZES_SINCE),
     reason=f'torch < {export.FREE_SIZES_SINCE} exports programs of fixed sizes only',
 )
 

@@ -42,7 +42,7 @@ from inference import (
 from mmengine.config import Config
 from mmengine.model import BaseModule, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
-from packaging.version import Version
+from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -383,7 +383,7 @@ def free_sizes() -> tuple[dict[int, Any]]:
     Raises:
         SystemExit: This torch cannot leave them free.
     """
-    if Version(torch.__version__) < Version(FREE_SIZES_SINCE):
+    if digit_version(torch.__version__) < digit_version(FREE_SIZES_SINCE):
         raise SystemExit(
             f'error: .pt2 and --dynamo need torch {FREE_SIZES_SINCE} or later, found '
             f'{torch.__version__}; .onnx without --dynamo and .torchscript do not'

@@ -140,8 +140,8 @@ class DrawPredictions(Hook):
             name = self.name(sample.img_path)
             options = dict(self.options)
             if self.folder is not None:
-                path = Path(runner.log_dir, self.folder, name).with_suffix('.jpg')
-                options['out_file'] = str(path)
+                suffix = '' if name.lower().endswith(('.jpg', '.jpeg')) else '.jpg'
+                options['out_file'] = str(Path(runner.log_dir, self.folder, name + suffix))
             if self.method == 'visualize_cls' and min(picture.shape[:2]) < LEAST_SIDE:
                 options['resize'] = LEAST_SIDE
             getattr(runner.visualizer, self.method)(
