@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.runner import EpochBasedTrainLoop
 
 from .registry import HOOKS, register
@@ -43,6 +43,19 @@ class LogLengthHook(Hook):
             length = max(SHORTEST_LOG, len(runner.train_dataloader))
             for buffer in runner.message_hub.log_scalars.values():
                 buffer.max_length = length
+
+
+@register(HOOKS)
+class ReliableLoggerHook(LoggerHook):
+    """mmengine's `LoggerHook`, of which one process alone writes the metrics of a test.
+
+    mmengine's writes them to the same file from all processes at once. Their times differ in
+    length, so that the end of a longer line can stay behind a shorter one: no JSON any more.
+    """
+
+    def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        if is_main_process():
+            super().after_test_epoch(runner, metrics)
 
 
 @register(HOOKS)

@@ -87,11 +87,14 @@ class ReliableRunner(Runner):
         return loader
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Registers the default hooks, with ours for mmengine's `CheckpointHook`, and ours."""
+        """Registers the default hooks, with ours for two of mmengine's, and more of ours."""
         hooks = dict(hooks or {})
-        checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
-        if isinstance(checkpoint, dict) and checkpoint['type'] == 'CheckpointHook':
-            hooks['checkpoint'] = {**checkpoint, 'type': 'mmconv2former.ReliableCheckpointHook'}
+        hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+        hooks.setdefault('logger', dict(type='LoggerHook'))
+        for name, type_ in (('checkpoint', 'CheckpointHook'), ('logger', 'LoggerHook')):
+            hook = hooks[name]
+            if isinstance(hook, dict) and hook['type'] == type_:
+                hooks[name] = {**hook, 'type': f'mmconv2former.Reliable{type_}'}
         ours = {
             'seed': 'SeedHook',
             'log_length': 'LogLengthHook',

@@ -1,5 +1,7 @@
 """ReliableRunner: a run that was interrupted ends as one that was not."""
 
+import json
+
 import pytest
 import torch
 from mmengine.hooks import Hook
@@ -117,6 +119,18 @@ def test_one_best_checkpoint_for_each_metric(sample, tmp_path):
         (path,) = tmp_path.glob(f'best_{metric}_*.pth')
         history = {step: value for (name, step), value in values.items() if name == metric}
         assert path.stem == f'best_{metric}_iter_{max(history, key=history.get)}'
+
+
+@pytest.mark.parametrize('is_main', [True, False])
+def test_metrics_are_written_by_the_first_process_only(is_main, sample, tmp_path, monkeypatch):
+    """Several that write the same file at once leave no JSON."""
+    monkeypatch.setattr('mmconv2former.hooks.is_main_process', lambda: is_main)
+    config = tiny_config('segmentation', sample, tmp_path, 2, 2)
+    metrics = ReliableRunner.from_cfg(config).test()
+    files = [json.loads(path.read_text()) for path in tmp_path.glob('*/*.json')]
+    assert len(files) == is_main
+    for content in files:
+        assert content.keys() >= metrics.keys() == {'aAcc', 'mIoU', 'mAcc'}
 
 
 def test_hooks_of_ours_can_be_turned_off(sample, tmp_path):
