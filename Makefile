@@ -15,10 +15,10 @@ COVERED_BY := $(patsubst %,tests/test_%.py,backbone cls_head comparators compile
 help:
 	@echo 'make setup   create .venv with everything, mmcv compiled (about 10 minutes, once)'
 	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (9 minutes)'
-	@echo 'make test    all tests (set MMCONV2FORMER_SAMPLES to run those on real pictures too)'
-	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML and the size of files'
+	@echo 'make test    all tests but the slow ones (MMCONV2FORMER_SAMPLES: those on real pictures too)'
+	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML, hashes and the size of files'
 	@echo 'make coverage  which lines of the package the tests run, 95% at least (10 minutes)'
-	@echo 'make reliability  every fault injected at full count, kept in docs/reliability.md (15 minutes)'
+	@echo 'make reliability  every fault injected at full count, kept in docs/reliability.md (14 minutes)'
 	@echo 'make audit   the pins of constraints.txt against the advisories of PyPI (needs PyPI itself)'
 	@echo "make compatibility  all tests on OpenMMLab's own releases and the backbone's on older torch,"
 	@echo '             kept in docs/compatibility.md (about 2 hours, 14 GB of disk for a while)'

@@ -26,7 +26,7 @@ IN_MIM = sorted(
     for folder in ('configs', 'tools')
     for path in (ROOT / folder).rglob('*')
     if path.is_file() and '__pycache__' not in path.parts
-) + ['model-index.yml']
+) + ['model-index.yml', 'tests/plain_conv2former.py']
 
 
 def requirements(extra=None):
@@ -123,7 +123,7 @@ def test_source_distribution_makes_the_same_wheel(source, wheel, tmp_path):
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path / 'unpacked', filter='data')
     (unpacked,) = (tmp_path / 'unpacked').iterdir()
-    assert not (unpacked / 'tests').exists()
+    assert [path.name for path in (unpacked / 'tests').iterdir()] == ['plain_conv2former.py']
     build(unpacked, f'build_meta.build_wheel({str(tmp_path)!r})')
     (again,) = tmp_path.glob('*.whl')
     assert contents(again) == contents(wheel)
@@ -134,7 +134,7 @@ def test_editable_installation_links(tmp_path):
     source = copy_clone(tmp_path / 'project')
     for number in range(2):
         build(source, f'build_meta.build_editable({str(tmp_path / str(number))!r})')
-    for name in ('configs', 'tools', 'model-index.yml'):
+    for name in ('configs', 'tools', 'model-index.yml', 'tests/plain_conv2former.py'):
         assert (source / MIM / name).is_symlink()
         assert (source / MIM / name).resolve() == source / name
     # Beside which openmim looks for the package.
@@ -154,6 +154,10 @@ def test_tools_work_where_the_wheel_puts_them(wheel, tmp_path):
     assert '--work-dir' in text
     assert '--gpus' not in text
     assert '--device' not in text
+    names = sorted(path.stem for path in tool.parent.glob('*.py'))
+    assert 'benchmark' in names
+    code = f'import {", ".join(names)}'
+    run(sys.executable, '-W', 'ignore', '-c', code, cwd=tool.parent, env=settings)
 
 
 # ---------------------------------------------------------------------------------------- metafiles

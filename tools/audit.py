@@ -9,6 +9,7 @@ counted and is no success: exit code 0 means that every pin was looked up and no
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -21,6 +22,9 @@ ENVIRONMENT = ROOT / '.venv-audit'
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     result = subprocess.run(
         [install_pip_audit(), '--requirement', CONSTRAINTS, '--require-hashes', '--disable-pip',
          '--progress-spinner', 'off', '--format', 'json'],

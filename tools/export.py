@@ -7,7 +7,8 @@
 Batch, height and width stay free, except of a whole detector. What was written is loaded again and
 compared with the network on several sizes and batches; a file that differs is not kept. The report
 beside it, FILE.json, has sizes, differences, and how the input must be normalised. ONNX needs
-`pip install -c constraints.txt '.[export]'`. docs/export.md says what works and what does not.
+`pip install -c constraints.txt 'mmconv2former[export]'`. docs/export.md says what works and what
+does not.
 """
 
 from __future__ import annotations
