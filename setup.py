@@ -58,7 +58,7 @@ setup(
     packages=find_packages(include=['mmconv2former', 'mmconv2former.*']),
     cmdclass={'build_py': BuildWithMim},
     # Neither family of OpenMMLab packages: they install the same modules, and users have one.
-    install_requires=['torch>=2.1', 'numpy', 'rich'],
+    install_requires=['torch>=2.1', 'filelock', 'numpy', 'rich'],
     extras_require={
         'onedl': [
             'onedl-mmengine>=0.10.12',

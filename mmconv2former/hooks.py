@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 
 from .registry import HOOKS, register
 from .reproducible import ITERATIONS, derived_seed, seed_all
@@ -82,8 +82,9 @@ class ReliableCheckpointHook(CheckpointHook):
             runner.val_loop.run()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        runner.message_hub.update_info(VALIDATED, runner.iter)
-        super().after_val_epoch(runner, metrics)
+        if isinstance(runner._train_loop, BaseLoop):  # else this is no part of a training
+            runner.message_hub.update_info(VALIDATED, runner.iter)
+            super().after_val_epoch(runner, metrics)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         self._remove_outdated_best()  # by now the new best is on the disk, if this follows it

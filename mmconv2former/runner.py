@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import broadcast_object_list, get_rank, master_only
+from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, master_only
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import (
     BaseLoop,
@@ -42,6 +42,7 @@ from .weights import (
     load_model,
     reason_of,
     tensors_of,
+    with_state_dict,
 )
 
 PARTIAL = '.checkpoint.partial'  # one name, so that an interrupted run leaves at most one such file
@@ -133,17 +134,21 @@ class ReliableRunner(Runner):
         ):
             super().load_or_resume()
             return
-        # The first process decides: file systems may show others less.
+        # All processes go on from the same one, although a file system may show some of them less.
         found = [[str(path) for path in checkpoints_of(Path(self.work_dir))]]
         broadcast_object_list(found)
-        for number, checkpoint in enumerate(found[0], start=1):
+        for checkpoint in found[0]:
+            problem = None
             try:
                 self.resume(checkpoint)
+            except (CheckpointError, FileNotFoundError) as error:
+                problem = str(error)
+            problems = [text for text in all_gather_object(problem) if text is not None]
+            if not problems:
                 return
-            except CheckpointError as error:
-                if number == len(found[0]):
-                    raise
-                self.logger.warning(f'{error}. Trying the checkpoint before it.')
+            if checkpoint == found[0][-1]:
+                raise CheckpointError(problems[0])
+            self.logger.warning(f'{problems[0]}. Trying the checkpoint before it.')
         self.logger.info(f'There is no checkpoint in {self.work_dir} yet: the run begins.')
         self._resume = False
         super().load_or_resume()
@@ -202,6 +207,7 @@ class ReliableRunner(Runner):
             raise CheckpointError(
                 f'checkpoint {filename!r} cannot be read: {reason_of(error)}'
             ) from error
+        content = with_state_dict(content, filename)
         if self._resume:
             check_resumable(content, filename)
         load_model(unwrapped(self.model), content, filename, whole)

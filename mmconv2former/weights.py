@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import logging
 import os
 import re
@@ -23,14 +24,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pickle import UnpicklingError
-from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 from zipfile import is_zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from mmengine.fileio import get_local_path
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import BaseModule, PretrainedInit
@@ -188,22 +190,48 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
 
 @contextmanager
 def local_file(checkpoint: str) -> Iterator[str]:
-    """The path of a file, or of a temporary copy of one at an address.
+    """The path of a file; of one at an address, that of its copy among torch's downloads.
 
-    mmengine would wait without end for a host that does not answer.
+    The copy stays for the next time, and is loaded by one process of the machine while others wait
+    for it. One that cannot be read is deleted.
     """
     if not checkpoint.startswith(('http://', 'https://')):
         with get_local_path(checkpoint) as path:
             yield path
         return
-    with TemporaryDirectory() as folder:
-        path = os.path.join(folder, 'checkpoint')
-        with (
-            urlopen(checkpoint, timeout=SECONDS_WITHOUT_ANSWER) as answer,
-            open(path, 'wb') as file,
-        ):
-            shutil.copyfileobj(answer, file)
+    folder = os.path.join(torch.hub.get_dir(), 'checkpoints')
+    os.makedirs(folder, exist_ok=True)
+    name = os.path.basename(urlsplit(checkpoint).path)
+    digest = hashlib.sha256(checkpoint.encode()).hexdigest()[:8]
+    path = os.path.join(folder, f'{digest}-{name}')
+    with FileLock(f'{path}.lock'):
+        if not os.path.isfile(path):
+            download(checkpoint, path)
+    try:
         yield path
+    except UNREADABLE:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        raise
+
+
+def download(address: str, path: str) -> None:
+    """Writes what is at an address to a file, wholly or not at all.
+
+    mmengine would wait without end for a host that does not answer.
+
+    Raises:
+        OSError: There is no answer for `SECONDS_WITHOUT_ANSWER`, less than the answer promised, or
+            no room for it.
+    """
+    partial = f'{path}.partial'
+    with urlopen(address, timeout=SECONDS_WITHOUT_ANSWER) as answer, open(partial, 'wb') as file:
+        shutil.copyfileobj(answer, file)
+        written, promised = file.tell(), answer.headers['Content-Length']
+    if promised is not None and written != int(promised):
+        raise CheckpointError('its end is missing, as after a download that broke off')
+    os.replace(partial, path)
+    print_log(f'{address} is kept as {path}', logger='current', level=logging.INFO)
 
 
 def load_data(path: str, map_location: Any) -> Any:
@@ -307,7 +335,28 @@ def load_from_checked_file(checkpoint: str, map_location: Any = None) -> dict:
     Raises:
         FileNotFoundError, CheckpointError: See `read_checkpoint`.
     """
-    content = read_checkpoint(checkpoint, map_location)
+    content = with_state_dict(read_checkpoint(checkpoint, map_location), checkpoint)
+    if trusts_checkpoints() or 'meta' not in content:
+        return content
+    if not isinstance(content['meta'], dict):
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r}: meta must be a dict, got {type(content["meta"]).__name__}'
+        )
+    content['meta'] = dict(content['meta'])
+    content['meta'].pop('config', None)
+    return content
+
+
+def with_state_dict(content: Any, checkpoint: str) -> dict:
+    """What a file holds, with the weights under `state_dict` and the names of a whole model.
+
+    Args:
+        content: A state dict, or a dict with one under `state_dict` or `model`.
+        checkpoint: The file's name, for messages.
+
+    Raises:
+        CheckpointError: It is no dict.
+    """
     if not isinstance(content, dict):
         raise CheckpointError(
             f'checkpoint {checkpoint!r} must hold a dict, got {type(content).__name__}'
@@ -319,14 +368,6 @@ def load_from_checked_file(checkpoint: str, map_location: Any = None) -> dict:
         content['state_dict'] = in_whole_model(plain)
     elif 'state_dict' not in content:
         content = dict(content, state_dict=weights)  # some hooks of mmengine look nowhere else
-    if trusts_checkpoints() or 'meta' not in content:
-        return content
-    if not isinstance(content['meta'], dict):
-        raise CheckpointError(
-            f'checkpoint {checkpoint!r}: meta must be a dict, got {type(content["meta"]).__name__}'
-        )
-    content['meta'] = dict(content['meta'])
-    content['meta'].pop('config', None)
     return content
 
 

@@ -83,6 +83,14 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item not in slow]
 
 
+@pytest.fixture(scope='session', autouse=True)
+def own_downloads(tmp_path_factory):
+    """A folder of these tests for what is kept of downloads."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path_factory.mktemp('torch')))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_visualizers():
     """Without those of earlier tests, into whose work dirs a run would log."""

@@ -45,7 +45,7 @@ def test_version_has_one_source():
 
 
 def test_no_family_of_openmmlab_is_pulled_in_unasked():
-    assert requirements() == {'torch', 'numpy', 'rich'}
+    assert requirements() == {'torch', 'filelock', 'numpy', 'rich'}
 
 
 def test_each_family_has_its_extra():

@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.runner import CheckpointLoader
 from tiny import scalars, tiny_config
 
 from mmconv2former import ReliableRunner
 from mmconv2former.runner import checkpoints_of
+from mmconv2former.weights import CheckpointError
 
 NOT_REPRODUCED = {'time', 'data_time', 'memory', 'epoch', 'iter'}
 
@@ -119,6 +121,61 @@ def test_one_best_checkpoint_for_each_metric(sample, tmp_path):
         (path,) = tmp_path.glob(f'best_{metric}_*.pth')
         history = {step: value for (name, step), value in values.items() if name == metric}
         assert path.stem == f'best_{metric}_iter_{max(history, key=history.get)}'
+
+
+def test_all_processes_resume_from_the_same_checkpoint(sample, tmp_path, monkeypatch):
+    """The newest is not there for another process, whose problem stands for all."""
+    run(tiny_config('segmentation', sample, tmp_path, 4, 2))
+    of_others = iter(['iter_4.pth does not exist', None])
+    asked = []
+
+    def all_gather_object(problem):
+        asked.append(problem)
+        return [problem, next(of_others)]
+
+    monkeypatch.setattr('mmconv2former.runner.all_gather_object', all_gather_object)
+    config = tiny_config('segmentation', sample, tmp_path, 4, 2)
+    config.resume = 'auto'
+    runner = ReliableRunner.from_cfg(config)
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.load_or_resume()
+    assert runner.iter == 2
+    assert asked == [None, None]
+    expected = final(tmp_path, 'iter_2.pth')
+    assert_equal(runner.model.state_dict(), expected['state_dict'])
+    assert_equal(runner.optim_wrapper.state_dict()['state'], expected['optimizer']['state'])
+
+
+def test_checkpoint_that_no_process_can_do_with_is_the_last(sample, tmp_path, monkeypatch):
+    run(tiny_config('segmentation', sample, tmp_path, 4, 2))
+    monkeypatch.setattr('mmconv2former.runner.all_gather_object', lambda _: [None, 'not there'])
+    config = tiny_config('segmentation', sample, tmp_path, 4, 2)
+    config.resume = 'auto'
+    config.visualizer.name = config.experiment_name = 'again'
+    with pytest.raises(CheckpointError, match='not there'):
+        ReliableRunner.from_cfg(config).train()
+
+
+@pytest.mark.parametrize('key', ['model', None])
+def test_plain_state_dict_of_other_loaders(key, sample, tmp_path, monkeypatch):
+    """Outside of the tools, files are read by mmengine."""
+    config = tiny_config('segmentation', sample, tmp_path, 2, 2)
+    runner = ReliableRunner.from_cfg(config)
+    weights = {name: value + 1 for name, value in runner.model.state_dict().items()}
+    content = {key: weights} if key else weights
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', lambda *args: content)
+    runner.load_checkpoint('file.pth')
+    assert_equal(dict(runner.model.state_dict()), weights)
+
+
+def test_validation_alone_needs_no_training_data(sample, tmp_path):
+    options = {
+        'train_dataloader.dataset.data_root': str(tmp_path / 'none'),
+        'default_hooks.checkpoint.save_best': 'mIoU',
+    }
+    config = tiny_config('segmentation', sample, tmp_path, 2, 2, options=options)
+    assert ReliableRunner.from_cfg(config).val().keys() == {'aAcc', 'mIoU', 'mAcc'}
+    assert not list(tmp_path.glob('*.pth'))
 
 
 @pytest.mark.parametrize('is_main', [True, False])

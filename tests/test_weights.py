@@ -7,6 +7,8 @@ import re
 import sys
 import tarfile
 import threading
+import time
+from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -401,19 +403,89 @@ def test_trusted_file_is_run_with_a_warning(tmp_path, monkeypatch, caplog):
     assert f'{TRUST_VARIABLE}=1: {path} may run any code' in caplog.text
 
 
-def test_hostile_file_at_an_address_is_not_run(tmp_path, guarded):
-    trace = tmp_path / 'trace'
-    write_call(tmp_path / 'file.pth', trace)
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+class Answers(SimpleHTTPRequestHandler):
+    """Serves files; counts how often, and may promise more bytes than it sends."""
+
+    def __init__(self, *args, counts, missing_bytes, **kwargs):
+        self.counts, self.missing_bytes = counts, missing_bytes
+        super().__init__(*args, **kwargs)
+
+    def do_GET(self):
+        self.counts[self.path] += 1
+        time.sleep(0.2)  # in which others ask too
+        super().do_GET()
+
+    def send_header(self, keyword, value):
+        if keyword == 'Content-Length':
+            value = str(int(value) + self.missing_bytes.get(self.path, 0))
+        super().send_header(keyword, value)
+
+
+@pytest.fixture
+def website(tmp_path, monkeypatch):
+    """The address of `tmp_path`, how often each file was asked for, and what of it is not sent."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    counts, missing_bytes = Counter(), {}
+    handler = partial(Answers, directory=str(tmp_path), counts=counts, missing_bytes=missing_bytes)
     with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f'http://127.0.0.1:{server.server_port}'
-        with pytest.raises(CheckpointError, match=f'it holds {re.escape(CALLED)}'):
-            CheckpointLoader.load_checkpoint(f'{address}/file.pth')
-        with pytest.raises(CheckpointError, match=r'none\.pth.* cannot be read: HTTP Error 404'):
-            CheckpointLoader.load_checkpoint(f'{address}/none.pth')
+        yield f'http://127.0.0.1:{server.server_port}', counts, missing_bytes
         server.shutdown()
+
+
+def kept_of_downloads(tmp_path):
+    folder = tmp_path / 'torch/hub/checkpoints'
+    return [path.name for path in folder.iterdir() if path.suffix != '.lock']
+
+
+def test_file_at_an_address_is_loaded_once(website, tmp_path):
+    """By the processes of a machine too, which wait for each other."""
+    address, counts, _ = website
+    torch.save(small().state_dict(), tmp_path / 'file.pth')
+    models = [small() for _ in range(4)]
+    threads = [
+        threading.Thread(target=load_pretrained, args=(model, f'{address}/file.pth?version=1'))
+        for model in models
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    load_pretrained(small(), f'{address}/file.pth?version=1')
+    assert counts == {'/file.pth?version=1': 1}
+    (kept,) = kept_of_downloads(tmp_path)
+    assert kept.endswith('-file.pth')
+    expected = torch.load(tmp_path / 'file.pth')
+    for model in models:
+        torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('fault', ['cut off', 'web page'])
+def test_bad_download_is_not_kept(fault, website, tmp_path):
+    address, counts, missing_bytes = website
+    path, whole = tmp_path / 'file.pth', tmp_path / 'whole'
+    torch.save(small().state_dict(), whole)
+    path.write_bytes(whole.read_bytes() if fault == 'cut off' else b'<html>')
+    missing_bytes['/file.pth'] = 1000 if fault == 'cut off' else 0
+    message = {'cut off': 'its end is missing', 'web page': 'it is a web page'}[fault]
+    with pytest.raises(CheckpointError, match=f'cannot be read: {message}'):
+        load_pretrained(small(), f'{address}/file.pth')
+    missing_bytes.clear()
+    whole.rename(path)
+    load_pretrained(small(), f'{address}/file.pth')
+    assert counts == {'/file.pth': 2}
+
+
+def test_hostile_file_at_an_address_is_not_run(website, tmp_path, guarded):
+    trace = tmp_path / 'trace'
+    write_call(tmp_path / 'file.pth', trace)
+    address, *_ = website
+    with pytest.raises(CheckpointError, match=f'it holds {re.escape(CALLED)}'):
+        CheckpointLoader.load_checkpoint(f'{address}/file.pth')
+    with pytest.raises(CheckpointError, match=r'none\.pth.* cannot be read: HTTP Error 404'):
+        CheckpointLoader.load_checkpoint(f'{address}/none.pth')
     assert not trace.exists()
+    assert not kept_of_downloads(tmp_path)
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
