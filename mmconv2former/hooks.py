@@ -14,7 +14,9 @@ from .reproducible import ITERATIONS, derived_seed, seed_all
 from .runner import LAST_CHECKPOINT, PARTIAL, replace
 
 SHORTEST_LOG = 10_000  # iterations; more than any average that is logged by default
-VALIDATED = 'validated_iter'  # in the message hub: the iteration at which the last validation ended
+# In the message hub: the iteration at which the last validation ended. What begins with `val` there is
+# logged with the metrics.
+VALIDATED = 'last_validation'
 
 
 @register(HOOKS)
