@@ -1,6 +1,7 @@
 """ReliableRunner: a run that was interrupted ends as one that was not."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -188,6 +189,24 @@ def test_metrics_are_written_by_the_first_process_only(is_main, sample, tmp_path
     assert len(files) == is_main
     for content in files:
         assert content.keys() >= metrics.keys() == {'aAcc', 'mIoU', 'mAcc'}
+
+
+def test_log_of_a_validation_has_metrics_only(sample, tmp_path):
+    config = tiny_config('segmentation', sample, tmp_path, 4, 2)
+    config.visualizer.name = config.experiment_name
+    runner = ReliableRunner.from_cfg(config)
+    lines = []
+
+    class Log(Hook):
+        priority = 'LOWEST'
+
+        def after_val_epoch(self, runner, metrics=None):
+            _, line = runner.log_processor.get_log_after_epoch(runner, 3, 'val')
+            lines.append(re.findall(r'(\w+): ', line))
+
+    runner.register_hook(Log())
+    runner.train()
+    assert lines == [['aAcc', 'mIoU', 'mAcc', 'data_time', 'time']] * 2
 
 
 def test_hooks_of_ours_can_be_turned_off(sample, tmp_path):
