@@ -14,8 +14,8 @@ from .reproducible import ITERATIONS, derived_seed, seed_all
 from .runner import LAST_CHECKPOINT, PARTIAL, replace
 
 SHORTEST_LOG = 10_000  # iterations; more than any average that is logged by default
-# In the message hub: the iteration at which the last validation ended. mmengine logs with the metrics
-# what begins with `val` there.
+# In the message hub: the iteration at which the last validation ended. mmengine logs what begins
+# with `val` there with the metrics.
 VALIDATED = 'last_validation'
 
 
