@@ -111,14 +111,16 @@ class CheckedPipeline(Compose):
 
     def __init__(self, pipeline: Callable, dataset: Any) -> None:
         super().__init__(getattr(pipeline, 'transforms', [pipeline]))
-        # mmseg's datasets have both; labels of others are not looked at.
+        # mmseg's datasets have both; values of other labels, as of panoptic ones, are not looked at.
         self.num_classes = len(getattr(dataset, 'metainfo', {}).get('classes') or ())
         self.ignore_index = getattr(dataset, 'ignore_index', None)
+        self.has_class_labels = self.num_classes > 0 and self.ignore_index is not None
 
     def __call__(self, data: dict) -> dict | None:
         image, labels = data.get('img_path'), data.get('seg_map_path')
         try:
-            check_files(image, labels, (data.get('width'), data.get('height')))
+            size = data.get('width'), data.get('height')
+            check_files(image, labels, size, labels_are_classes=self.has_class_labels)
             check_boxes(data.get('instances') or ())
             result = super().__call__(data)
             for sample in samples_of(result):
@@ -130,7 +132,7 @@ class CheckedPipeline(Compose):
 
     def _check_sample(self, sample: Any) -> None:
         labels = sample.get('gt_sem_seg')
-        if labels is not None and self.num_classes and self.ignore_index is not None:
+        if labels is not None and self.has_class_labels:
             labels = labels.data
             wrong = labels[(labels >= self.num_classes) & (labels != self.ignore_index)]
             if len(wrong):
@@ -142,7 +144,11 @@ class CheckedPipeline(Compose):
 
 
 def check_files(
-    image: Any, labels: Any, annotated_size: tuple[int | None, int | None] = (None, None)
+    image: Any,
+    labels: Any,
+    annotated_size: tuple[int | None, int | None] = (None, None),
+    *,
+    labels_are_classes: bool = True,
 ) -> None:
     """Looks at files before they are decoded: at their headers and at the end of the image.
 
@@ -150,12 +156,14 @@ def check_files(
 
     Args:
         image: Path of an image.
-        labels: Path of its semantic labels, or None.
+        labels: Path of its semantic or panoptic labels, or None.
         annotated_size: Width and height that the annotations give, if they do.
+        labels_are_classes: Whether a value of the labels is a class. Panoptic labels number the
+            segments, in three channels.
 
     Raises:
-        ValueError: The image is cut off or of another size than annotated, or the labels are not of
-            one channel with 8 bits or have another size than the image.
+        ValueError: The image is cut off or of another size than annotated, or the labels have
+            another size than the image, or are classes and not of one channel with 8 bits.
     """
     if not isinstance(image, (str, os.PathLike)) or '://' in str(image):
         return
@@ -170,13 +178,13 @@ def check_files(
     # Not there, not an image, of a format that only others know, or larger than Pillow likes.
     except (OSError, Image.DecompressionBombError):
         return
-    if mode not in LABEL_MODES:
+    if labels_are_classes and mode not in LABEL_MODES:
         raise ValueError(
             f'labels must be a picture of one channel with 8 bits, got mode {mode!r} of Pillow'
         )
     if label_size != size:
         raise ValueError(f'labels of {text(label_size)} pixels for an image of {text(size)}')
-    if 1 in label_size:  # mmseg squeezes them
+    if labels_are_classes and 1 in label_size:  # mmseg squeezes them
         raise ValueError(f'labels must have two pixels a side or more, got {text(label_size)}')
 
 

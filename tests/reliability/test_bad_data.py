@@ -468,3 +468,34 @@ def test_whole_jpegs_with_something_behind_are_taken(tmp_path):
     Image.new('RGB', (40, 30)).save(path)
     path.write_bytes(path.read_bytes() + bytes(5000))
     check_files(path, None)
+
+
+@pytest.fixture
+def panoptic(tmp_path):
+    """Config of a panoptic dataset of one picture, with COCO's coloured labels."""
+    Image.new('RGB', (40, 30)).save(tmp_path / 'a.jpg')
+    Image.new('RGB', (40, 30), (7, 1, 0)).save(tmp_path / 'a.png')
+    segment = dict(id=7 + 256, category_id=1, area=1200, bbox=[0, 0, 40, 30], iscrowd=0)
+    content = dict(
+        images=[dict(id=1, file_name='a.jpg', width=40, height=30)],
+        annotations=[dict(image_id=1, file_name='a.png', segments_info=[segment])],
+        categories=[dict(id=1, name='person', isthing=1)],
+    )
+    (tmp_path / 'a.json').write_text(json.dumps(content))
+    init_default_scope('mmdet')
+    return dict(
+        type='CocoPanopticDataset',
+        data_root=str(tmp_path),
+        ann_file='a.json',
+        data_prefix=dict(img='', seg=''),
+        metainfo=dict(classes=('person',), thing_classes=('person',), stuff_classes=()),
+        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs', meta_keys=())],
+    )
+
+
+def test_panoptic_labels_are_coloured(panoptic, tmp_path):
+    sample = CheckedDataset(panoptic)[0]
+    assert sample['inputs'].shape == (3, 30, 40)
+    Image.new('RGB', (40, 20)).save(tmp_path / 'a.png')
+    with pytest.raises(DataError, match='labels of 40x20 pixels for an image of 40x30'):
+        CheckedDataset(panoptic)[0]
