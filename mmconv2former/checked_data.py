@@ -27,6 +27,9 @@ from .reproducible import SampleIndex, seed_all
 
 # Modes of Pillow for one channel of at most 8 bits, to which mmseg casts labels without a word.
 LABEL_MODES = ('L', 'P', '1')
+# Of `mmcv.imread`: only so are images turned as their EXIF data say.
+TURNING_COLOR_TYPES = ('color', 'grayscale')
+UNTURNING_BACKENDS = ('turbojpeg', 'tifffile')
 END_OF_JPEG = b'\xff\xd9'
 TAIL = 1024  # bytes; some cameras write a little behind the end
 
@@ -115,12 +118,18 @@ class CheckedPipeline(Compose):
         self.num_classes = len(getattr(dataset, 'metainfo', {}).get('classes') or ())
         self.ignore_index = getattr(dataset, 'ignore_index', None)
         self.has_class_labels = self.num_classes > 0 and self.ignore_index is not None
+        self.turns_images = turns_images(self.transforms)
 
     def __call__(self, data: dict) -> dict | None:
         image, labels = data.get('img_path'), data.get('seg_map_path')
         try:
-            size = data.get('width'), data.get('height')
-            check_files(image, labels, size, labels_are_classes=self.has_class_labels)
+            check_files(
+                image,
+                labels,
+                (data.get('width'), data.get('height')),
+                labels_are_classes=self.has_class_labels,
+                is_turned=self.turns_images,
+            )
             check_boxes(data.get('instances') or ())
             result = super().__call__(data)
             for sample in samples_of(result):
@@ -149,6 +158,7 @@ def check_files(
     annotated_size: tuple[int | None, int | None] = (None, None),
     *,
     labels_are_classes: bool = True,
+    is_turned: bool = True,
 ) -> None:
     """Looks at files before they are decoded: at their headers and at the end of the image.
 
@@ -160,6 +170,7 @@ def check_files(
         annotated_size: Width and height that the annotations give, if they do.
         labels_are_classes: Whether a value of the labels is a class. Panoptic labels number the
             segments, in three channels.
+        is_turned: Whether the image will be turned as its EXIF data say; see `turns_images`.
 
     Raises:
         ValueError: The image is cut off or of another size than annotated, or the labels have
@@ -168,7 +179,7 @@ def check_files(
     if not isinstance(image, (str, os.PathLike)) or '://' in str(image):
         return
     try:
-        size = size_as_loaded(image)
+        size = size_as_loaded(image, is_turned)
         if None not in annotated_size and size != annotated_size:
             raise ValueError(f'has {text(size)} pixels, {text(annotated_size)} are annotated')
         if labels is None:
@@ -193,8 +204,23 @@ def text(size: tuple[int | None, int | None]) -> str:
     return f'{size[0]}x{size[1]}'
 
 
-def size_as_loaded(image: str | os.PathLike) -> tuple[int, int]:
-    """Width and height of an image as OpenCV loads it: turned as its EXIF data say.
+def turns_images(transforms: Iterable) -> bool:
+    """Whether what loads the images turns them as their EXIF data say, as mmcv does by default."""
+    # Loaders of labels have a backend too, but no type of colour.
+    loader = next((item for item in transforms if hasattr(item, 'color_type')), None)
+    backend = getattr(loader, 'imdecode_backend', 'cv2')
+    return (
+        getattr(loader, 'color_type', 'color') in TURNING_COLOR_TYPES
+        and backend not in UNTURNING_BACKENDS
+    )
+
+
+def size_as_loaded(image: str | os.PathLike, is_turned: bool = True) -> tuple[int, int]:
+    """Width and height of an image as it is loaded.
+
+    Args:
+        image: Path of an image.
+        is_turned: Whether it is turned as its EXIF data say, as OpenCV does.
 
     Raises:
         ValueError: It is a JPEG file that is cut off. OpenCV before 4.12 fills the rest with grey.
@@ -208,7 +234,7 @@ def size_as_loaded(image: str | os.PathLike) -> tuple[int, int]:
                 raise ValueError(f'the file is cut off or broken: {error}') from error
         width, height = picture.size
         # Asking another format than JPEG for EXIF data that it has not would decode the picture.
-        has_exif = 'exif' in picture.info
+        has_exif = is_turned and 'exif' in picture.info
         is_on_its_side = has_exif and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
     return (height, width) if is_on_its_side else (width, height)
 

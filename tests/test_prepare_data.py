@@ -5,8 +5,10 @@ import shutil
 
 import cv2
 import numpy as np
+import prepare_data
 import pytest
 from conftest import run_tool
+from PIL import ExifTags, Image
 
 
 @pytest.fixture
@@ -176,16 +178,28 @@ def contents(folder):
     return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
 
 
-def check_finds(fault, kind, root, tmp_path):
+@pytest.fixture
+def run(capsys):
+    """Runs the tool in this process: the text of its output, and of the refusal if there is one."""
+
+    def run(*arguments):
+        refusal = ''
+        try:
+            prepare_data.main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            refusal = str(error)
+        return capsys.readouterr().out, refusal
+
+    return run
+
+
+def check_finds(fault, kind, root, tmp_path, run):
     change, expected = fault
     change(root)
     before = contents(root)
     report = tmp_path / 'report.txt'
-    output = run_tool(
-        'prepare_data.py', kind, '--root', root, '--workers', 1, '--report', report, succeeds=False
-    )
-    assert 'Traceback' not in output
-    assert 'is not ready' in output
+    output, refusal = run(kind, '--root', root, '--workers', 1, '--report', report)
+    assert 'is not ready' in refusal
     for text in expected:
         assert text in output
     assert 'ERROR' in report.read_text()
@@ -193,28 +207,44 @@ def check_finds(fault, kind, root, tmp_path):
 
 
 @pytest.mark.parametrize('fault', COCO_FAULTS)
-def test_faults_of_coco(fault, copy, tmp_path):
-    check_finds(COCO_FAULTS[fault], 'coco', copy / 'coco', tmp_path)
+def test_faults_of_coco(fault, copy, tmp_path, run):
+    check_finds(COCO_FAULTS[fault], 'coco', copy / 'coco', tmp_path, run)
 
 
 @pytest.mark.parametrize('fault', ADE_FAULTS)
-def test_faults_of_ade(fault, copy, tmp_path):
-    check_finds(ADE_FAULTS[fault], 'ade', copy / 'ade/ADEChallengeData2016', tmp_path)
+def test_faults_of_ade(fault, copy, tmp_path, run):
+    check_finds(ADE_FAULTS[fault], 'ade', copy / 'ade/ADEChallengeData2016', tmp_path, run)
 
 
-def test_many_findings_are_shown_in_part_and_reported_in_whole(copy, tmp_path):
+def test_many_findings_are_shown_in_part_and_reported_in_whole(copy, tmp_path, run):
     for path in (copy / 'coco/train2017').iterdir():
         path.unlink()
     report = tmp_path / 'report.txt'
-    output = run_tool(
-        'prepare_data.py', 'coco', '--root', copy / 'coco', '--report', report, succeeds=False
-    )
+    output, _ = run('coco', '--root', copy / 'coco', '--report', report)
     assert '... and 30 more' in output
     assert report.read_text().count('train2017/0') == 40
 
 
-def test_small_faults_are_notes(copy):
+def test_small_faults_are_notes(copy, run):
     edit_annotation(bbox=[5, 5, 0.5, 3])(copy / 'coco')
-    output = run_tool('prepare_data.py', 'coco', '--root', copy / 'coco')
+    output, _ = run('coco', '--root', copy / 'coco')
     assert 'note: box thinner than a pixel' in output
     assert 'is ready' in output
+
+
+def test_turned_photographs_have_the_size_that_is_trained_on(tmp_path):
+    """Annotations and labels of what OpenCV loads, turned; those of the raw pixels would not fit."""
+    for name in ('images', 'labels'):
+        (tmp_path / name).mkdir()
+    image, labels = tmp_path / 'images/a.jpg', tmp_path / 'labels/a.png'
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new('RGB', (40, 30)).save(image, exif=exif)
+    assert cv2.imread(str(image)).shape == (40, 30, 3)
+    assert prepare_data.check_image(image, (30, 40)) == []
+    ((kind, text),) = prepare_data.check_image(image, (40, 30))
+    assert kind == 'image of another size than annotated'
+    assert '(30, 40), not (40, 30)' in text
+    for size, faults in (((30, 40), 0), ((40, 30), 1)):
+        Image.new('L', size).save(labels)
+        assert len(prepare_data.check_pair('a', image.parent, labels.parent)[0]) == faults

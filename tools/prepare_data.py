@@ -16,7 +16,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -35,6 +35,8 @@ from datasets import (
 )
 from PIL import Image
 from rich.progress import track
+
+from mmconv2former.checked_data import size_as_loaded
 
 TOLERANCE = 1.0  # pixels that official boxes and polygons lie outside their image by rounding
 NEEDED_FIELDS = {
@@ -62,7 +64,7 @@ class Report:
                     yield f'    ... and {len(items) - most} more'
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -70,7 +72,7 @@ def main() -> None:
     parser.add_argument('--root', type=Path, help=f'default: {DEFAULT_ROOT}')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
     parser.add_argument('--report', type=Path, help='file to write the whole report to')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f'--workers must be at least 1, got {args.workers}')
     root = args.root or Path(DEFAULT_ROOT[args.dataset])
@@ -225,16 +227,20 @@ def is_number(value: object) -> bool:
 
 
 def check_image(path: Path, size: tuple[int, int] | None) -> list[tuple[str, str]]:
-    """Kind and text of what is wrong with an image file; `size` is (width, height), if known."""
+    """Kind and text of what is wrong with an image file.
+
+    `size` is (width, height) as annotated, if known: of the image turned as its EXIF data say.
+    """
     if not path.is_file():
         return [('image is missing', str(path))]
     try:
         with Image.open(path) as image:
             image.load()
+        found = size_as_loaded(path)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return [('image cannot be read', f'{path}: {error}')]
-    if size is not None and image.size != size:
-        return [('image of another size than annotated', f'{path}: {image.size}, not {size}')]
+    if size is not None and found != size:
+        return [('image of another size than annotated', f'{path}: {found}, not {size}')]
     return []
 
 
@@ -282,8 +288,9 @@ def check_pair(stem: str, images: Path, labels: Path) -> tuple[list[tuple[str, s
     findings = check_image(images / f'{stem}.jpg', None) + check_image(path, None)
     if findings:
         return findings, set()
-    with Image.open(images / f'{stem}.jpg') as image, Image.open(path) as label_image:
-        size, label_size, mode = image.size, label_image.size, label_image.mode
+    size = size_as_loaded(images / f'{stem}.jpg')
+    with Image.open(path) as label_image:
+        label_size, mode = label_image.size, label_image.mode
         values = set(np.unique(np.asarray(label_image)).tolist()) if mode in ('L', 'P') else set()
     if mode not in ('L', 'P'):
         findings.append(('label picture is not of one channel with 8 bits', f'{path}: {mode}'))

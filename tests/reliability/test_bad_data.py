@@ -24,7 +24,7 @@ import torch
 from common import run_errors
 from conftest import run_tool
 from mmengine.dataset import Compose
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from PIL import ExifTags, Image
 from prepare_data import CHECKS, Report
 from tiny import tiny_config
@@ -461,6 +461,28 @@ def test_turned_photographs_fit_labels_that_are_turned(tmp_path):
     Image.new('L', (40, 30)).save(labels)
     with pytest.raises(ValueError, match='labels of 40x30 pixels for an image of 30x40'):
         check_files(image, labels)
+
+
+@pytest.mark.parametrize('color_type', ['color', 'unchanged', 'color_ignore_orientation'])
+@pytest.mark.parametrize('backend', ['cv2', 'pillow'])
+def test_sizes_are_compared_with_what_the_loader_gives(color_type, backend, panoptic, tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new('RGB', (30, 40)).save(tmp_path / 'a.jpg', exif=exif)
+    loader = dict(type='LoadImageFromFile', color_type=color_type, imdecode_backend=backend)
+    data = dict(img_path=str(tmp_path / 'a.jpg'))
+    height, width = TRANSFORMS.build(loader)(data)['ori_shape']
+    assert (width, height) == ((40, 30) if color_type == 'color' else (30, 40))
+
+    panoptic['pipeline'][0] = loader
+    annotations = json.loads((tmp_path / 'a.json').read_text())
+    for size, is_fitting in (((width, height), True), ((height, width), False)):
+        Image.new('RGB', size).save(tmp_path / 'a.png')
+        annotations['images'][0].update(width=size[0], height=size[1])
+        (tmp_path / 'a.json').write_text(json.dumps(annotations))
+        words = f'has {width}x{height} pixels, {size[0]}x{size[1]} are annotated'
+        with nullcontext() if is_fitting else pytest.raises(DataError, match=words):
+            assert CheckedDataset(panoptic)[0]['inputs'].shape == (3, height, width)
 
 
 def test_whole_jpegs_with_something_behind_are_taken(tmp_path):
