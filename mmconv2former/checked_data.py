@@ -114,7 +114,7 @@ class CheckedPipeline(Compose):
 
     def __init__(self, pipeline: Callable, dataset: Any) -> None:
         super().__init__(getattr(pipeline, 'transforms', [pipeline]))
-        # mmseg's datasets have both; values of other labels, as of panoptic ones, are not looked at.
+        # mmseg's datasets have both; values of other labels, such as panoptic, are not looked at.
         self.num_classes = len(getattr(dataset, 'metainfo', {}).get('classes') or ())
         self.ignore_index = getattr(dataset, 'ignore_index', None)
         self.has_class_labels = self.num_classes > 0 and self.ignore_index is not None

@@ -40,7 +40,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             multiply with the decay.
 
     Raises:
-        ValueError: `decay_rate` or `decay_type` is missing or not as above.
+        ValueError: `decay_rate` or `decay_type` is missing or not as above, or there is no learning
+            rate to decay.
         TypeError: The model has no backbone that can tell its depths (when called).
 
     Source: arXiv 2106.08254, arXiv 2201.03545.
@@ -56,6 +57,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if self.decay_type not in DEPTH_METHODS:
             raise ValueError(
                 f'decay_type must be one of {list(DEPTH_METHODS)}, got {self.decay_type!r}'
+            )
+        if self.decay_rate < 1 and optim_wrapper_cfg['optimizer'].get('lr') is None:
+            raise ValueError(
+                f'decay_rate={self.decay_rate} needs optim_wrapper.optimizer.lr: the rate that an '
+                "optimizer takes by default is not the constructor's to know"
             )
         if 'num_layers' in options:
             raise ValueError('num_layers must not be given: it comes from the backbone')

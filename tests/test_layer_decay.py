@@ -237,6 +237,14 @@ def test_bad_options(options, message):
         build(Model(Conv2Former('nano')), **options)
 
 
+def test_decay_needs_a_rate():
+    model, optimizer = Model(Conv2Former('nano')), dict(type='AdamW', weight_decay=0.05)
+    with pytest.raises(ValueError, match=r'decay_rate=0.9 needs optim_wrapper\.optimizer\.lr'):
+        build(model, optimizer, decay_rate=0.9)
+    rates = {group['lr'] for group in build(model, optimizer, decay_rate=1).param_groups}
+    assert rates == {1e-3}  # torch's default
+
+
 @pytest.mark.parametrize(
     ('model', 'message'),
     [

@@ -233,7 +233,7 @@ def test_small_faults_are_notes(copy, run):
 
 
 def test_turned_photographs_have_the_size_that_is_trained_on(tmp_path):
-    """Annotations and labels of what OpenCV loads, turned; those of the raw pixels would not fit."""
+    """Annotations and labels of what OpenCV loads, turned; those of the raw pixels do not fit."""
     for name in ('images', 'labels'):
         (tmp_path / name).mkdir()
     image, labels = tmp_path / 'images/a.jpg', tmp_path / 'labels/a.png'
