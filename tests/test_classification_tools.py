@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from checkpoints import published_state_dict
 from conftest import ROOT, run_tool
 from evidence import STEPS_CLASSIFICATION, STEPS_CLASSIFICATION_VAL
-from in_process import load_tool, run_command
+from in_process import load_tool, refusal_of, run_command
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.visualization import Visualizer
@@ -184,6 +185,25 @@ def test_own_image_folders(crops, tmp_path, monkeypatch, capfd, in_process):
     picture = cv2.imread(str(tmp_path / 'photos/new.jpg'))
     assert drawing.shape == picture.shape
     assert np.abs(drawing.astype(float) - picture).max() > 60
+
+
+def test_trained_classifier_needs_no_pretrained_weights(crops, tmp_path, in_process):
+    """Backbone and head of the recipe begin with a file that need not be there any more."""
+    options = [option for option in QUICK_FOLDERS if 'init_cfg' not in option]
+    config = Config.fromfile(ROOT / FOLDERS)
+    config.merge_from_dict(
+        {'model.backbone.arch': 'nano', 'model.head.in_channels': 512, 'model.head.num_classes': 2}
+    )
+    for part in ('backbone', 'head'):
+        assert not Path(config.model[part].init_cfg.checkpoint).exists()
+    init_default_scope('mmpretrain')
+    checkpoint = tmp_path / 'trained.pth'
+    torch.save(dict(state_dict=MODELS.build(config.model).state_dict()), checkpoint)
+    places = ['--data-root', crops, '--work-dir', tmp_path]
+    arguments = [FOLDERS, checkpoint, *places, '--cfg-options', *options, *WITHOUT_WORKERS]
+    assert refusal_of('test', *arguments) == ''
+    (metrics,) = tmp_path.glob('*/*.json')
+    assert 0 <= json.loads(metrics.read_text())['accuracy/top1'] <= 100
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""What `predict.py` and `export.py` share: a config and a checkpoint that holds its whole model."""
+"""A config and a checkpoint that holds its whole model, for `predict.py` and `export.py`.
+
+`test.py` takes a part of it.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,15 @@ def read_config(args: argparse.Namespace) -> Config:
     config = load_config(args)
     if is_local(args.checkpoint) and not Path(args.checkpoint).is_file():
         raise SystemExit(f'error: checkpoint {args.checkpoint} does not exist')
+    drop_pretrained(config)
+    return config
+
+
+def drop_pretrained(config: Config) -> None:
+    """Takes the pretrained weights out of a model of which a checkpoint holds all weights."""
     for part in ('backbone', 'head'):
         if 'init_cfg' in (config.model.get(part) or {}):
-            config.model[part].init_cfg = None  # the checkpoint holds all weights
-    return config
+            config.model[part].init_cfg = None
 
 
 def one_of(options: Mapping[str, Any], config: Config) -> Any:

@@ -23,7 +23,7 @@ from common import (
     read_ahead,
     run_errors,
 )
-from inference import one_of
+from inference import drop_pretrained, one_of
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import get
 from mmengine.hooks import Hook
@@ -67,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         check_checkpoint('', args.checkpoint)
         config.load_from = args.checkpoint
-        if 'backbone' in config.model:
-            config.model.backbone.init_cfg = None  # the checkpoint holds all weights
+        drop_pretrained(config)
     config.resume = False
     check_files(config, ['test_dataloader'], check_weights=args.checkpoint == 'none')
     check_work_dir(config)
