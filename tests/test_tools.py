@@ -12,9 +12,11 @@ import time
 import cv2
 import pytest
 import torch
+from common import set_data_root
 from conftest import ROOT, assert_drawn_beside, run_tool
 from demo import CONFIG, DATA_AND_SCHEDULE, MODEL
 from evidence import segmentation_size
+from mmengine.config import Config
 from plot_curves import read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import FOUR_ITERATIONS
@@ -498,3 +500,27 @@ def run_setup(tmp_path, machine):
     )
     assert result.returncode == 1, result.stdout + result.stderr
     return result.stderr
+
+
+@pytest.mark.parametrize('data_root', ['data/coco', 'data/coco/'])
+def test_data_root_takes_the_place_of_whole_folders(data_root):
+    others = ['data/coco_extra/a.json', 'data/cocoa', 'images', '', 'x/data/coco/a.json']
+    config = Config(
+        dict(
+            data_root=data_root,
+            model=dict(type='data/coco/model', number=3),
+            dataset=dict(data_root='data/coco', folders=['data/coco/train', *others]),
+        )
+    )
+    set_data_root(config, '/new')
+    assert config.data_root == config.dataset.data_root == '/new/'
+    assert config.dataset.folders == ['/new/train', *others]
+    assert config.model == dict(type='/new/model', number=3)
+
+
+@pytest.mark.parametrize('settings', [dict(data_root=''), dict(data_root=None), dict()])
+def test_data_root_needs_one_to_replace(settings):
+    config = Config(dict(settings, model=dict(type='A')))
+    with pytest.raises(SystemExit, match=r'error: --data-root: .* has no data_root at its top'):
+        set_data_root(config, '/new')
+    assert config.model.type == 'A'

@@ -294,15 +294,19 @@ def set_data_root(config: Config, data_root: str) -> None:
     """Puts `data_root` in the place of `config.data_root`, wherever a path begins with that.
 
     Raises:
-        SystemExit: The config has no `data_root` at its top.
+        SystemExit: The config has no `data_root` at its top, or an empty one.
     """
-    old = config.get('data_root')
-    if old is None:
-        raise SystemExit(f'error: --data-root: {config.filename} has no data_root')
+    if not config.get('data_root'):
+        raise SystemExit(
+            f'error: --data-root: {config.filename} has no data_root at its top, whose place it '
+            'could take'
+        )
+    old = config.data_root.rstrip('/') + '/'
     new = os.path.join(data_root, '')
 
     def replace(value: Any) -> Any:
-        is_inside = isinstance(value, str) and value.startswith(old)
+        # With the slash: data/coco is not the beginning of data/coco_extra.
+        is_inside = isinstance(value, str) and os.path.join(value, '').startswith(old)
         return new + value[len(old) :] if is_inside else value
 
     for key, value in list(config.items()):
