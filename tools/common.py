@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,12 @@ from mmconv2former.weights import (
     admit_only_data,
     trusts_checkpoints,
 )
+
+# torch's words for a data worker that the system ended, and for one that raised: with its trace.
+DEAD_WORKER = re.compile(
+    r'DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal|exited unexpectedly)'
+)
+FAILED_WORKER = re.compile(r'Caught \w+ in DataLoader worker process \d+\.')
 
 
 class OptionsAction(DictAction):
@@ -140,10 +147,15 @@ def run_errors(traceback: bool) -> Iterator[None]:
     except Exception as error:
         if traceback:
             raise
-        if 'DataLoader worker' in str(error):  # torch's words for one that the system ended
+        if DEAD_WORKER.match(str(error)):
             raise SystemExit(
                 f'error: {error}. Was there too little memory, or shared memory? Fewer workers '
                 'need less: train_dataloader.num_workers'
+            ) from None
+        if FAILED_WORKER.match(str(error)):
+            reason = str(error).rstrip().splitlines()[-1]
+            raise SystemExit(
+                f'error: in a data worker: {reason} (--traceback shows where)'
             ) from None
         type_ = type_being_built(error)
         if type_ is None:

@@ -367,6 +367,32 @@ def test_killed_data_worker(sample, fault_report):
     fault_report('Data', 'a data worker is killed (out of memory)', 1, 1, message)
 
 
+def collate_badly(samples):
+    raise KeyError('gt_label')
+
+
+def test_error_of_a_data_worker_is_not_called_lack_of_memory():
+    loader = torch.utils.data.DataLoader([0], num_workers=1, collate_fn=collate_badly)
+    words = r"^error: in a data worker: KeyError: 'gt_label' \(--traceback shows where\)$"
+    with pytest.raises(SystemExit, match=words), run_errors(traceback=False):
+        next(iter(loader))
+    with pytest.raises(KeyError, match='collate_badly'), run_errors(traceback=True):
+        next(iter(loader))
+
+
+@pytest.mark.parametrize(
+    'words',
+    [
+        'DataLoader worker (pid 7) is killed by signal: Killed. ',
+        'DataLoader worker (pid(s) 7, 8) exited unexpectedly',
+        'DataLoader worker (pid 7) exited unexpectedly with exit code 1. Details are lost',
+    ],
+)
+def test_words_of_torch_for_dead_workers(words):
+    with pytest.raises(SystemExit, match='too little memory'), run_errors(traceback=False):
+        raise RuntimeError(words)
+
+
 def test_refusal_ends_a_real_run_in_one_line(sample, tmp_path, fault_report):
     """From a data worker of `tools/train.py` to its last line."""
     root = shutil.copytree(sample / DATA['segmentation'][1], tmp_path / 'ade')
