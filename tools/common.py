@@ -229,8 +229,9 @@ def check_checkpoint(option: str, checkpoint: str) -> None:
     Raises:
         SystemExit: It is not.
     """
-    if is_local(checkpoint) and not os.path.isfile(checkpoint):
-        problem = 'is a folder' if os.path.isdir(checkpoint) else 'does not exist'
+    path = os.path.expanduser(checkpoint)  # as it will be read
+    if is_local(checkpoint) and not os.path.isfile(path):
+        problem = 'is a folder' if os.path.isdir(path) else 'does not exist'
         raise SystemExit(f'error: {option}checkpoint {checkpoint} {problem}')
 
 
@@ -377,7 +378,7 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
         settings = config.model.get(part) or {}
         init_cfg = settings.get('init_cfg')
         weights = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
-        if weights and is_local(weights) and not os.path.isfile(weights):
+        if weights and is_local(weights) and not os.path.isfile(os.path.expanduser(weights)):
             name = settings.get('name')
             advice = how_to_get_weights(name) if name in COMPARATORS else HOW_TO_GET_WEIGHTS
             raise SystemExit(f'error: pretrained weights {weights} are missing. {advice}')

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from common import add_config_arguments, is_local, load_config
+from common import add_config_arguments, check_checkpoint, load_config
 from mmengine.config import Config
 from mmengine.runner import CheckpointLoader
 from torch import nn
@@ -40,8 +39,7 @@ def read_config(args: argparse.Namespace) -> Config:
         SystemExit: The config or an option is not usable, or there is no such checkpoint.
     """
     config = load_config(args)
-    if is_local(args.checkpoint) and not Path(args.checkpoint).is_file():
-        raise SystemExit(f'error: checkpoint {args.checkpoint} does not exist')
+    check_checkpoint('', args.checkpoint)
     drop_pretrained(config)
     return config
 

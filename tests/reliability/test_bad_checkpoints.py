@@ -198,6 +198,23 @@ def without(key):
     return change
 
 
+def test_home_is_found_by_every_way(sample, tmp_path, monkeypatch):
+    """Of a path that no shell has expanded: what is said is what comes after the checkpoint."""
+
+    def build_dataloader(*args, **kwargs):
+        raise SystemExit('error: the data would be loaded')
+
+    monkeypatch.setattr('mmconv2former.ReliableRunner.build_dataloader', build_dataloader)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    torch.save(content_of_a_run(write_tiny_config(tmp_path / 'good.py')), tmp_path / 'good.pth')
+    said = refusals('~/good.pth', sample, tmp_path)
+    assert '--arch tiny was expected' in said.pop('convert_weights.py')
+    assert said == dict.fromkeys(said, 'error: the data would be loaded')
+    said = refusals('~/bad.pth', sample, tmp_path)
+    assert len(said) == 5
+    assert all('/bad.pth' in text for text in said.values())
+
+
 def renamed(content):
     content['state_dict'] = {f'module.{n}': v for n, v in content['state_dict'].items()}
 
