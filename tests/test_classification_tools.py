@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import published_state_dict
+from common import check_files
 from conftest import ROOT, run_tool
 from evidence import STEPS_CLASSIFICATION, STEPS_CLASSIFICATION_VAL
 from in_process import load_tool, refusal_of, run_command
@@ -94,6 +95,39 @@ def test_missing_data_is_told_before_anything_is_built(tmp_path):
     output = run_tool('train.py', CONFIG, '--work-dir', tmp_path, succeeds=False)
     assert re.search(r'error: data are missing:\s+data/imagenet/train \(train_dataloader\)', output)
     assert 'Traceback' not in output
+
+
+@pytest.mark.parametrize(
+    ('settings', 'missing'),
+    [
+        (dict(type='ImageNet', split='train'), '/train'),
+        (dict(type='ImageNet21k', split='train'), '/train'),
+        (dict(type='ImageNet', split='val', ann_file='meta/val.txt'), '/meta/val.txt'),
+        *((dict(type=name, split='test'), '') for name in
+          ('CUB', 'StanfordCars', 'Flowers102', 'Food101', 'VOC', 'mmpretrain.CUB')),
+        (dict(type='RepeatDataset', times=2, dataset=dict(type='CUB', split='test')), ''),
+        *((dict(type=name, split='test'), None) for name in
+          ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST', 'mmpretrain.CIFAR10')),
+        (dict(type='CIFAR100', split='test', download=False), ''),
+    ],
+)  # fmt: skip
+def test_what_is_asked_for_is_what_the_data_set_reads(settings, missing, tmp_path):
+    """A folder of the split, the root alone, or nothing where the files are downloaded."""
+    root = tmp_path / 'data'
+    leaf = settings.get('dataset', settings) | dict(data_root=str(root))
+    dataset = settings | dict(dataset=leaf) if 'dataset' in settings else leaf
+    dataloader = dict(dataset=dataset, batch_size=2)
+    config = Config(dict(default_scope='mmpretrain', model={}, train_dataloader=dataloader))
+    if missing is None:
+        check_files(config, ['train_dataloader'], check_weights=False)
+        return
+    with pytest.raises(SystemExit, match=rf'missing:\s+{root}{missing} \(train_dataloader\)'):
+        check_files(config, ['train_dataloader'], check_weights=False)
+    for folder in (root / 'train', root / 'val'):
+        folder.mkdir(parents=True)
+    (root / 'meta').mkdir()
+    (root / 'meta/val.txt').touch()
+    check_files(config, ['train_dataloader'], check_weights=False)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +21,10 @@ import torch
 import torch.distributed
 from config_check import (
     ConfigError,
+    arguments_of,
     check_config,
     check_top,
+    find_type,
     in_one_line,
     merge_options,
     read_config,
@@ -362,10 +364,11 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
     Raises:
         SystemExit: Files are missing; the message lists them and says what to do.
     """
+    scope = config.get('default_scope') or 'mmengine'
     missing = [
         f'{path} ({name})'
         for name in dataloaders
-        for path in dataset_paths(config.get(name) or {})
+        for path in dataset_paths(config.get(name) or {}, scope)
         if is_local(path) and not os.path.exists(path)
     ]
     if missing:
@@ -386,19 +389,47 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
         check_checkpoint('load_from: ', config.load_from)
 
 
-def dataset_paths(settings: ConfigDict) -> Iterator[str]:
-    """Annotation files and image folders of all datasets in the settings of a data loader."""
-    root = settings.get('data_root') or ''
-    if settings.get('ann_file'):
-        yield os.path.join(root, settings['ann_file'])
-    # A dict of folders in detection and segmentation, one folder or a split in classification.
-    prefixes = settings.get('data_prefix') or settings.get('split') or {}
-    for prefix in prefixes.values() if isinstance(prefixes, dict) else [prefixes]:
-        yield os.path.join(root, prefix)
+def dataset_paths(settings: ConfigDict, scope: str) -> Iterator[str]:
+    """Annotation files and image folders of all datasets in the settings of a data loader.
+
+    Args:
+        settings: Of a data loader, or of a part of one.
+        scope: The scope in which it is built.
+    """
+    scope = settings.get('_scope_') or scope
+    classes = [found.cls for found in find_type(settings.get('type'), scope)]
+    if not downloads(settings, classes):
+        root = settings.get('data_root') or ''
+        # A dict of folders in detection and segmentation, one folder in classification.
+        prefixes = settings.get('data_prefix') or {}
+        paths = [*prefixes.values()] if isinstance(prefixes, dict) else [prefixes]
+        if not paths and settings.get('split') and has_folder_of_split(classes):
+            paths = [settings['split']]
+        if settings.get('ann_file'):
+            paths.insert(0, settings['ann_file'])
+        if not paths and root:
+            yield root
+        yield from (os.path.join(root, path) for path in paths if path is not None)
     for value in settings.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, dict):
-                yield from dataset_paths(item)
+                yield from dataset_paths(item, scope)
+
+
+def downloads(settings: Mapping, classes: Sequence[Any]) -> bool:
+    """Whether a dataset gets its own files where they are missing, as CIFAR and MNIST do."""
+    return bool(settings.get('download', True)) and any(
+        'download' in (arguments_of(cls) or {}) for cls in classes
+    )
+
+
+def has_folder_of_split(classes: Sequence[Any]) -> bool:
+    """Whether a dataset's `split` names a folder.
+
+    It does in mmpretrain's two ImageNets alone; all others have files that list their splits.
+    """
+    names = {base.__name__ for cls in classes for base in getattr(cls, '__mro__', ())}
+    return bool(names & {'ImageNet', 'ImageNet21k'})
 
 
 def is_local(path: str) -> bool:
