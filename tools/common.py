@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed
 from config_check import (
+    DEFAULT_TYPES,
     ConfigError,
     arguments_of,
     check_config,
@@ -46,6 +47,10 @@ from mmconv2former.weights import (
     trusts_checkpoints,
 )
 
+# What mmengine builds where a config has no visualizer.
+DEFAULT_VISUALIZER = dict(
+    type=DEFAULT_TYPES['visualizer'], vis_backends=[dict(type='LocalVisBackend')]
+)
 # torch's words for a data worker that the system ended, and for one that raised: with its trace.
 DEAD_WORKER = re.compile(
     r'DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal|exited unexpectedly)'

@@ -14,6 +14,7 @@ from typing import Any
 
 import mmcv
 from common import (
+    DEFAULT_VISUALIZER,
     add_arguments,
     build_runner,
     check_checkpoint,
@@ -33,8 +34,12 @@ from mmengine.runner import Runner
 
 from mmconv2former.checked_data import leaves
 
-# The visualizer's method that draws a prediction, by library.
-DRAW = {'mmdet': 'add_datasample', 'mmseg': 'add_datasample', 'mmpretrain': 'visualize_cls'}
+# The visualizer that draws predictions, and its method for it, by library.
+DRAW = {
+    'mmdet': ('DetLocalVisualizer', 'add_datasample'),
+    'mmseg': ('SegLocalVisualizer', 'add_datasample'),
+    'mmpretrain': ('UniversalVisualizer', 'visualize_cls'),
+}
 LEAST_SIDE = 224  # pixels of a classifier's drawing, on which text is legible
 
 
@@ -159,11 +164,16 @@ class DrawPredictions(Hook):
 def draw_predictions(config: Config, args: argparse.Namespace) -> DrawPredictions:
     """The hook that draws, in the place of the config's own.
 
+    Where the config has no visualizer, mmengine's, which draws no predictions, gives way to that of
+    the library.
+
     Raises:
         SystemExit: The config is of no library that we can draw for.
     """
-    method = one_of(DRAW, config)
-    settings = config.default_hooks.pop('visualization', ConfigDict())
+    visualizer, method = one_of(DRAW, config)
+    if not config.get('visualizer'):
+        config.visualizer = dict(DEFAULT_VISUALIZER, type=visualizer)
+    settings = (config.get('default_hooks') or {}).pop('visualization', None) or ConfigDict()
     options = dict(show=args.show, wait_time=args.wait_time)
     if 'score_thr' in settings:  # of a detector's drawings
         options['pred_score_thr'] = settings.score_thr

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from common import (
+    DEFAULT_VISUALIZER,
     add_arguments,
     build_runner,
     check_checkpoint,
@@ -22,6 +23,7 @@ from common import (
     read_ahead,
     run_errors,
 )
+from config_check import DEFAULT_TYPES
 from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
@@ -53,10 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args, ('train_dataloader', 'train_cfg', 'optim_wrapper'))
 
     if args.amp:
-        if config.optim_wrapper.type not in ('OptimWrapper', 'AmpOptimWrapper'):
+        type_ = config.optim_wrapper.get('type', DEFAULT_TYPES['optim_wrapper'])
+        if type_ not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise SystemExit(
                 'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, '
-                f'got {config.optim_wrapper.type}'
+                f'got {type_}'
             )
         on_cpu = get_device() == 'cpu'  # there in bfloat16
         config.optim_wrapper.type = (
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         config.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
-        if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (config.get('auto_scale_lr') or {}):
             raise SystemExit(
                 f'error: --auto-scale-lr: {args.config} has no auto_scale_lr.base_batch_size'
             )
@@ -74,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise SystemExit(
                 'error: --tensorboard: tensorboard is missing: pip install tensorboard'
             )
-        config.visualizer.vis_backends.append(dict(type='TensorboardVisBackend'))
+        visualizer = config.get('visualizer') or DEFAULT_VISUALIZER
+        backends = [*(visualizer.get('vis_backends') or ()), dict(type='TensorboardVisBackend')]
+        config.visualizer = dict(visualizer, vis_backends=backends)
     if args.resume is not None:
         config.resume = 'auto' if args.resume == 'auto' else True
         if args.resume != 'auto':

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from config_check import ConfigError, check_config, is_slip, read_config
-from conftest import ROOT
+from conftest import ROOT, assert_drawn_beside
 from in_process import SEGMENTATION, refusal_of, with_data, write_tiny_config
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny import WITHOUT_WORKERS
 
 AREA = 'Configs'
 pytestmark = pytest.mark.usefixtures('in_process')
@@ -218,6 +220,40 @@ def test_what_works_is_not_refused(option, no_data):
         assert re.search(r'ConvNeXt takes no', said) or said.startswith('error: data are missing')
     else:
         assert said.startswith('error: data are missing'), said
+
+
+WITHOUT_VISUALIZER = ['visualizer=None']
+WITHOUT_BACKENDS = ['visualizer._delete_=True', 'visualizer.type=SegLocalVisualizer']
+
+
+@pytest.mark.parametrize('visualizer', [WITHOUT_VISUALIZER, WITHOUT_BACKENDS], ids=' '.join)
+def test_flags_of_training_need_no_settings(visualizer, sample, tmp_path):
+    """Where the config leaves a part to mmengine's default."""
+    plain = "optim_wrapper = dict(_delete_=True, optimizer=dict(type='AdamW', lr=1e-4))\n"
+    config = write_tiny_config(tmp_path / 'tiny.py', more=f'{plain}auto_scale_lr = None\n')
+    arguments = ['train', config, '--amp', '--tensorboard']
+    options = [*WITHOUT_WORKERS, *visualizer]
+    assert refusal_of(*with_data(arguments, sample, tmp_path / 'work', *options)) == ''
+    (events,) = tmp_path.glob('work/*/vis_data/events.out.tfevents.*')
+    losses = EventAccumulator(str(events)).Reload().Scalars('loss')
+    assert [event.step for event in losses] == [1, 2, 3, 4]
+    has_file_of_default = bool([*tmp_path.glob('work/*/vis_data/scalars.json')])
+    assert has_file_of_default == (visualizer is WITHOUT_VISUALIZER)
+    assert 'AmpOptimWrapper' in (tmp_path / 'work/tiny.py').read_text()
+    scaling = with_data(['train', config, '--auto-scale-lr'], sample, tmp_path / 'work')
+    assert 'has no auto_scale_lr.base_batch_size' in refusal_of(*scaling)
+
+
+@pytest.mark.parametrize('hooks', ['default_hooks=None', 'default_hooks.visualization=None'])
+@pytest.mark.parametrize('visualizer', [WITHOUT_VISUALIZER, WITHOUT_BACKENDS], ids=' '.join)
+def test_drawing_needs_no_settings(visualizer, hooks, sample, tmp_path):
+    config = write_tiny_config(tmp_path / 'tiny.py')
+    arguments = ['test', config, 'none', '--show-dir', tmp_path / 'drawn']
+    options = [*WITHOUT_WORKERS, *visualizer, hooks]
+    assert refusal_of(*with_data(arguments, sample, tmp_path / 'work', *options)) == ''
+    (drawing,) = (tmp_path / 'drawn').iterdir()
+    images = sample / 'ade/ADEChallengeData2016/images/validation'
+    assert_drawn_beside(drawing, images / drawing.name)
 
 
 def test_other_networks_and_class_types_are_fine(tmp_path):
