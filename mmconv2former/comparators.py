@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
@@ -20,11 +20,14 @@ from types import ModuleType
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .backbone import Conv2Former, check_number
+from .backbone import Conv2Former, check_number, parse_out_indices
 from .registry import MODELS, register
 from .weights import load_pretrained
 
 STRIDES = (4, 8, 16, 32)
+ALL_STAGES = (0, 1, 2, 3)
+# The parts of mmseg's Feature2Pyramid that make each stride of one map of stride 16.
+PYRAMID_PARTS = ('upsample_4x', 'upsample_2x', 'identity', 'downsample_2x')
 PIP_NAMES = {
     'mmpretrain': 'onedl-mmpretrain (or mmpretrain, of the original releases)',
     'mmseg': 'onedl-mmsegmentation (or mmsegmentation, of the original releases)',
@@ -455,13 +458,30 @@ def how_to_get_weights(name: str) -> str:
     )
 
 
+def parse_stages(out_indices: int | Sequence[int]) -> tuple[int, ...]:
+    """Stages from 0 whose feature maps a comparator gives, none twice, in the given order.
+
+    Raises:
+        TypeError, ValueError: They are not as `Conv2Former` takes them, or the last stage, which a
+            library always builds, is not among them: its parameters would never get a gradient.
+    """
+    stages = parse_out_indices(out_indices, len(STRIDES))
+    if ALL_STAGES[-1] not in stages:
+        raise ValueError(
+            f'out_indices of a comparator must name the last stage, {ALL_STAGES[-1]}, because '
+            f'the whole network is built, got {out_indices!r}'
+        )
+    return stages
+
+
 # --------------------------------------------------------------------------------------- backbone
 @register(MODELS)
 class Comparator(BaseModule):
     """A network of mmpretrain or timm that gives what Conv2Former gives.
 
-    For dense prediction: a tuple of four contiguous feature maps (N, channels[i], H / s, W / s) of
-    strides s = 4, 8, 16, 32, sizes rounded down or up as the network pads. Each map is normalised,
+    For dense prediction: a tuple of contiguous feature maps (N, channels[i], H / s, W / s) of
+    strides s = strides[i], which are 4, 8, 16, 32 or those of them that `out_indices` asks for,
+    sizes rounded down or up as the network pads. Each map is normalised,
     as Conv2Former's are: by the library's own norm where it has one (ConvNeXt, Swin and HorNet a
     LayerNorm, RepLKNet a BatchNorm, EfficientNet the BatchNorm that ends its blocks), else by a
     LayerNorm (FocalNet, DeiT-3, ViT). The single scale of DeiT-3 and ViT becomes a pyramid by
@@ -472,20 +492,23 @@ class Comparator(BaseModule):
     (N, C, h, w), where h and w are 1 if the network pools by itself.
 
     The library is imported when a network is built. What a comparator states: `channels`, for dense
-    prediction `strides`, and `get_layer_depth` and `get_stage_depth`, which are Conv2Former's rule
-    on the network's own stages and blocks.
+    prediction `strides` and `out_indices`, and `get_layer_depth` and `get_stage_depth`, which are
+    Conv2Former's rule on the network's own stages and blocks.
 
     Args:
         name: A key of `COMPARATORS`.
         drop_path_rate: Of the last block, from 0 at the first one.
         classification: See above.
+        out_indices: For dense prediction: stages whose feature maps are returned, in this order,
+            as Conv2Former's; the last stage, 3 or -1, must be one. DeiT-3 and ViT have as stages
+            the levels of their pyramid. Maps not asked for have no norm and no pyramid.
         options: Further arguments for the library, such as mmpretrain's `dict(with_cp=True)`.
         init_cfg: None, or `dict(type='Pretrained', checkpoint=..., prefix=...)` with a file of the
             library, which must fit: see `how_to_get_weights` and `mmconv2former.weights`.
 
     Raises:
-        ValueError: `name`, `drop_path_rate` or `init_cfg` is not as above, or the network is for
-            classification only.
+        ValueError, TypeError: `name`, `drop_path_rate`, `out_indices` or `init_cfg` is not as
+            above, or the network is for classification only.
         ModuleNotFoundError: The library is not installed; the message names the pip package.
     """
 
@@ -498,6 +521,7 @@ class Comparator(BaseModule):
         classification: bool = False,
         options: dict | None = None,
         init_cfg: dict | None = None,
+        out_indices: int | Sequence[int] = ALL_STAGES,
     ) -> None:
         super().__init__()
         variant = find_comparator(name)
@@ -505,6 +529,12 @@ class Comparator(BaseModule):
         check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
         if init_cfg is not None and init_cfg.get('type') != 'Pretrained':
             raise ValueError(f"init_cfg must be None or of type 'Pretrained', got {init_cfg}")
+        stages = parse_stages(out_indices)
+        if classification and stages != ALL_STAGES:
+            raise ValueError(
+                f'out_indices is for dense prediction: with classification=True {name} has one '
+                f'output, got {out_indices!r}'
+            )
         own_arguments = family.classification if classification else family.dense
         if own_arguments is None:
             raise ValueError(
@@ -514,9 +544,15 @@ class Comparator(BaseModule):
         self.name = name
         self.pretrained = init_cfg
         self.classification = classification
-        self.taps = () if classification else family.taps
+        self.ascending = sorted(stages)  # as the libraries give them, whatever was asked for
+        self.taps: tuple[int, ...] = ()
         arguments = dict(family.arguments, drop_path_rate=drop_path_rate)
         arguments.update(own_arguments)
+        if not classification:
+            if family.taps:
+                self.taps = tuple(family.taps[i] for i in self.ascending)
+            else:
+                arguments['out_indices'] = [arguments['out_indices'][i] for i in self.ascending]
         arguments.update(options or {})
         if family.library == 'timm':
             timm = import_library('timm', name)
@@ -529,17 +565,22 @@ class Comparator(BaseModule):
         if classification:
             self.channels = (variant.linear_channels,)
         else:
-            self.channels = variant.channels
-            self.strides = STRIDES
+            self.out_indices = stages
+            self.channels = tuple(variant.channels[i] for i in stages)
+            self.strides = tuple(STRIDES[i] for i in stages)
             self._remove_classifier(family)
             if self.taps:
                 layer_norm = import_library('timm.layers', name).LayerNorm2d
-                self.norms = nn.ModuleList(map(layer_norm, variant.channels))
+                self.norms = nn.ModuleDict(
+                    {str(i): layer_norm(variant.channels[i]) for i in self.ascending}
+                )
             if family.is_single_scale:
                 necks = import_library('mmseg.models.necks', name)
                 # GroupNorm instead of SyncBN: needs neither a large batch nor a GPU.
                 norm = dict(type='GN', num_groups=32)
-                self.pyramid = necks.Feature2Pyramid(variant.channels[0], norm_cfg=norm)
+                pyramid = necks.Feature2Pyramid(variant.channels[0], norm_cfg=norm)
+                parts = [PYRAMID_PARTS[i] for i in self.ascending]
+                self.pyramid = nn.ModuleDict({part: getattr(pyramid, part) for part in parts})
 
         self._locate_in_body = family.locate
         depths: dict[int, int] = {}
@@ -573,7 +614,7 @@ class Comparator(BaseModule):
             maps = self.body.forward_intermediates(
                 x, indices=list(self.taps), intermediates_only=True
             )
-            maps = [norm(feature) for norm, feature in zip(self.norms, maps)]
+            maps = [norm(feature) for norm, feature in zip(self.norms.values(), maps)]
         else:
             maps = self.body(x)
         if self.classification:
@@ -581,9 +622,12 @@ class Comparator(BaseModule):
             return (feature if feature.dim() == 4 else feature[..., None, None],)
         if self.pyramid is not None:
             # Patches reach over the image's lower and right edge; what lies beyond it is cut.
-            sizes = [(-(-x.shape[2] // stride), -(-x.shape[3] // stride)) for stride in STRIDES]
-            maps = [feature[..., :h, :w] for feature, (h, w) in zip(self.pyramid(maps), sizes)]
-        return tuple(feature.contiguous() for feature in maps)
+            strides = [STRIDES[i] for i in self.ascending]
+            sizes = [(-(-x.shape[2] // stride), -(-x.shape[3] // stride)) for stride in strides]
+            scaled = [part(feature) for part, feature in zip(self.pyramid.values(), maps)]
+            maps = [feature[..., :h, :w] for feature, (h, w) in zip(scaled, sizes)]
+        by_stage = dict(zip(self.ascending, maps))
+        return tuple(by_stage[i].contiguous() for i in self.out_indices)
 
     # The same rule on the same two facts, `depths` and `_locate`: decay is on equal terms.
     get_layer_depth = Conv2Former.get_layer_depth

@@ -17,6 +17,7 @@ from make_tables import BACKBONES, OURS, backbone_names, read_evidence
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from pages import write_files
 from torch import nn
 
 from mmconv2former import Comparator
@@ -85,6 +86,30 @@ def test_takes_any_size_of_input(name):
     for feature, stride in zip(features, STRIDES):
         for found, side in zip(feature.shape[2:], (70, 99)):
             assert math.floor(side / stride) <= found <= math.ceil(side / stride)
+
+
+@pytest.mark.parametrize('name', ONE_PER_FAMILY)
+@pytest.mark.parametrize('out_indices', [(1, 2, 3), (3, 0, -2), 3])
+def test_gives_the_stages_asked_for(name, out_indices):
+    """The very maps of the whole one, in the order asked for, and every parameter is used."""
+    torch.manual_seed(0)
+    whole, part = Comparator(name).eval(), Comparator(name, out_indices=out_indices).eval()
+    # Names of what is left are the same: a checkpoint of one serves the other.
+    assert part.load_state_dict(whole.state_dict(), strict=False).missing_keys == []
+    stages = (out_indices,) if isinstance(out_indices, int) else [i % 4 for i in out_indices]
+    x = torch.randn(1, 3, 70, 96)
+    with torch.no_grad():
+        expected = whole(x)
+    features = part(x)
+    assert part.strides == tuple(STRIDES[i] for i in stages)
+    assert part.channels == tuple(feature.shape[1] for feature in features)
+    assert len(features) == len(stages)
+    for feature, stage in zip(features, stages):
+        torch.testing.assert_close(feature, expected[stage])
+        assert feature.is_contiguous()
+    sum(feature.sum() for feature in features).backward()
+    assert [n for n, p in part.named_parameters() if p.grad is None] == []
+    assert part.depths == whole.depths
 
 
 @pytest.mark.parametrize('name', ONE_PER_FAMILY)
@@ -312,6 +337,16 @@ def test_weights_of_another_network_are_refused(tmp_path):
             dict(name='swin_tiny', init_cfg=dict(type='Normal')),
             "of type 'Pretrained', got .*Normal",
         ),
+        (dict(name='swin_tiny', out_indices=(1, 4)), 'out_indices must be from -4 to 3, got 4'),
+        (dict(name='swin_tiny', out_indices=(3, -1)), r'not name a stage twice, got \(3, -1\)'),
+        (
+            dict(name='swin_tiny', out_indices=(0, 1, 2)),
+            r'must name the last stage, 3, .* got \(0, 1, 2\)',
+        ),
+        (
+            dict(name='swin_tiny', out_indices=(3,), classification=True),
+            r'classification=True swin_tiny has one output, got \(3,\)',
+        ),
     ],
 )
 def test_bad_arguments(settings, message):
@@ -379,6 +414,60 @@ def test_channels_reach_what_reads_them(name, recipe):
     assert config.model == stock.model
     assert config.train_dataloader == stock.train_dataloader
     assert config.param_scheduler == stock.param_scheduler
+
+
+@pytest.fixture(scope='module')
+def foreign(tmp_path_factory):
+    """The configs of docs/use_in_your_config.md, of which many ask for some stages only."""
+    folder = tmp_path_factory.mktemp('foreign')
+    write_files(ROOT / 'docs/use_in_your_config.md', folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ('recipe', 'name'),
+    [
+        ('dino', 'convnext_tiny'),
+        ('dino', 'deit3_small'),
+        ('deformable_detr', 'swin_tiny'),
+        ('rtmdet', 'efficientnet_b0'),
+        ('retinanet', 'focalnet_tiny'),
+    ],
+)
+def test_a_recipe_of_three_levels_keeps_its_strides(recipe, name, foreign):
+    config = Config.fromfile(foreign / f'{recipe}.py')
+    init_default_scope(config.default_scope)
+    assert config.model.backbone.out_indices == (1, 2, 3)
+    set_backbone(config, name)
+    assert config.model.neck.in_channels == list(COMPARATORS[name].channels[1:])
+    config.model.backbone.init_cfg = None
+    backbone, neck = (MODELS.build(config.model[part]).eval() for part in ('backbone', 'neck'))
+    with torch.no_grad():
+        features = backbone(torch.randn(1, 3, 64, 128))
+        levels = neck(features)
+    assert backbone.strides == (8, 16, 32)
+    sizes = [(64 // stride, 128 // stride) for stride in (8, 16, 32)]
+    assert [tuple(feature.shape[2:]) for feature in features] == sizes
+    assert [tuple(level.shape[2:]) for level in levels[:3]] == sizes
+
+
+def test_heads_read_the_stages_that_there_are():
+    """`in_index` of a head counts outputs, not stages."""
+    config = load('segmentation/upernet_conv2former_t')
+    config.model.backbone.out_indices = (0, 2, 3)
+    config.model.decode_head.in_index = [0, 1, 2]
+    config.model.auxiliary_head.in_index = 1
+    set_backbone(config, 'convnext_tiny')
+    assert config.model.backbone.out_indices == (0, 2, 3)
+    assert config.model.decode_head.in_channels == [96, 384, 768]
+    assert config.model.auxiliary_head.in_channels == 384
+
+
+def test_stages_that_a_comparator_cannot_give_are_one_error():
+    config = load('detection/mask_rcnn_conv2former_t')
+    config.model.backbone.out_indices = (0, 1, 2)
+    with pytest.raises(SystemExit, match=r'error: --backbone swin_tiny: out_indices .* last'):
+        set_backbone(config, 'swin_tiny')
 
 
 def test_mask_rcnn_learns_with_a_comparator():

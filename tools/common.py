@@ -36,7 +36,13 @@ from mmengine.runner import Runner
 from torch.distributed.constants import default_pg_timeout
 
 from mmconv2former.checked_data import DataError
-from mmconv2former.comparators import COMPARATORS, find_comparator, how_to_get_weights
+from mmconv2former.comparators import (
+    ALL_STAGES,
+    COMPARATORS,
+    find_comparator,
+    how_to_get_weights,
+    parse_stages,
+)
 from mmconv2former.finite_loss import NonFiniteError
 from mmconv2former.runner import CheckpointNotSaved, ReliableRunner
 from mmconv2former.weights import (
@@ -252,11 +258,13 @@ def set_backbone(config: Config, name: str) -> None:
     All else stays: schedule, augmentation, drop path, heads. Where the recipe starts from
     pretrained weights, those of the comparator are expected in `pretrain/NAME.pth`. In a classifier
     global average pooling and a linear layer, with which all comparators were published, take the
-    place of Conv2Former's head, with its loss.
+    place of Conv2Former's head, with its loss. For dense prediction the comparator gives the stages
+    that the backbone gave (its `out_indices`).
 
     Raises:
         ValueError: There is no comparator of this name.
-        SystemExit: The recipe has no place for its feature maps.
+        SystemExit: The recipe has no place for its feature maps, or wants stages that a comparator
+            cannot give.
     """
     variant = find_comparator(name)
     model = config.model
@@ -272,12 +280,20 @@ def set_backbone(config: Config, name: str) -> None:
         model.neck = dict(type='GlobalAveragePooling')
         kept = {key: model.head[key] for key in CLASSIFIER_SETTINGS if key in model.head}
         model.head = dict(type='LinearClsHead', in_channels=variant.linear_channels, **kept)
-    elif 'neck' in model:
-        model.neck.in_channels = list(variant.channels)
-    elif 'decode_head' in model:
-        for head in (model.decode_head, model.get('auxiliary_head')):
-            if head is not None:
-                head.in_channels = take(variant.channels, head.in_index)
+    elif 'neck' in model or 'decode_head' in model:
+        try:
+            stages = parse_stages(old.get('out_indices', ALL_STAGES))
+        except (TypeError, ValueError) as error:
+            raise SystemExit(f'error: --backbone {name}: {error}') from None
+        if stages != ALL_STAGES:
+            model.backbone.out_indices = stages
+        channels = [variant.channels[i] for i in stages]
+        if 'neck' in model:
+            model.neck.in_channels = channels
+        else:
+            for head in (model.decode_head, model.get('auxiliary_head')):
+                if head is not None:
+                    head.in_channels = take(channels, head.in_index)
     else:
         raise SystemExit(f'error: --backbone: {config.filename} has no neck and no decode_head')
 
