@@ -2,6 +2,8 @@
 
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import benchmark
 import pytest
@@ -11,14 +13,21 @@ from benchmark import (
     FREE,
     GOALS,
     LEAST,
+    MEMORY,
+    SPEED,
+    SWEEP,
+    Result,
     Setting,
     TrafficCounter,
     build,
+    build_fake,
     count_bytes_kept,
     count_macs,
     count_table,
     count_traffic,
+    machine,
     profile_table,
+    self_time,
     show,
     sweep,
     verdict,
@@ -26,6 +35,7 @@ from benchmark import (
 from conftest import run_tool
 from mmengine.utils import digit_version
 from test_backbone import randomized, relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmconv2former import Conv2Former
 
@@ -134,7 +144,7 @@ def test_tables(tmp_path):
     assert len(text.splitlines()) == 5
     assert '(1.00)' in text.splitlines()[2]
     plot = tmp_path / 'sweep.png'
-    text = sweep(['conv2former_n'], 'kernel', 2, plot)
+    text = sweep(['conv2former_n'], 'kernel', SWEEP, 2, plot)
     assert len(text.splitlines()) == 8
     assert plot.stat().st_size > 5000
 
@@ -158,6 +168,183 @@ def test_profile_adds_up():
     assert shares == sorted(shares, reverse=True)
     assert 50 < sum(shares) <= 105
     assert '`aten::convolution_backward`' in text
+
+
+# --------------------------------------------------------------- what the command line asks for
+@pytest.fixture
+def asked(monkeypatch, tmp_path):
+    """Runs the command with nothing measured; gives the settings that were to be measured."""
+    settings = {'timed': [], 'kept': [], 'profiled': [], 'counted': [], 'rate': []}
+
+    def measure(specs, setting, rounds, kinds):
+        settings['timed'].append(setting)
+        times = {kind: [1.0] * rounds for kind in kinds}
+        return [Result(spec, parameters=1, gmacs=1.0, **times) for spec in specs]
+
+    def count(kind, value):
+        return lambda spec, setting, *_: settings[kind].append(setting) or value
+
+    def rate(device):
+        settings['rate'].append(device)
+        return 1.0
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, arguments)])
+        benchmark.main()
+        return settings
+
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- table goals -->\n<!-- end -->\n')
+    monkeypatch.setattr(benchmark, 'PAGE', page)
+    monkeypatch.setattr(benchmark, 'measure', measure)
+    monkeypatch.setattr(benchmark, 'measure_product_rate', rate)
+    monkeypatch.setattr(benchmark, 'count_bytes_kept', count('kept', 1))
+    monkeypatch.setattr(benchmark, 'count_traffic', count('counted', (1, 1)))
+    monkeypatch.setattr(benchmark, 'profile_table', count('profiled', ''))
+    return run
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: 'Some GPU')
+
+
+OPTIONS = [
+    (['--device', 'cuda'], dict(device='cuda')),
+    (['--dtype', 'bfloat16'], dict(dtype='bfloat16')),
+    (['--size', 64, 64], dict(size=(64, 64))),
+    (['--batch', 2], dict(batch=2)),
+]
+
+
+@pytest.mark.parametrize(('options', 'changed'), OPTIONS)
+def test_every_path_measures_what_is_asked_for(options, changed, asked, gpu, capsys):
+    def expected(size, dtype='float32'):
+        return Setting(**(dict(size=size, dtype=dtype) | changed))
+
+    settings = asked(*options)
+    assert set(map(str, settings['timed'])) == {str(expected((512, 512)))}
+    assert set(map(str, settings['kept'])) == {str(expected((800, 1280)))}
+    output = capsys.readouterr().out
+    assert 'must' not in output
+    assert 'Not judged: the goals are of 1x3x512x512, float32, cpu' in output
+    assert f'| bytes kept, {expected((800, 1280)).shape}, default | 1.00 | 1.00 |' in output
+
+    settings['timed'].clear()
+    asked(*options, '--sweep', 'kernel')
+    assert settings['timed'] == [expected((224, 224))] * 6
+    if '--size' not in options:
+        settings['timed'].clear()
+        asked(*options, '--sweep', 'resolution')
+        assert settings['timed'] == [expected((v, v)) for v in (224, 320, 448, 640, 896)]
+        batch = changed.get('batch', 1)
+        assert f'| 224 | 1.0 G | 1000 | {1e9 / 224**2 / batch:.0f} |' in capsys.readouterr().out
+    settings['timed'].clear()
+    asked(*options, 'conv2former_n')
+    assert settings['timed'] == [expected((512, 512))]
+    asked(*options, '--profile')
+    assert settings['profiled'] == [expected((512, 512))]
+    asked(*options, '--count', 'conv2former_n')
+    assert settings['counted'] == [expected((800, 1280), dtype='bfloat16')] * 2
+    assert set(settings['rate']) == {changed.get('device', 'cpu')}
+    assert ('Some GPU' in output) == (changed.get('device') == 'cuda')
+
+
+def test_defaults_are_judged_and_kept(asked, gpu, capsys):
+    """Even where there is a GPU, which then has no part in it."""
+    settings = asked('--page', '--runs', 2, '--device', 'cpu')
+    assert settings['timed'] == [SPEED] * 4
+    assert set(map(str, settings['kept'])) == {'1x3x800x1280, float32, cpu'} == {str(MEMORY)}
+    output = capsys.readouterr().out
+    assert (
+        '| measure | of the published code, 2 runs | must | aim | reached | of ConvNeXt-T' in output
+    )
+    assert '| training step, 1x3x512x512, default | 1.00 | 0.80 | 0.65 | NO | 1.00 |' in output
+    assert 'Not judged' not in output
+    assert 'Some GPU' not in output
+    assert output.strip() in benchmark.PAGE.read_text()
+
+
+@pytest.mark.parametrize(('options', 'changed'), OPTIONS)
+@pytest.mark.parametrize('path', [[], ['--count'], ['--profile'], ['--sweep', 'kernel']])
+def test_page_is_for_its_own_setting(path, options, changed, asked, gpu):
+    if (path, options) == (['--count'], ['--dtype', 'bfloat16']):  # which is what it counts
+        asked(*path, *options, '--page')
+        return
+    with pytest.raises(SystemExit, match=r"^error: --page: the page's table is of .*, not of "):
+        asked(*path, *options, '--page')
+    assert benchmark.PAGE.read_text() == '<!-- table goals -->\n<!-- end -->\n'
+
+
+def test_page_has_a_table_of_models_for_each_dtype(asked):
+    asked('conv2former_n', '--dtype', 'bfloat16', '--page')
+    with pytest.raises(SystemExit, match='not of 2x3x512x512, bfloat16, cpu'):
+        asked('conv2former_n', '--dtype', 'bfloat16', '--batch', 2, '--page')
+
+
+@pytest.mark.parametrize('path', [[], ['--count'], ['--profile'], ['--sweep', 'kernel']])
+def test_cuda_without_a_gpu_is_one_error(path, asked, monkeypatch):
+    """Of counting too: torch would switch autocast off and count float16 as float32."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit, match=r'^error: --device cuda: torch finds no CUDA device'):
+        asked('--device', 'cuda', *path)
+
+
+def test_sizes_of_a_sweep_are_its_own(asked, capsys):
+    with pytest.raises(SystemExit):
+        asked('--sweep', 'resolution', '--size', 64, 64)
+    assert 'leave --size out' in capsys.readouterr().err
+
+
+def test_machine_is_the_device_measured(gpu):
+    assert machine(1, 'cuda').startswith('Some GPU, ')
+    assert 'Some GPU' not in machine(1, 'cpu')
+
+
+def test_models_go_to_the_device(monkeypatch):
+    """By the one other device that is on every machine, whose tensors have no values either."""
+    setting = Setting((64, 64), device='meta')
+    fake = build_fake('conv2former_n', FakeTensorMode(), 'meta')
+    assert {tensor.device.type for tensor in fake.state_dict().values()} == {'meta'}
+    counted = []
+    monkeypatch.setattr(
+        benchmark, 'train_step', lambda model, images, _: counted.append((model, images))
+    )
+    count_traffic('conv2former_n', setting, True)
+    profile_table('conv2former_n', setting)
+    assert len(counted) == 4
+    for model, images in counted:
+        assert images.device.type == 'meta'
+        assert {parameter.device.type for parameter in model.parameters()} == {'meta'}
+    assert count_macs('conv2former_n', setting) == count_macs('conv2former_n', SMALL)
+
+
+def test_time_of_a_profile_is_the_device_s():
+    old, new = dict(self_cuda_time_total=2), dict(self_device_time_total=3)
+    assert self_time(SimpleNamespace(self_cpu_time_total=1, **old), 'cuda') == 2
+    assert self_time(SimpleNamespace(self_cpu_time_total=1, **new), 'cuda') == 3
+    assert self_time(SimpleNamespace(self_cpu_time_total=1, **new), 'cpu') == 1
+
+
+def test_command_of_small_goals(capsys, monkeypatch):
+    """A real run, of the smallest models."""
+    names = {'PLAIN': ('plain_n', 'plain_n:channels_last=True'), 'DEFAULT': 'conv2former_n',
+             'FASTEST': 'conv2former_n:recompute=nothing', 'LEAST': NANO,
+             'CHECKPOINTED': 'conv2former_n:with_cp=True',
+             'DEPLOYED': 'conv2former_n:deploy=True'}  # fmt: skip
+    nano = {getattr(benchmark, key): value for key, value in names.items()}
+    goals = [(what, nano[model], *rest) for what, model, *rest in GOALS]
+    for key, value in (names | {'GOALS': goals}).items():
+        monkeypatch.setattr(benchmark, key, value)
+    options = ['--size', '64', '64', '--batch', '2', '--dtype', 'bfloat16', '--rounds', '2']
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *options])
+    benchmark.main()
+    output = capsys.readouterr().out
+    assert '\n2x3x64x64, bfloat16, cpu, medians of 2 rounds\n' in output
+    assert re.search(r'\| bytes kept, 2x3x64x64, default \| 0\.\d\d \| \d\.\d\d \|', output)
+    assert re.search(r'\| inference, 2x3x64x64, deployed \| \d+\.\d\d \| \d+\.\d\d \|', output)
+    assert output.count('\n|') == 2 + len(GOALS) + 2 + 7 + 5
 
 
 def test_verdict():

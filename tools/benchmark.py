@@ -1,6 +1,7 @@
 """Measures backbones beside each other in one run: time, memory, arithmetic, memory traffic.
 
     python tools/benchmark.py                           # ours against the published code
+    python tools/benchmark.py --device cuda             # the same ratios there, not judged
     python tools/benchmark.py conv2former_t convnext_tiny swin_tiny --size 800 1280
     python tools/benchmark.py conv2former_t:recompute=elementwise plain_t --dtype bfloat16
     python tools/benchmark.py conv2former_t --profile
@@ -17,6 +18,9 @@ A model is a name, with options after a colon:
     convnext_tiny  swin_tiny  hornet_tiny  ...     any of docs/comparators.md, with four outputs
     birder_t                   birder's Conv2Former, if that package is installed
 
+--size, --batch, --device and --dtype hold for whatever is measured or counted. The project's goals
+are of the default setting only: of another one the same ratios are printed without them.
+
 Models run in turn, once a round; figures are medians over rounds with the quartiles beside them.
 Ratios between models of one run mean something on a noisy machine, times of two runs do not.
 """
@@ -32,7 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,8 @@ import torch.nn.functional as F
 from make_tables import with_table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -144,12 +150,25 @@ def build(spec: str) -> nn.Module:
 # -------------------------------------------------------------------------------------- measuring
 @dataclass
 class Setting:
-    """Input and precision of a run."""
+    """Input, device and precision of a run.
+
+    Raises:
+        SystemExit: The device is cuda and torch finds none. Counting needs it too: without one,
+            torch switches autocast to it off, and float16 would be counted as float32.
+    """
 
     size: tuple[int, int]  # height, width
     batch: int = 1
     device: str = 'cpu'
     dtype: str = 'float32'
+
+    def __post_init__(self) -> None:
+        if self.device == 'cuda' and not torch.cuda.is_available():
+            raise SystemExit('error: --device cuda: torch finds no CUDA device on this machine')
+
+    @property
+    def shape(self) -> str:
+        return f'{self.batch}x3x{self.size[0]}x{self.size[1]}'
 
     def images(self) -> Tensor:
         torch.manual_seed(0)
@@ -161,7 +180,7 @@ class Setting:
         return torch.autocast(self.device, DTYPES[self.dtype])
 
     def __str__(self) -> str:
-        return f'{self.batch}x3x{self.size[0]}x{self.size[1]}, {self.dtype}, {self.device}'
+        return f'{self.shape}, {self.dtype}, {self.device}'
 
 
 @dataclass
@@ -234,23 +253,23 @@ def measure(specs: list[str], setting: Setting, rounds: int, kinds: list[str]) -
     return results
 
 
-def measure_product_rate(setting: Setting) -> float:
-    """The machine's own floor: multiply-adds a second of a large matrix product, in 10^9."""
+def measure_product_rate(device: str) -> float:
+    """A device's own floor: multiply-adds a second of a large product in float32, in 10^9."""
     side = 2048
-    matrix = torch.randn(side, side, device=setting.device, dtype=DTYPES[setting.dtype])
-    times = [timed(torch.mm, matrix, matrix, device=setting.device) for _ in range(9)]
+    matrix = torch.randn(side, side, device=device)
+    times = [timed(torch.mm, matrix, matrix, device=device) for _ in range(9)]
     return side**3 / statistics.median(times[2:]) / 1e9
 
 
 # --------------------------------------------------------------------------------------- counting
 # With fake tensors, which have shapes and no values: any size in seconds, and the same on every
-# machine.
-def build_fake(spec: str, mode: FakeTensorMode) -> nn.Module:
+# machine. They are of the setting's device, for which autocast and operators are chosen.
+def build_fake(spec: str, mode: FakeTensorMode, device: str) -> nn.Module:
     """The model with tensors without values."""
     model = build(spec)
     fakes: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        fake: Tensor = mode.from_tensor(tensor.detach())
+        fake: Tensor = torch.empty_like(mode.from_tensor(tensor.detach()), device=device)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         fakes[id(tensor)] = fake
@@ -260,12 +279,12 @@ def build_fake(spec: str, mode: FakeTensorMode) -> nn.Module:
 def count_macs(spec: str, setting: Setting) -> int:
     """Multiply-adds of convolutions and matrix products in a forward pass."""
     mode = FakeTensorMode()
-    model = build_fake(spec, mode)
+    model = build_fake(spec, mode, setting.device)
     model.eval()
     with mode:
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():
-            model(torch.empty(setting.batch, 3, *setting.size))
+            model(torch.empty(setting.batch, 3, *setting.size, device=setting.device))
     return counter.get_total_flops() // 2
 
 
@@ -278,10 +297,10 @@ def count_bytes_kept(spec: str, setting: Setting) -> int:
         return tensor
 
     mode = FakeTensorMode()
-    model = build_fake(spec, mode)
+    model = build_fake(spec, mode, setting.device)
     model.train()
     with mode:
-        images = torch.empty(setting.batch, 3, *setting.size)
+        images = torch.empty(setting.batch, 3, *setting.size, device=setting.device)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             setting.precision(),
@@ -326,10 +345,10 @@ class TrafficCounter(TorchDispatchMode):
 def count_traffic(spec: str, setting: Setting, training: bool) -> tuple[int, int]:
     """Operators launched, and bytes read and written, of a training step or an inference."""
     mode = FakeTensorMode()
-    model = build_fake(spec, mode)
+    model = build_fake(spec, mode, setting.device)
     model.train(training)
     with mode:
-        images = torch.empty(setting.batch, 3, *setting.size)
+        images = torch.empty(setting.batch, 3, *setting.size, device=setting.device)
         counter = TrafficCounter()
         with counter:
             (train_step if training else infer)(model, images, setting)
@@ -375,15 +394,16 @@ def describe(results: list[Result], rate: float) -> str:
     return table(header, rows)
 
 
-def machine(rate: float) -> str:
+def machine(rate: float, device: str) -> str:
+    """What was measured on: the device's name, and its rate from `measure_product_rate`."""
     processor = platform.processor() or platform.machine()
     cpuinfo = Path('/proc/cpuinfo')
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if 'model name' in line]
         processor = names[0].split(':')[1].strip() if names else processor
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+    name = torch.cuda.get_device_name() if device == 'cuda' else processor
     return (
-        f'{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; '
+        f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; '
         f'matrix products at {rate:.0f} G multiply-adds a second'
     )
 
@@ -392,6 +412,7 @@ def machine(rate: float) -> str:
 SPEED = Setting((512, 512))
 MEMORY = Setting((800, 1280))
 COUNT = Setting((800, 1280), dtype='bfloat16')
+SWEEP = Setting((224, 224))
 PLAIN = ('plain_t', 'plain_t:channels_last=True')  # the better of both stands for the published
 DEFAULT, FASTEST, LEAST, CHECKPOINTED, DEPLOYED = (
     'conv2former_t', 'conv2former_t:recompute=nothing', 'conv2former_t:recompute=expansion',
@@ -400,28 +421,33 @@ DEFAULT, FASTEST, LEAST, CHECKPOINTED, DEPLOYED = (
 RIVAL = 'convnext_tiny'
 # what is measured, of which model, and the ratios to the published code that must and should be
 GOALS = [
-    ('bytes kept, 1x3x800x1280, default', DEFAULT, 'bytes', 0.50, 0.33),
-    ('training step, 1x3x512x512, default', DEFAULT, 'training', 0.80, 0.65),
+    ('bytes kept, {memory}, default', DEFAULT, 'bytes', 0.50, 0.33),
+    ('training step, {speed}, default', DEFAULT, 'training', 0.80, 0.65),
     ("training step, for speed (`recompute='nothing'`)", FASTEST, 'training', 0.75, 0.60),
     ("training step, for memory (`recompute='expansion'`)", LEAST, 'training', None, None),
     ("bytes kept, for memory (`recompute='expansion'`)", LEAST, 'bytes', 0.50, 0.33),
     ('training step, `with_cp`', CHECKPOINTED, 'training', 1.20, None),
     ('bytes kept, `with_cp`', CHECKPOINTED, 'bytes', 0.15, 0.10),
-    ('inference, 1x3x512x512, deployed', DEPLOYED, 'inference', 0.90, 0.65),
+    ('inference, {speed}, deployed', DEPLOYED, 'inference', 0.90, 0.65),
 ]
 
 
-def bench(rounds: int, runs: int) -> tuple[str, list[Result]]:
-    """The table of goals, ratios to the better layout of the published code, and all that was
-    measured in the last run.
+def bench(speed: Setting, memory: Setting, rounds: int, runs: int) -> tuple[str, list[Result]]:
+    """Ratios to the better layout of the published code, and all that was measured in the last run.
+
+    Args:
+        speed: Of what is timed.
+        memory: Of the bytes kept. With `SPEED` and `MEMORY` the table judges by the goals too.
+        rounds: Of each run.
+        runs: Ratios are listed run by run.
     """
     ratios: dict[str, list[float]] = {what: [] for what, *_ in GOALS}
     rival: dict[str, list[float]] = {what: [] for what, *_ in GOALS}
     specs = [*PLAIN, DEFAULT, FASTEST, LEAST, CHECKPOINTED, RIVAL]
-    kept = {spec: count_bytes_kept(spec, MEMORY) for spec in specs}
+    kept = {spec: count_bytes_kept(spec, memory) for spec in specs}
     for _ in range(runs):
-        training = measure(specs, SPEED, rounds, ['training'])
-        inference = measure([*PLAIN, DEFAULT, DEPLOYED, RIVAL], SPEED, rounds, ['inference'])
+        training = measure(specs, speed, rounds, ['training'])
+        inference = measure([*PLAIN, DEFAULT, DEPLOYED, RIVAL], speed, rounds, ['inference'])
         values: dict[str, Mapping[str, float]] = {
             'training': {result.model: statistics.median(result.training) for result in training},
             'inference': {
@@ -433,20 +459,28 @@ def bench(rounds: int, runs: int) -> tuple[str, list[Result]]:
             published = min(values[kind][name] for name in PLAIN)
             ratios[what].append(values[kind][model] / published)
             rival[what].append(values[kind][model] / values[kind][RIVAL])
-    rows = [
-        [
-            what,
-            ', '.join(
-                f'{ratio:.2f}' for ratio in sorted(set(ratios[what]), key=ratios[what].index)
-            ),
-            *('' if wanted is None else f'{wanted:.2f}' for wanted in (must, aim)),
-            verdict(ratios[what], must, aim),
-            f'{statistics.median(rival[what]):.2f}',
-        ]
-        for what, _, _, must, aim in GOALS
-    ]
-    header = ['measure', f'of the published code, {runs} runs', 'must', 'aim', 'reached']
+    is_judged = has_goals(speed, memory)
+    rows = []
+    for what, _, _, must, aim in GOALS:
+        goals = ['' if wanted is None else f'{wanted:.2f}' for wanted in (must, aim)]
+        rows.append(
+            [
+                what.format(speed=speed.shape, memory=memory.shape),
+                ', '.join(
+                    f'{ratio:.2f}' for ratio in sorted(set(ratios[what]), key=ratios[what].index)
+                ),
+                *([*goals, verdict(ratios[what], must, aim)] if is_judged else []),
+                f'{statistics.median(rival[what]):.2f}',
+            ]
+        )
+    header = ['measure', f'of the published code, {runs} runs']
+    if is_judged:
+        header += ['must', 'aim', 'reached']
     return table([*header, 'of ConvNeXt-T'], rows), training + inference
+
+
+def has_goals(speed: Setting, memory: Setting) -> bool:
+    return (speed, memory) == (SPEED, MEMORY)
 
 
 def verdict(ratios: list[float], must: float | None, aim: float | None) -> str:
@@ -484,22 +518,37 @@ OPERATORS = 12  # rows of a profile
 
 
 def profile_table(spec: str, setting: Setting) -> str:
-    """Where the time of a training step goes, by operator; on a CPU."""
-    model = build(spec)
+    """Where the setting's device spends the time of a training step, by operator."""
+    model = build(spec).to(setting.device)
     model.train()
     images = setting.images()
     for _ in range(2):
         train_step(model, images, setting)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    activities = [ProfilerActivity.CPU]
+    if setting.device == 'cuda':
+        activities.append(ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
         train_step(model, images, setting)
-    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
-    total = sum(event.self_cpu_time_total for event in events)
+    # Kernels of a GPU are events too, whose time their operators have already.
+    operators = [e for e in profiler.key_averages() if e.device_type == DeviceType.CPU]
+    times = [(self_time(event, setting.device), event) for event in operators]
+    times.sort(key=lambda item: -item[0])
+    total = sum(microseconds for microseconds, _ in times)
     rows = [
-        [f'`{event.key}`', str(event.count), f'{event.self_cpu_time_total / 1e3:.0f}',
-         f'{event.self_cpu_time_total / total:.0%}']
-        for event in events[:OPERATORS]
+        [f'`{event.key}`', str(event.count), f'{microseconds / 1e3:.0f}',
+         f'{microseconds / total:.0%}']
+        for microseconds, event in times[:OPERATORS]
     ]  # fmt: skip
     return table(['operator', 'calls', 'ms', 'share'], rows)
+
+
+def self_time(event: Any, device: str) -> float:
+    """Microseconds of an operator on the device, without those of the operators it calls."""
+    if device != 'cuda':
+        return event.self_cpu_time_total
+    # The first is the name of torch's later releases.
+    names = ('self_device_time_total', 'self_cuda_time_total')
+    return getattr(event, names[0] if hasattr(event, names[0]) else names[1])
 
 
 # ----------------------------------------------------------------------------------------- sweeps
@@ -507,11 +556,12 @@ RESOLUTIONS = (224, 320, 448, 640, 896)
 KERNELS = (5, 7, 11, 15, 21, 31)
 
 
-def sweep(specs: list[str], kind: str, rounds: int, plot: Path | None) -> str:
-    """Inference times over input sizes, or over kernel sizes at 224x224."""
+def sweep(specs: list[str], kind: str, base: Setting, rounds: int, plot: Path | None) -> str:
+    """Inference times over input sizes, or over kernel sizes at the size of `base`."""
     curves: dict[str, list[tuple[int, float, float]]] = {spec: [] for spec in specs}
+    pixels: dict[int, int] = {}
     for value in RESOLUTIONS if kind == 'resolution' else KERNELS:
-        setting = Setting((value, value) if kind == 'resolution' else (224, 224))
+        setting = replace(base, size=(value, value)) if kind == 'resolution' else base
         suffix = {spec: ',' if ':' in spec else ':' for spec in specs}
         names = {
             spec: spec if kind == 'resolution' else f'{spec}{suffix[spec]}kernel_size={value}'
@@ -519,12 +569,14 @@ def sweep(specs: list[str], kind: str, rounds: int, plot: Path | None) -> str:
         }
         results = measure(list(names.values()), setting, rounds, ['inference'])
         for spec, result in zip(specs, results):
-            curves[spec].append((value, statistics.median(result.inference), result.gmacs))
+            seconds = statistics.median(result.inference)
+            curves[spec].append((value, seconds, result.gmacs))
+            pixels[value] = setting.batch * setting.size[0] * setting.size[1]
     if plot is not None:
         draw(curves, kind, plot)
     rows = [
         [f'`{spec}`', str(value), f'{gmacs:.1f} G', f'{1e3 * seconds:.0f}',
-         f'{1e9 * seconds / (value**2 if kind == "resolution" else 224**2):.0f}']
+         f'{1e9 * seconds / pixels[value]:.0f}']
         for spec, points in curves.items() for value, seconds, gmacs in points
     ]  # fmt: skip
     return table(['model', kind, 'multiply-adds', 'inference, ms', 'ns a pixel'], rows)
@@ -557,58 +609,128 @@ def show(name: str, text: str, keep: bool) -> None:
         PAGE.write_text(with_table(PAGE.read_text(), name, text + '\n'))
 
 
+def refuse_page(asked: Setting, of_the_page: Setting) -> None:
+    """Raises SystemExit unless a table is of the setting that the page says it is of."""
+    if asked != of_the_page:
+        raise SystemExit(f"error: --page: the page's table is of {of_the_page}, not of {asked}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('models', nargs='*', metavar='MODEL')
-    parser.add_argument('--size', type=int, nargs=2, default=SPEED.size, metavar=('H', 'W'))
-    parser.add_argument('--batch', type=int, default=1)
-    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
-    parser.add_argument('--dtype', choices=DTYPES, default='float32', help='autocast to it')
-    parser.add_argument('--rounds', type=int, default=7, help='rounds that count')
-    parser.add_argument('--only', choices=['training', 'inference'], help='measure only that')
+    parser.add_argument(
+        'models',
+        nargs='*',
+        metavar='MODEL',
+        help='measure these; none: the ratios to the published code (with --count, --profile and '
+        '--sweep a choice of models)',
+    )
+    parser.add_argument(
+        '--size',
+        type=int,
+        nargs=2,
+        metavar=('H', 'W'),
+        help='of the images (default: 512 512; of bytes kept without MODEL, and of --count, '
+        '800 1280; of --sweep kernel 224 224)',
+    )
+    parser.add_argument('--batch', type=int, help='images of a step (default: 1)')
+    parser.add_argument(
+        '--device', choices=['cpu', 'cuda'], help='measure or count on it (default: cpu)'
+    )
+    parser.add_argument(
+        '--dtype', choices=DTYPES, help='autocast to it (default: float32; of --count bfloat16)'
+    )
+    parser.add_argument(
+        '--rounds',
+        type=int,
+        default=7,
+        help='rounds that count, of all that is timed but --profile',
+    )
+    parser.add_argument(
+        '--only', choices=['training', 'inference'], help='of the MODELs named, measure only that'
+    )
     parser.add_argument('--count', action='store_true', help='count operators and traffic instead')
     parser.add_argument(
         '--profile', action='store_true', help='show where the time of a training step goes'
     )
-    parser.add_argument('--sweep', choices=['resolution', 'kernel'])
-    parser.add_argument('--plot', type=Path, help='picture of the sweep')
-    parser.add_argument('--runs', type=int, default=1, help='of the table of goals')
     parser.add_argument(
-        '--page', action='store_true', help='keep what is printed in docs/performance.md'
+        '--sweep',
+        choices=['resolution', 'kernel'],
+        help='time inference over sizes of the images or of the kernels instead',
     )
-    parser.add_argument('--json', type=Path, help='file for all that was measured')
+    parser.add_argument('--plot', type=Path, help='picture of the sweep')
+    parser.add_argument(
+        '--runs', type=int, default=1, help='of the ratios to the published code, without MODEL'
+    )
+    parser.add_argument(
+        '--page',
+        action='store_true',
+        help='keep what is printed in docs/performance.md, if it is of the setting there',
+    )
+    parser.add_argument(
+        '--json',
+        type=Path,
+        help='file for all that was measured (not with --count, --profile or --sweep)',
+    )
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f'--rounds must be at least 2, got {args.rounds}')
-    setting = Setting(tuple(args.size), args.batch, args.device, args.dtype)
+    if args.sweep == 'resolution' and args.size is not None:
+        parser.error('--sweep resolution has its own sizes: leave --size out')
+    asked: dict[str, Any] = {
+        key: value
+        for key in ('batch', 'device', 'dtype')
+        if (value := getattr(args, key)) is not None
+    }
+    if args.size is not None:
+        asked['size'] = tuple(args.size)
+    setting = replace(SPEED, **asked)
 
     if args.count:
+        counted = replace(COUNT, **asked)
+        if args.page:
+            refuse_page(counted, COUNT)
         specs = args.models or [PLAIN[0], DEFAULT, FASTEST, LEAST, CHECKPOINTED, DEPLOYED, RIVAL]
-        show('count', f'{COUNT}, counted\n\n{count_table(specs, COUNT)}', args.page)
+        show('count', f'{counted}, counted\n\n{count_table(specs, counted)}', args.page)
         return
     if args.profile:
+        if args.page:
+            refuse_page(setting, SPEED)
         for spec in args.models or [DEFAULT]:
             show(f'profile {spec}', f'{setting}\n\n{profile_table(spec, setting)}', args.page)
         return
-    rate = measure_product_rate(Setting(SPEED.size, device=args.device))
-    title = f'{machine(rate)}\n\n'
     if args.sweep:
-        rows = sweep(args.models or [DEFAULT], args.sweep, args.rounds, args.plot)
+        base = replace(SWEEP, **asked)
+        if args.page:
+            refuse_page(base, SWEEP)
+        title = machine(measure_product_rate(base.device), base.device) + '\n\n'
+        if base != SWEEP:
+            size = '' if args.sweep == 'resolution' else f', {base.size[0]}x{base.size[1]}'
+            title += f'batch {base.batch}{size}, {base.dtype}, {base.device}\n\n'
+        rows = sweep(args.models or [DEFAULT], args.sweep, base, args.rounds, args.plot)
         show(f'sweep {args.sweep}', title + rows, args.page)
         return
+    memory = replace(MEMORY, **asked)
+    if args.page:  # which has a table of models for each dtype
+        refuse_page(setting, replace(SPEED, dtype=setting.dtype) if args.models else SPEED)
+    rate = measure_product_rate(setting.device)
+    title = f'{machine(rate, setting.device)}\n\n'
     if args.models:
         kinds = [args.only] if args.only else ['training', 'inference']
         results = measure(args.models, setting, args.rounds, kinds)
         medians = f'{setting}, medians of {args.rounds} rounds\n\n{describe(results, rate)}'
-        show(f'models {args.dtype}', title + medians, args.page)
+        show(f'models {setting.dtype}', title + medians, args.page)
     else:
-        goals, results = bench(args.rounds, args.runs)
-        medians = f'{SPEED}, medians of {args.rounds} rounds\n\n{goals}\n\nThe last run:\n\n'
+        ratios, results = bench(setting, memory, args.rounds, args.runs)
+        medians = f'{setting}, medians of {args.rounds} rounds\n\n'
+        if not has_goals(setting, memory):
+            medians += f'Not judged: the goals are of {SPEED}, and {MEMORY} for bytes kept.\n\n'
+        medians += f'{ratios}\n\nThe last run:\n\n'
         show('goals', title + medians + describe(results, rate), args.page)
     if args.json is not None:
-        content: dict[str, Any] = {'setting': str(setting), 'machine': machine(rate)}
+        content: dict[str, Any] = {'setting': str(setting)}
+        content['machine'] = machine(rate, setting.device)
         content['results'] = [asdict(result) for result in results]
         args.json.write_text(json.dumps(content, indent=1) + '\n')
 

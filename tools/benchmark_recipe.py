@@ -27,7 +27,6 @@ import numpy as np
 import torch
 from benchmark import (
     PlainConv2Former,
-    Setting,
     machine,
     measure_product_rate,
     show,
@@ -66,7 +65,7 @@ def main() -> None:
     if args.evaluate is not None:
         show('evaluation', measure_evaluation(args.evaluate), args.page)
         return
-    title = machine(measure_product_rate(Setting((0, 0)))) + '\n\n'
+    title = machine(measure_product_rate('cpu'), 'cpu') + '\n\n'
     kind, measure = ('data', measure_pipeline) if args.data_root else ('recipe', measure_steps)
     show(f'{kind} {Path(args.config).stem}', title + measure(args), args.page)
 
