@@ -22,6 +22,7 @@ def load_tool(name):
 
 def refusal_of(tool, *arguments):
     """What a tool says as it ends with an error; '' if it ends without one."""
+    forget_instances()  # runs in the same second have loggers of the same name
     try:
         load_tool(tool).main([str(argument) for argument in arguments])
     except SystemExit as error:

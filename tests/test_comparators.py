@@ -463,6 +463,46 @@ def test_heads_read_the_stages_that_there_are():
     assert config.model.auxiliary_head.in_channels == 384
 
 
+@pytest.mark.parametrize(
+    ('recipe', 'part', 'channels'),
+    [('mask2former_instances', 'panoptic_head', [96, 192, 384, 768]), ('simsiam', 'neck', 768)],
+)
+def test_what_reads_feature_maps_is_told_their_channels(recipe, part, channels, foreign):
+    config = Config.fromfile(foreign / f'{recipe}.py')
+    set_backbone(config, 'swin_tiny')
+    assert config.model[part].in_channels == channels
+
+
+@pytest.mark.parametrize(
+    ('head', 'expected'),
+    [
+        (dict(in_channels=[72, 144, 288, 576]), dict(in_channels=[96, 192, 384, 768])),
+        (dict(in_channels=576), dict(in_channels=768)),
+        (dict(in_channels=288, in_index=2), dict(in_channels=384, in_index=2)),
+        (
+            dict(in_channels=576, in_index=-1, c1_in_channels=72),
+            dict(in_channels=768, in_index=-1, c1_in_channels=96),
+        ),
+    ],
+)
+def test_heads_of_mmseg_are_told_their_channels(head, expected):
+    config = load('segmentation/upernet_conv2former_t')
+    config.model.decode_head = head
+    set_backbone(config, 'swin_tiny')
+    assert config.model.decode_head == expected
+
+
+def test_of_several_necks_and_auxiliary_heads():
+    config = load('segmentation/upernet_conv2former_t')
+    config.model.auxiliary_head = [dict(config.model.auxiliary_head, in_index=i) for i in (1, 2)]
+    set_backbone(config, 'convnext_tiny')
+    assert [head.in_channels for head in config.model.auxiliary_head] == [192, 384]
+    config = load('detection/mask_rcnn_conv2former_t')
+    config.model.neck = [config.model.neck, dict(type='BFP', in_channels=256, num_levels=5)]
+    set_backbone(config, 'convnext_tiny')
+    assert [neck.in_channels for neck in config.model.neck] == [[96, 192, 384, 768], 256]
+
+
 def test_stages_that_a_comparator_cannot_give_are_one_error():
     config = load('detection/mask_rcnn_conv2former_t')
     config.model.backbone.out_indices = (0, 1, 2)

@@ -250,6 +250,8 @@ def check_checkpoint(option: str, checkpoint: str) -> None:
 
 # Of any classification head of mmpretrain.
 CLASSIFIER_SETTINGS = ('num_classes', 'loss', 'topk', 'cal_acc')
+# That read feature maps where there is no neck.
+HEADS = ('decode_head', 'auxiliary_head', 'panoptic_head')
 
 
 def set_backbone(config: Config, name: str) -> None:
@@ -280,7 +282,7 @@ def set_backbone(config: Config, name: str) -> None:
         model.neck = dict(type='GlobalAveragePooling')
         kept = {key: model.head[key] for key in CLASSIFIER_SETTINGS if key in model.head}
         model.head = dict(type='LinearClsHead', in_channels=variant.linear_channels, **kept)
-    elif 'neck' in model or 'decode_head' in model:
+    elif readers := readers_of(model):
         try:
             stages = parse_stages(old.get('out_indices', ALL_STAGES))
         except (TypeError, ValueError) as error:
@@ -288,22 +290,38 @@ def set_backbone(config: Config, name: str) -> None:
         if stages != ALL_STAGES:
             model.backbone.out_indices = stages
         channels = [variant.channels[i] for i in stages]
-        if 'neck' in model:
-            model.neck.in_channels = channels
-        else:
-            for head in (model.decode_head, model.get('auxiliary_head')):
-                if head is not None:
-                    head.in_channels = take(channels, head.in_index)
+        for reader in readers:
+            set_channels(reader, channels)
     else:
-        raise SystemExit(f'error: --backbone: {config.filename} has no neck and no decode_head')
+        raise SystemExit(
+            f'error: --backbone: {config.filename} has no neck and no {", no ".join(HEADS)}'
+        )
 
     for part in variant.family.no_weight_decay:
         custom_keys = {part: dict(decay_mult=0.0)}
         config.merge_from_dict({'optim_wrapper.paramwise_cfg': dict(custom_keys=custom_keys)})
 
 
-def take(values: Sequence[int], index: int | Sequence[int]) -> int | list[int]:
-    return values[index] if isinstance(index, int) else [values[i] for i in index]
+def readers_of(model: ConfigDict) -> list[ConfigDict]:
+    """The parts of a model that read the backbone's feature maps."""
+    neck = model.get('neck')
+    if neck:
+        return [neck[0] if isinstance(neck, list) else neck]  # of several the next reads the first
+    heads = [model.get(name) or [] for name in HEADS]
+    return [head for item in heads for head in (item if isinstance(item, list) else [item])]
+
+
+def set_channels(reader: ConfigDict, channels: Sequence[int]) -> None:
+    """Tells a neck or head the channels of the feature maps it reads.
+
+    Those are all if it had several numbers; of mmseg's heads what `in_index` says, else the last.
+    """
+    reads_all = isinstance(reader.get('in_channels'), (list, tuple))
+    index = reader.get('in_index', range(len(channels)) if reads_all else -1)
+    one = isinstance(index, int)
+    reader.in_channels = channels[index] if one else [channels[i] for i in index]
+    if 'c1_in_channels' in reader:  # of DeepLabV3+, the first map, which it reads beside the other
+        reader.c1_in_channels = channels[0]
 
 
 def use_gloo(config: Config) -> None:
