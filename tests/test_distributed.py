@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 from gradients_worker import VARIANTS
+from training_server import free_port
 
 ENVIRONMENT = os.environ | {
     'PYTHONPATH': f'{ROOT}/tests:{ROOT}/tools',
@@ -20,7 +21,7 @@ def gradients(request, tmp_path_factory):
     """Gradients by variant and parameter, of one process and of two."""
     folder = tmp_path_factory.mktemp('gradients')
     launchers = {'one': [], 'two': ['-m', 'torch.distributed.run', '--nproc_per_node=2',
-                                    '--master_port=29631']}  # fmt: skip
+                                    f'--master_port={free_port()}']}  # fmt: skip
     for name, launcher in launchers.items():
         command = [sys.executable, *launcher, 'tests/gradients_worker.py']
         result = subprocess.run(

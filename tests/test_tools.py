@@ -20,6 +20,7 @@ from mmengine.config import Config
 from plot_curves import read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import FOUR_ITERATIONS
+from training_server import free_port
 
 # Eight pictures in batches of two: four iterations an epoch, of a small model on small pictures.
 QUICK = [
@@ -207,7 +208,7 @@ def test_segmentation_evaluates_draws_and_augments(trained_segmentor, sample, tm
 
 def run_script(script, *args):
     environment = os.environ | {
-        'MASTER_PORT': '29617',
+        'MASTER_PORT': str(free_port()),
         'OMP_NUM_THREADS': '1',
         'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
     }
