@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from importlib import metadata
@@ -120,8 +119,7 @@ def test_source_distribution_makes_the_same_wheel(source, wheel, tmp_path):
     assert 'eprecat' not in printed
     assert 'warning: no ' not in printed
     (archive,) = tmp_path.glob('*.tar.gz')
-    with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path / 'unpacked', filter='data')
+    shutil.unpack_archive(archive, tmp_path / 'unpacked')
     (unpacked,) = (tmp_path / 'unpacked').iterdir()
     assert [path.name for path in (unpacked / 'tests').iterdir()] == ['plain_conv2former.py']
     build(unpacked, f'build_meta.build_wheel({str(tmp_path)!r})')

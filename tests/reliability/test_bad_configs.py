@@ -15,6 +15,7 @@ import pytest
 import torch
 from config_check import ConfigError, check_config, is_slip, read_config
 from conftest import ROOT, assert_drawn_beside
+from half_precision import needs_scaler
 from in_process import SEGMENTATION, refusal_of, with_data, write_tiny_config
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
@@ -226,6 +227,7 @@ WITHOUT_VISUALIZER = ['visualizer=None']
 WITHOUT_BACKENDS = ['visualizer._delete_=True', 'visualizer.type=SegLocalVisualizer']
 
 
+@needs_scaler
 @pytest.mark.parametrize('visualizer', [WITHOUT_VISUALIZER, WITHOUT_BACKENDS], ids=' '.join)
 def test_flags_of_training_need_no_settings(visualizer, sample, tmp_path):
     """Where the config leaves a part to mmengine's default."""

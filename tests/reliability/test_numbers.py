@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from half_precision import needs_scaler
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
@@ -24,9 +25,6 @@ from mmconv2former.finite_loss import (
 from mmconv2former.weights import read_checkpoint, read_state_dict
 
 TASKS = ('detection', 'segmentation')
-needs_scaler = pytest.mark.skipif(
-    not hasattr(torch.amp, 'GradScaler'), reason='torch < 2.3 has no loss scaler for the CPU'
-)
 # One term of the loss by task: where its weight is, and its names in the log.
 TERMS = {
     'detection': ('roi_head.bbox_head.loss_bbox', 'loss_bbox'),
