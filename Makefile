@@ -17,11 +17,11 @@ help:
 	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (9 minutes)'
 	@echo 'make test    all tests but the slow ones (MMCONV2FORMER_SAMPLES: those on real pictures too)'
 	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML, hashes and the size of files'
-	@echo 'make coverage  which lines of the package the tests run, 95% at least (10 minutes)'
+	@echo 'make coverage  which lines of the package the tests run, 95% at least (12 minutes)'
 	@echo 'make reliability  every fault injected at full count, kept in docs/reliability.md (14 minutes)'
 	@echo 'make audit   the pins of constraints.txt against the advisories of PyPI (needs PyPI itself)'
 	@echo "make compatibility  all tests on OpenMMLab's own releases and the backbone's on older torch,"
-	@echo '             kept in docs/compatibility.md (about 2 hours, 14 GB of disk for a while)'
+	@echo '             kept in docs/compatibility.md (34 minutes with all packages in the cache of pip, 14 GB)'
 	@echo 'make bench   speed and memory beside the published code, kept in docs/performance.md (8 minutes)'
 
 setup:

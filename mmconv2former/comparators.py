@@ -25,7 +25,7 @@ from .registry import MODELS, register
 from .weights import load_pretrained
 
 STRIDES = (4, 8, 16, 32)
-ALL_STAGES = (0, 1, 2, 3)
+ALL_STAGES = tuple(range(len(STRIDES)))
 # The parts of mmseg's Feature2Pyramid that make each stride of one map of stride 16.
 PYRAMID_PARTS = ('upsample_4x', 'upsample_2x', 'identity', 'downsample_2x')
 PIP_NAMES = {

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, master_only
+from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import (
     BaseLoop,
@@ -92,10 +93,10 @@ class ReliableRunner(Runner):
         hooks = dict(hooks or {})
         hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
         hooks.setdefault('logger', dict(type='LoggerHook'))
-        for name, type_ in (('checkpoint', 'CheckpointHook'), ('logger', 'LoggerHook')):
+        for name, cls in (('checkpoint', CheckpointHook), ('logger', LoggerHook)):
             hook = hooks[name]
-            if isinstance(hook, dict) and hook['type'] == type_:
-                hooks[name] = {**hook, 'type': f'mmconv2former.Reliable{type_}'}
+            if isinstance(hook, dict) and hook['type'] in (cls, cls.__name__):
+                hooks[name] = {**hook, 'type': f'mmconv2former.Reliable{cls.__name__}'}
         ours = {
             'seed': 'SeedHook',
             'log_length': 'LogLengthHook',

@@ -221,8 +221,8 @@ def download(address: str, path: str) -> None:
     mmengine would wait without end for a host that does not answer.
 
     Raises:
-        OSError: There is no answer for `SECONDS_WITHOUT_ANSWER`, less than the answer promised, or
-            no room for it.
+        OSError: There is no answer for `SECONDS_WITHOUT_ANSWER`, or no room for it.
+        CheckpointError: It is less than the answer promised.
     """
     partial = f'{path}.partial'
     with urlopen(address, timeout=SECONDS_WITHOUT_ANSWER) as answer, open(partial, 'wb') as file:

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.runner import CheckpointLoader
 from tiny import scalars, tiny_config
 
@@ -209,10 +209,24 @@ def test_log_of_a_validation_has_metrics_only(sample, tmp_path):
     assert lines == [['aAcc', 'mIoU', 'mAcc', 'data_time', 'time']] * 2
 
 
+def test_hooks_of_mmengine_given_as_classes_are_ours_too(sample, tmp_path):
+    """As configs that are Python have them."""
+    config = tiny_config('segmentation', sample, tmp_path, 2, 2)
+    hooks = dict(
+        checkpoint=dict(type=CheckpointHook, interval=2), logger=dict(type=LoggerHook, interval=1)
+    )
+    runner = ReliableRunner.from_cfg(config)
+    runner._hooks.clear()
+    runner.register_default_hooks(hooks)
+    names = {type(hook).__name__ for hook in runner.hooks}
+    assert {'ReliableCheckpointHook', 'ReliableLoggerHook'} <= names
+    assert not {'CheckpointHook', 'LoggerHook'} & names
+
+
 def test_hooks_of_ours_can_be_turned_off(sample, tmp_path):
     config = tiny_config('segmentation', sample, tmp_path, 2, 2)
     names = {type(hook).__name__ for hook in ReliableRunner.from_cfg(config).hooks}
-    assert {'SeedHook', 'FiniteLossHook', 'ReliableCheckpointHook'} <= names
+    assert {'SeedHook', 'FiniteLossHook', 'ReliableCheckpointHook', 'ReliableLoggerHook'} <= names
     config.default_hooks.seed = None
     config.experiment_name += '_'
     assert 'SeedHook' not in {type(hook).__name__ for hook in ReliableRunner.from_cfg(config).hooks}
