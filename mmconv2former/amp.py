@@ -1,8 +1,7 @@
-"""Mixed precision without a GPU, so that a recipe with `--amp` can be tried on any machine.
+"""Mixed precision on GPUs and CPUs, for `tools/train.py --amp`.
 
-mmengine's `AmpOptimWrapper` refuses to start without CUDA. `CpuAmpOptimWrapper` has its arguments,
-its loss scaler and its checkpoints, hence a run can go on with either. The formats differ: float16
-is usual on GPUs, processors compute in bfloat16.
+A run can be resumed in another format and on another device: both wrappers read checkpoints of each
+other, of mmengine's `AmpOptimWrapper` and of float32, with and without loss scaling.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 from mmengine.device import get_device
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from torch import Tensor, nn
@@ -23,8 +23,33 @@ DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 @register(OPTIM_WRAPPERS)
-class CpuAmpOptimWrapper(AmpOptimWrapper):
-    """mmengine's `AmpOptimWrapper` on the CPU.
+class ReliableAmpOptimWrapper(AmpOptimWrapper):
+    """mmengine's `AmpOptimWrapper` that resumes from checkpoints with and without a loss scale.
+
+    float16 needs loss scaling, bfloat16 does not (`loss_scale=dict(enabled=False)`). The state of a
+    disabled scaler is empty; torch's scaler, and so mmengine's wrapper, refuses to load that.
+    Arguments are those of mmengine's wrapper.
+    """
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Loads the optimizer, and the loss scale if there is one and it is used.
+
+        Args:
+            state_dict: Of this class, mmengine's `AmpOptimWrapper` or `OptimWrapper`.
+        """
+        has_scale, scales = bool(state_dict.get('loss_scaler')), self.loss_scaler.is_enabled()
+        if scales and not has_scale:
+            state_dict.pop('loss_scaler', None)
+            scale = self.loss_scaler.get_scale()
+            print_log(f'No loss scale in the checkpoint; starting with {scale:g}.', 'current')
+        elif has_scale and not scales:
+            print_log('Loss scaling is off; ignoring the loss scale of the checkpoint.', 'current')
+        super().load_state_dict(state_dict)
+
+
+@register(OPTIM_WRAPPERS)
+class CpuAmpOptimWrapper(ReliableAmpOptimWrapper):
+    """mmengine's `AmpOptimWrapper` on the CPU, which refuses to start without a GPU.
 
     Of a detector, backbone and neck compute in the lower precision, the heads in float32: mmcv's
     RoIAlign and non-maximum suppression know no other on a CPU. Of other models, everything.

@@ -9,9 +9,12 @@ For several processes see `dist_train.sh` and `slurm_train.sh`.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
+import torch
 from common import (
     DEFAULT_VISUALIZER,
     add_arguments,
@@ -24,9 +27,16 @@ from common import (
     run_errors,
 )
 from config_check import DEFAULT_TYPES
+from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+
+AMP_FORMATS = ('auto', 'bfloat16', 'float16')
+CPU_WRAPPER = 'mmconv2former.CpuAmpOptimWrapper'
+GPU_WRAPPER = 'mmconv2former.ReliableAmpOptimWrapper'
+# Types that `--amp` may replace; the last two are in the config that an earlier run has saved.
+AMP_REPLACES = ('OptimWrapper', 'AmpOptimWrapper', CPU_WRAPPER, GPU_WRAPPER)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +45,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('config', help='config file')
     add_arguments(parser)
-    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument(
+        '--amp',
+        nargs='?',
+        const='auto',
+        choices=AMP_FORMATS,
+        help='train in mixed precision; auto, the default, is bfloat16 where the device has it, '
+        'else float16',
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -51,21 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--tensorboard', action='store_true', help='log for TensorBoard too (in WORK_DIR/TIME)'
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_args(separate_config(sys.argv[1:] if argv is None else argv))
     config = load_config(args, ('train_dataloader', 'train_cfg', 'optim_wrapper'))
 
-    if args.amp:
-        type_ = config.optim_wrapper.get('type', DEFAULT_TYPES['optim_wrapper'])
-        if type_ not in ('OptimWrapper', 'AmpOptimWrapper'):
-            raise SystemExit(
-                'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, '
-                f'got {type_}'
-            )
-        on_cpu = get_device() == 'cpu'  # there in bfloat16
-        config.optim_wrapper.type = (
-            'mmconv2former.CpuAmpOptimWrapper' if on_cpu else 'AmpOptimWrapper'
-        )
-        config.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    precision = None if args.amp is None else set_precision(config, args.amp)
     if args.auto_scale_lr:
         if 'base_batch_size' not in (config.get('auto_scale_lr') or {}):
             raise SystemExit(
@@ -91,10 +97,71 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with run_errors(args.traceback):
         runner = build_runner(config)
+        if precision is not None:
+            runner.logger.info(precision)
         if compile_settings:
             compile_backbone(runner, {} if compile_settings is True else compile_settings)
         read_ahead(runner, whole=bool(config.get('resume')))
         runner.train()
+
+
+def separate_config(words: Sequence[str]) -> list[str]:
+    """Gives `--amp CONFIG` its default; argparse would take the config for the format."""
+    return [
+        '--amp=auto' if word == '--amp' and Path(after).suffix else word
+        for word, after in zip(words, [*words[1:], ''])
+    ]
+
+
+def set_precision(config: Config, format_: str) -> str:
+    """Makes a config train in mixed precision.
+
+    What the config leaves open is filled in: the format, and whether the loss is scaled. bfloat16
+    has the range of float32 and needs no scaling.
+
+    Args:
+        config: Has an `optim_wrapper`.
+        format_: One of `AMP_FORMATS`. 'auto' keeps the config's own `dtype`; without one it takes
+            bfloat16 on a CPU and on GPUs that have it, else float16.
+
+    Returns:
+        A line for the log: the format and the reason for it.
+
+    Raises:
+        SystemExit: `optim_wrapper` has an unsupported type, or the GPU has no bfloat16.
+    """
+    settings = config.optim_wrapper
+    type_ = settings.get('type', DEFAULT_TYPES['optim_wrapper'])
+    if type_ not in AMP_REPLACES:
+        raise SystemExit(
+            f'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, got {type_}'
+        )
+    device = get_device()
+    name = torch.cuda.get_device_name() if device == 'cuda' else device
+    # `torch.cuda.is_bf16_supported` counts emulation too.
+    is_old_gpu = device == 'cuda' and torch.cuda.get_device_capability() < (8, 0)
+    own = settings.get('dtype')
+    if format_ != 'auto':
+        dtype, reason = format_, f'--amp {format_}'
+        if own not in (None, format_):
+            settings.pop('loss_scale', None)  # was for the config's own format
+    elif own is not None:
+        dtype, reason = own, f'optim_wrapper.dtype={own}'
+    else:
+        dtype = 'bfloat16' if device in ('cpu', 'cuda') and not is_old_gpu else 'float16'
+        reason = f'the default on {name}' + (', which has no bfloat16' if is_old_gpu else '')
+    if dtype == 'bfloat16' and is_old_gpu:
+        raise SystemExit(
+            f'error: {reason}: {name} has no bfloat16, only float16 (bfloat16 needs compute '
+            'capability 8.0 or later); use --amp float16'
+        )
+    settings.type = CPU_WRAPPER if device == 'cpu' else GPU_WRAPPER
+    settings.dtype = dtype
+    scale = settings.setdefault(
+        'loss_scale', dict(enabled=False) if dtype == 'bfloat16' else 'dynamic'
+    )
+    scaling = 'off' if scale == dict(enabled=False) else scale
+    return f'Mixed precision: {dtype} ({reason}); loss scaling: {scaling}'
 
 
 def compile_backbone(runner: Runner, settings: dict) -> None:

@@ -143,6 +143,24 @@ def test_non_finite_weights_are_not_saved(task, run, tmp_path, fault_report):
     assert_only_finite_weights(tmp_path)
 
 
+@needs_scaler
+def test_bfloat16_of_amp_skips_no_gradient(run, tmp_path):
+    """Without loss scaling, as `train.py --amp` sets it, a run ends as in float32."""
+
+    def spoil(model):
+        weight = model.backbone.stages[1][0].mlp.fc1.weight
+        weight.register_hook(lambda gradient: gradient * math.nan)
+
+    runner = run('segmentation', 3, spoil, **{
+        'optim_wrapper.type': 'mmconv2former.CpuAmpOptimWrapper',
+        'optim_wrapper.loss_scale': dict(enabled=False),
+    })  # fmt: skip
+    with pytest.raises(NonFiniteLossError, match='iteration 4: loss is nan'):
+        runner.train()
+    assert not (tmp_path / 'iter_4.pth').exists()
+    assert_only_finite_weights(tmp_path)
+
+
 @pytest.mark.parametrize('phase', ['train', 'val'])
 def test_images_of_any_failure_are_logged(phase, run, tmp_path, fault_report):
     runner = run('segmentation')
