@@ -26,10 +26,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .deploy import DeployedBlock, deployed_downsample, deployed_stem, matrix
-from .depthwise import DepthwiseConv
 from .fusion import FUSIONS
-from .layout import is_captured, to_channels_first, to_channels_last
-from .lean import FeedForwardFunction, ModulationFunction, autocast_dtype, scaled
+from .lean import FeedForwardFunction, ModulationFunction, scaled
+from .ops.depthwise import DepthwiseConv, laid_out_together
+from .ops.memory_format import autocast_dtype, is_captured, to_channels_first, to_channels_last
 from .product import product
 from .registry import MODELS, register
 from .weights import LoadsPretrained
@@ -53,6 +53,8 @@ ARCHS = {
     'large': Arch(channels=(128, 256, 512, 1024), depths=(4, 4, 48, 4)),
 }
 ARCH_LETTERS = {name[0]: name for name in ARCHS}
+
+MODELS.register_module(module=DepthwiseConv)  # for `depthwise_conv`
 
 LAYER_NORM_EPS = 1e-6  # of every LayerNorm in the published code
 STEM_STRIDE = 4
@@ -166,7 +168,8 @@ class Modulation(nn.Module):
             out = product(FUSIONS[self.fusion](self.att(y), self.v(y)), *scaled(proj, folded))
         else:
             layers = parameters_of(self.norm, self.att[0], self.att[2], self.v)
-            out = ModulationFunction.apply(x, self.norm.eps, folded, *layers, *proj)
+            laid_out = self.att[2].laid_out
+            out = ModulationFunction.apply(x, self.norm.eps, folded, laid_out, *layers, *proj)
         return out if remaining is None else remaining * out
 
 
@@ -198,7 +201,9 @@ class FeedForward(nn.Module):
         else:
             keep_hidden = recompute == 'elementwise'
             layers = parameters_of(self.norm, self.fc1, self.pos)
-            out = FeedForwardFunction.apply(x, self.norm.eps, keep_hidden, folded, *layers, *fc2)
+            out = FeedForwardFunction.apply(
+                x, self.norm.eps, keep_hidden, folded, self.pos.laid_out, *layers, *fc2
+            )
         return out if remaining is None else remaining * out
 
 
@@ -319,6 +324,10 @@ class Conv2FormerBase(LoadsPretrained):
         """The output norms of indices below `last`."""
         return [getattr(self, f'norm{i}') for i in self.out_indices if self.out_norm and i < last]
 
+    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The feature maps of an input that was checked."""
+        raise NotImplementedError(f'{type(self).__name__} must say how it computes')
+
     def _deploy(self) -> None:
         """Exchanges modules for those of `mmconv2former.deploy`."""
         raise NotImplementedError(f'{type(self).__name__} has no form for inference')
@@ -326,9 +335,13 @@ class Conv2FormerBase(LoadsPretrained):
     def _start(self) -> None:
         """Initial values and modes, when all modules are there."""
         self.apply(init_layer)
+        self._find_depthwise_layers()
         for module in self._frozen_modules():
             module.requires_grad_(False)
         self.train()  # applies `frozen_stages` and `norm_eval`
+
+    def _find_depthwise_layers(self) -> None:
+        self._depthwise_layers = [layer for layer in self.modules() if hasattr(layer, 'laid_out')]
 
     def train(self, mode: bool = True) -> Conv2FormerBase:
         """Sets the mode, except of frozen norms and, with `norm_eval`, of the stem's BatchNorms."""
@@ -353,7 +366,15 @@ class Conv2FormerBase(LoadsPretrained):
         if not self.is_deployed:
             self.is_deployed = True
             self._deploy()
+            self._find_depthwise_layers()
         return self.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
+        self._check_input(x)
+        if is_captured():
+            return self._forward(x)
+        with laid_out_together(self._depthwise_layers, x):
+            return self._forward(x)
 
     def _check_input(self, x: Tensor) -> None:
         if torch.jit.is_tracing():  # sizes are tensors there, a comparison would be frozen
@@ -422,7 +443,7 @@ class Conv2Former(Conv2FormerBase):
             product: least memory). With another `fusion` or `depthwise_conv` than the defaults it
             is of the feed-forward only.
         depthwise_conv: Type name of the modulation's depthwise convolution in the registry; see
-            `mmconv2former.depthwise.DepthwiseConv`. Another than that is called as it is.
+            `mmconv2former.ops.DepthwiseConv`. Another than that is called as it is.
         init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
             takes published files as they are; a file that does not fit is an error (see
             `mmconv2former.weights.load_pretrained`, whose `prefix` and `adapt_kernel` it takes).
@@ -501,8 +522,7 @@ class Conv2Former(Conv2FormerBase):
                 self.add_module(f'norm{i}', nn.LayerNorm(channels[i], eps=LAYER_NORM_EPS))
         self._start()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
-        self._check_input(x)
+    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
         outputs: list[Any] = []  # a list by stage: torch 2.4 cannot compile a dict by integers
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = embed(downsample, x) if i == 0 else downsample(x)

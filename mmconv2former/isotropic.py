@@ -159,8 +159,7 @@ class Conv2FormerIsotropic(Conv2FormerBase):
                 self.add_module(f'norm{i}', nn.LayerNorm(channels, eps=LAYER_NORM_EPS))
         self._start()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
-        self._check_input(x)
+    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = embed(self.patch_embed, x)  # (N, H / 16, W / 16, C)
         outputs = {}
         for i, block in enumerate(self.blocks):

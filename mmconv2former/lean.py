@@ -17,27 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .depthwise import depthwise_conv, depthwise_conv_backward
+from .ops.depthwise import choose, depthwise_conv, depthwise_conv_backward, prepare_weight
+from .ops.memory_format import autocast_dtype, without_autocast
 from .product import product, product_backward
 
 Pair = tuple[Tensor, Tensor]  # weight and bias of a layer, or their gradients
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products with `x`: autocast's where that is enabled."""
-    device = x.device.type
-    if device == 'meta':  # has no autocast
-        return x.dtype
-    if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    if device == 'cpu':
-        return torch.get_autocast_cpu_dtype() if torch.is_autocast_cpu_enabled() else x.dtype
-    return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else x.dtype
-
-
-def without_autocast(x: Tensor) -> torch.autocast:
-    """All casts in the functions below are explicit."""
-    return torch.autocast('cpu' if x.device.type == 'meta' else x.device.type, enabled=False)
 
 
 class ModulationFunction(torch.autograd.Function):
@@ -49,19 +33,27 @@ class ModulationFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, eps: float, scale: Tensor | None, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        eps: float,
+        scale: Tensor | None,
+        laid_out: Tensor | None,
+        *parameters: Tensor,
     ) -> Tensor:
         dtype = autocast_dtype(x)
         with without_autocast(x):
+            kernel = depthwise_weight(x, parameters[4], dtype, laid_out)
             prepared = ModulationFunction.prepare(scale, parameters, dtype)
-            gate_and_value, depthwise, proj = in_pairs(prepared)
+            gate_and_value, proj = in_pairs(prepared)
             y = normalize(x, in_pairs(parameters)[0], eps)[0].to(dtype)
             pair = product(y, *gate_and_value)  # (N, H, W, 2 C)
             gate, value = pair.chunk(2, -1)
-            mixed = depthwise_conv(F.gelu(gate).contiguous(), *depthwise)
+            mixed = depthwise_conv(F.gelu(gate).contiguous(), kernel, parameters[5])
             out = product(mixed * value, *proj)
         is_cast = dtype != parameters[2].dtype
-        ctx.save_for_backward(x, pair, mixed, scale, *parameters, *(prepared if is_cast else ()))
+        ctx.save_for_backward(
+            x, pair, mixed, scale, kernel, *parameters, *(prepared if is_cast else ())
+        )
         ctx.eps = eps
         return out
 
@@ -69,28 +61,28 @@ class ModulationFunction(torch.autograd.Function):
     def prepare(
         scale: Tensor | None, parameters: tuple[Tensor, ...], dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Weights and biases of both first products, of the convolution, of the last product."""
-        _, att, depthwise, v, proj = in_pairs(parameters)
+        """Weights and biases of both first products and of the last product."""
+        _, att, _, v, proj = in_pairs(parameters)
         first = torch.cat([att[0], v[0]]), torch.cat([att[1], v[1]])
-        return cast([first, depthwise, scaled(proj, scale)], dtype)
+        return cast([first, scaled(proj, scale)], dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, pair, mixed, scale, *rest = ctx.saved_tensors
+        x, pair, mixed, scale, kernel, *rest = ctx.saved_tensors
         parameters, prepared = rest[:10], rest[10:]
         dtype = pair.dtype
         with without_autocast(x):
             if not prepared:
                 prepared = ModulationFunction.prepare(scale, parameters, dtype)
-            gate_and_value, depthwise, proj = in_pairs(prepared)
+            gate_and_value, proj = in_pairs(prepared)
             gate, value = pair.chunk(2, -1)
             grads_proj, grad = product_backward(grad.to(dtype), mixed * value, proj[0])
             grad_pair = torch.empty_like(pair)
             grad_gate, grad_value = grad_pair.chunk(2, -1)
             torch.mul(grad, mixed, out=grad_value)
             grad, *grads_depthwise = depthwise_conv_backward(
-                grad.mul_(value), F.gelu(gate).contiguous(), depthwise[0]
+                grad.mul_(value), F.gelu(gate).contiguous(), kernel
             )
             gelu_backward(grad, gate, out=grad_gate)
             y, mean, rstd = normalize(x, parameters[:2], ctx.eps)
@@ -100,7 +92,7 @@ class ModulationFunction(torch.autograd.Function):
             grads_att, grads_v = zip(*(both.chunk(2) for both in first))
             grads_proj, grad_scale = scaled_backward(grads_proj, in_pairs(parameters)[-1], scale)
         grads = (*grads_norm, *grads_att, *grads_depthwise, *grads_v, *grads_proj)
-        return grad_x, None, grad_scale, *as_parameters(grads, parameters)
+        return grad_x, None, grad_scale, None, *as_parameters(grads, parameters)
 
 
 class FeedForwardFunction(torch.autograd.Function):
@@ -117,19 +109,21 @@ class FeedForwardFunction(torch.autograd.Function):
         eps: float,
         keep_hidden: bool,
         scale: Tensor | None,
+        laid_out: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
         dtype = autocast_dtype(x)
         with without_autocast(x):
+            kernel = depthwise_weight(x, parameters[4], dtype, laid_out)
             prepared = FeedForwardFunction.prepare(scale, parameters, dtype)
-            fc1, pos, fc2 = in_pairs(prepared)
+            fc1, fc2 = in_pairs(prepared)
             hidden = product(normalize(x, in_pairs(parameters)[0], eps)[0].to(dtype), *fc1)
             active = F.gelu(hidden)
-            mixed = depthwise_conv(active, *pos)
+            mixed = depthwise_conv(active, kernel, parameters[5])
             out = product(active.add_(F.gelu(mixed)), *fc2)
         is_cast = dtype != parameters[2].dtype
         ctx.save_for_backward(
-            x, mixed, hidden if keep_hidden else None, scale, *parameters,
+            x, mixed, hidden if keep_hidden else None, scale, kernel, *parameters,
             *(prepared if is_cast else ()),
         )  # fmt: skip
         ctx.eps = eps
@@ -139,20 +133,20 @@ class FeedForwardFunction(torch.autograd.Function):
     def prepare(
         scale: Tensor | None, parameters: tuple[Tensor, ...], dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Weights and biases of first product, convolution and last product."""
-        _, fc1, pos, fc2 = in_pairs(parameters)
-        return cast([fc1, pos, scaled(fc2, scale)], dtype)
+        """Weights and biases of first and last product."""
+        _, fc1, _, fc2 = in_pairs(parameters)
+        return cast([fc1, scaled(fc2, scale)], dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mixed, hidden, scale, *rest = ctx.saved_tensors
+        x, mixed, hidden, scale, kernel, *rest = ctx.saved_tensors
         parameters, prepared = rest[:8], rest[8:]
         dtype = mixed.dtype
         with without_autocast(x):
             if not prepared:
                 prepared = FeedForwardFunction.prepare(scale, parameters, dtype)
-            fc1, pos, fc2 = in_pairs(prepared)
+            fc1, fc2 = in_pairs(prepared)
             y, mean, rstd = normalize(x, parameters[:2], ctx.eps)
             y = y.to(dtype)
             if hidden is None:
@@ -161,7 +155,7 @@ class FeedForwardFunction(torch.autograd.Function):
             total = F.gelu(mixed).add_(active)
             grads_fc2, grad = product_backward(grad.to(dtype), total, fc2[0])
             grad_mixed = gelu_backward(grad, mixed, out=total)
-            grad_active, *grads_pos = depthwise_conv_backward(grad_mixed, active, pos[0])
+            grad_active, *grads_pos = depthwise_conv_backward(grad_mixed, active, kernel)
             del active
             grad = gelu_backward(grad_active.add_(grad), hidden, out=grad)
             del total, grad_mixed, grad_active, hidden
@@ -169,7 +163,16 @@ class FeedForwardFunction(torch.autograd.Function):
             grad_x, *grads_norm = normalize_backward(grad, x, mean, rstd, parameters[:2])
             grads_fc2, grad_scale = scaled_backward(grads_fc2, in_pairs(parameters)[-1], scale)
         grads = (*grads_norm, *grads_fc1, *grads_pos, *grads_fc2)
-        return grad_x, None, None, grad_scale, *as_parameters(grads, parameters)
+        return grad_x, None, None, grad_scale, None, *as_parameters(grads, parameters)
+
+
+def depthwise_weight(
+    x: Tensor, weight: Tensor, dtype: torch.dtype, laid_out: Tensor | None
+) -> Tensor:
+    """A depthwise weight as its implementation wants it: `laid_out` if that fits."""
+    if laid_out is not None and laid_out.dtype == dtype:
+        return laid_out
+    return prepare_weight(weight, dtype, choose(x, weight))
 
 
 def cast(pairs: list[Pair], dtype: torch.dtype) -> tuple[Tensor, ...]:

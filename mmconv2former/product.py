@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import is_captured, is_cpu_float32, to_channels_first, to_channels_last
+from .ops.memory_format import is_captured, is_cpu_float32, to_channels_first, to_channels_last
 
 # How 1x1 convolutions are computed: 'auto' as `is_convolution` says, 'linear' always by matrix
 # products, 'convolution' always by torch's convolution.

@@ -10,9 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+if not Path('/dev/nvidiactl').exists():
+    os.environ['TRITON_INTERPRET'] = '1'  # Triton, which torch imports, reads it at import
+
 import cv2
 import numpy as np
 import pytest
+import torch
 from make_tables import with_table
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
@@ -39,6 +43,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes minutes; runs with --slow only')
+    config.addinivalue_line('markers', 'gpu: needs a CUDA device')
     page = config.option.reliability_page
     if page is None or hasattr(config, 'workerinput'):  # a worker of pytest-xdist only reports
         return
@@ -75,7 +80,11 @@ class ReliabilityPage:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects, rather than skips: what CI does not run is documented, not excused."""
+    """Deselects slow tests, rather than skips: what CI does not run is documented, not excused."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason='torch finds no CUDA device'))
     if config.option.slow:
         return
     slow = [item for item in items if item.get_closest_marker('slow')]

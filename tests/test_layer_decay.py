@@ -14,7 +14,7 @@ from torch import nn
 from mmconv2former import Conv2Former, LayerDecayOptimWrapperConstructor
 from mmconv2former.backbone import ARCHS, num_groups
 from mmconv2former.layer_decay import DEPTH_METHODS
-from mmconv2former.layout import is_cpu_autocast
+from mmconv2former.ops.memory_format import is_autocast_enabled
 
 
 class Model(nn.Module):
@@ -145,7 +145,7 @@ def test_mixed_precision_and_accumulation(monkeypatch):
     for step in range(2):
         with wrapper.optim_context(model):
             outputs = model.backbone(torch.randn(1, 3, 32, 32))
-            assert is_cpu_autocast()
+            assert is_autocast_enabled('cpu')
             loss = sum(output.float().square().mean() for output in outputs)
         wrapper.update_params(loss)
         changed = {

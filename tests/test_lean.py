@@ -7,8 +7,10 @@ from plain_conv2former import plain_conv2former
 from test_backbone import SMALL_ARCHS, compare_with_plain, loss_of, randomized, relative_error
 from torch import nn
 
-from mmconv2former import Conv2Former, depthwise
+from mmconv2former import Conv2Former
 from mmconv2former.backbone import RECOMPUTE
+from mmconv2former.ops import depthwise_products
+from mmconv2former.ops.depthwise import VARIABLE
 from mmconv2former.registry import MODELS
 
 ARCH = SMALL_ARCHS['kernels']
@@ -184,9 +186,11 @@ def test_other_depthwise_convolution_by_name():
 @pytest.mark.parametrize('method', ['stock', 'products'])
 def test_the_weight_gradient_can_be_chosen(method, monkeypatch):
     calls = []
-    real = depthwise.weight_gradient
-    monkeypatch.setattr(depthwise, 'weight_gradient', lambda *a: calls.append(a) or real(*a))
-    monkeypatch.setattr(depthwise, 'weight_gradient_method', method)
+    real = depthwise_products.weight_gradient
+    monkeypatch.setattr(
+        depthwise_products, 'weight_gradient', lambda *a: calls.append(a) or real(*a)
+    )
+    monkeypatch.setenv(VARIABLE, method)
     model = randomized(Conv2Former(ARCH).double())
     compare_with_plain(model, torch.randn(1, 3, 64, 64, dtype=torch.double), 1e-12, 1e-10)
     assert len(calls) == (2 * sum(model.depths) if method == 'products' else 0)

@@ -1,4 +1,4 @@
-"""The fast weight gradient against autograd of the stock operator, and the rule that chooses it."""
+"""The weight gradient as matrix products against autograd, and the rule that chooses it."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from half_precision import HALF_DTYPES
 from torch import nn
 
-from mmconv2former import depthwise
-from mmconv2former.depthwise import DepthwiseConv, has_fast_weight_gradient, weight_gradient
+from mmconv2former.ops import DepthwiseConv, depthwise_products
+from mmconv2former.ops.depthwise import VARIABLE, choose
+from mmconv2former.ops.depthwise_products import weight_gradient
 
 
 def stock_gradients(x, weight, bias, grad):
@@ -34,7 +35,7 @@ def test_weight_gradient_equals_autograd(kernel_size, shape, memory_format):
 @pytest.mark.parametrize('method', ['auto', 'stock', 'products'])
 def test_module_equals_the_stock_convolution(shape, kernel_size, method, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(depthwise, 'weight_gradient_method', method)
+    monkeypatch.setenv(VARIABLE, method)
     conv = DepthwiseConv(shape[1], kernel_size)
     nn.init.normal_(conv.bias)
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -50,7 +51,7 @@ def test_module_equals_the_stock_convolution(shape, kernel_size, method, monkeyp
 @pytest.mark.parametrize('cache_bytes', [1, 3000, 10**9])
 def test_parts_do_not_matter(cache_bytes, monkeypatch):
     """All channels of an image at once, some, or one by one."""
-    monkeypatch.setattr(depthwise, 'CACHE_BYTES', cache_bytes)
+    monkeypatch.setattr(depthwise_products, 'CACHE_BYTES', cache_bytes)
     torch.manual_seed(0)
     x, grad = (torch.randn(2, 7, 20, 9, dtype=torch.double) for _ in range(2))
     weight = torch.randn(7, 1, 11, 11, dtype=torch.double)
@@ -61,7 +62,7 @@ def test_parts_do_not_matter(cache_bytes, monkeypatch):
 @pytest.mark.parametrize('dtype', HALF_DTYPES)
 def test_half_precision_by_products(dtype, monkeypatch):
     """Not chosen there, but right where a user asks for it."""
-    monkeypatch.setattr(depthwise, 'weight_gradient_method', 'products')
+    monkeypatch.setenv(VARIABLE, 'products')
     torch.manual_seed(0)
     conv = DepthwiseConv(6, 11).to(dtype)
     x = torch.randn(2, 20, 24, 6).to(dtype).requires_grad_()
@@ -81,7 +82,7 @@ def test_input_that_needs_no_gradient():
 
 
 def zeros(channels, side):
-    return torch.zeros(1, channels, side, side)
+    return torch.zeros(1, side, side, channels)
 
 
 def kernel(channels, size):
@@ -96,19 +97,19 @@ def test_the_rule():
         (72, 56, 11, True), (72, 32, 11, False), (288, 14, 11, False), (512, 4, 11, True),
         (72, 32, 13, True), (72, 24, 13, False), (512, 4, 13, False), (72, 32, 31, True),
     ]:  # fmt: skip
-        chosen = has_fast_weight_gradient(zeros(channels, side), kernel(channels, size))
-        assert chosen == expected, (channels, side, size)
+        chosen = choose(zeros(channels, side), kernel(channels, size))
+        assert chosen == ('products' if expected else 'stock'), (channels, side, size)
 
 
 def test_where_nothing_was_measured_the_stock_operator_stays(monkeypatch):
     x, weight = zeros(72, 64), kernel(72, 11)
-    assert has_fast_weight_gradient(x, weight)
-    assert not has_fast_weight_gradient(x, weight.detach())  # frozen
-    assert not has_fast_weight_gradient(x.double(), weight)
-    assert not has_fast_weight_gradient(x.to('meta'), weight)
+    assert choose(x, weight) == 'products'
+    assert choose(x, weight.detach()) == 'stock'  # frozen
+    assert choose(x.double(), weight) == 'stock'
+    assert choose(x.to('meta'), weight.to('meta')) == 'stock'
     with torch.autocast('cpu', torch.bfloat16):
-        assert not has_fast_weight_gradient(x, weight)
-    monkeypatch.setattr(depthwise, 'weight_gradient_method', 'stock')
-    assert not has_fast_weight_gradient(x, weight)
-    monkeypatch.setattr(depthwise, 'weight_gradient_method', 'products')
-    assert has_fast_weight_gradient(x.double(), weight)
+        assert choose(x, weight) == 'stock'
+    monkeypatch.setenv(VARIABLE, 'stock')
+    assert choose(x, weight) == 'stock'
+    monkeypatch.setenv(VARIABLE, 'products')
+    assert choose(x.double(), weight) == 'products'

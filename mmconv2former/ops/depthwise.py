@@ -1,0 +1,533 @@
+"""Depthwise convolution with stride 1 and 'same' zero padding, (N, H, W, C) in and out.
+
+`depthwise_conv2d` and `DepthwiseConv` are for any network. `choose` is the one place that decides
+which implementation runs:
+
+| name | where | what |
+| --- | --- | --- |
+| triton | CUDA, ROCm | `mmconv2former.ops.depthwise_triton`; on a CPU in Triton's interpreter |
+| native | CUDA, ROCm | torch's own kernels on (N, C, H, W), with copies from and to (N, H, W, C) |
+| cudnn | CUDA, ROCm | cuDNN (MIOpen), in `torch.channels_last` |
+| products | CPU | the stock operator, the weight gradient as matrix products |
+| stock | anywhere | the stock operator in `torch.channels_last` |
+
+The environment variable `MMCONV2FORMER_DEPTHWISE` (auto or a name) overrides the choice where the
+device has that implementation.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, overload
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from . import depthwise_products
+from .memory_format import (
+    autocast_dtype,
+    is_autocast_enabled,
+    is_captured,
+    is_compiling,
+    is_cpu_float32,
+    is_intercepted,
+    to_channels_first,
+    to_channels_last,
+    without_autocast,
+)
+
+VARIABLE = 'MMCONV2FORMER_DEPTHWISE'
+SETTINGS = ('auto', 'triton', 'cudnn', 'native', 'products', 'stock')
+# Up to this size cuDNN has fast kernels for channels_last (measured on an H100).
+LARGEST_FAST_CUDNN_KERNEL = 7
+TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LOWEST_TRITON_CAPABILITY = (8, 0)  # what Triton supports of NVIDIA's GPUs
+LOWEST_TRITON_VERSION = (3, 3)  # that of torch 2.7
+# Devices for which a captured graph gets the registered operator, not the stock one.
+OPERATOR_DEVICES = ('cuda',)
+
+
+# ---------------------------------------------------------------------------------------- for users
+class DepthwiseConv(nn.Conv2d):
+    """`depthwise_conv2d` as a module, with the parameters of a depthwise `nn.Conv2d`.
+
+    Args:
+        channels: C.
+        kernel_size: K, odd.
+        bias: Whether there is a bias.
+
+    Shapes:
+        (N, H, W, C) in and out; weight (C, 1, K, K), bias (C,).
+
+    Example, in a network of (N, C, H, W) tensors, best of `torch.channels_last` memory:
+
+        conv = DepthwiseConv(channels=256, kernel_size=31).cuda().bfloat16()
+        x = torch.rand(8, 256, 56, 56, device='cuda', dtype=torch.bfloat16)
+        y = conv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    Raises:
+        ValueError: The kernel size is not odd.
+    """
+
+    bias: Any  # a parameter, or None
+
+    def __init__(self, channels: int, kernel_size: int, bias: bool = True) -> None:
+        if kernel_size % 2 == 0:
+            raise ValueError(f'kernel_size must be odd, got {kernel_size}')
+        super().__init__(
+            channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias
+        )
+        # The weight as the kernels want it, while a network runs that prepares all its weights.
+        self.laid_out: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv2d(x, self.weight, self.bias, self.laid_out)
+
+
+def depthwise_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, laid_out: Tensor | None = None
+) -> Tensor:
+    """Depthwise convolution with stride 1 and 'same' zero padding.
+
+    Differentiable once; under autocast it computes in autocast's dtype. Products are summed in
+    float32 on GPUs, and the weight gradient is the same in every run.
+
+    Args:
+        x: Input (N, H, W, C), fastest if contiguous and C a multiple of 8.
+        weight: (C, 1, K, K), K odd, as `nn.Conv2d(C, C, K, groups=C)` has it.
+        bias: (C,) or None.
+        laid_out: The weight as `lay_out_together` returned it, so that it is not prepared again.
+
+    Returns:
+        (N, H, W, C), contiguous, of the dtype of x or of autocast's.
+
+    Raises:
+        ValueError: A shape is not as above, or the dtypes differ outside of autocast.
+    """
+    check(x, weight, bias)
+    if x.device.type in OPERATOR_DEVICES and (is_compiling() or is_intercepted(x)):
+        dtype = autocast_dtype(x)
+        bias = None if bias is None else bias.to(dtype)
+        return torch.ops.mmconv2former.depthwise_conv2d(x.to(dtype), weight.to(dtype), bias)
+    implementation = choose(x, weight)
+    is_stock = implementation in ('stock', 'cudnn')
+    if is_stock or (implementation == 'products' and not torch.is_grad_enabled()):
+        return depthwise_conv(x, weight, bias, implementation)  # which autograd and autocast know
+    return DepthwiseConvFunction.apply(x, weight, bias, laid_out)
+
+
+@contextmanager
+def laid_out_together(layers: Iterable[Any], x: Tensor) -> Iterator[None]:
+    """While it lasts, the weights of all layers are prepared: by a few launches, not one by one.
+
+    Does nothing where the implementation takes weights as they are, nor for sharded weights.
+
+    Args:
+        layers: Modules with `weight` and `laid_out` as a `DepthwiseConv` has them, of a network
+            that is about to run once, so that its weights do not change.
+        x: Its input, for the device.
+    """
+    plain = [
+        layer
+        for layer in layers
+        if type(layer.weight) in (Tensor, nn.Parameter)
+        and layer.weight.dim() == 4
+        and device_choice(layer.weight, autocast_dtype(layer.weight)) == 'triton'
+        and not is_intercepted(x)
+    ]
+    if plain:
+        weights = [layer.weight for layer in plain]
+        prepared = triton_kernels().lay_out_together(weights, autocast_dtype(weights[0]))
+        for layer, weight in zip(plain, prepared):
+            layer.laid_out = weight
+    try:
+        yield
+    finally:
+        for layer in plain:
+            layer.laid_out = None
+
+
+# ------------------------------------------------------------------------------------------- choice
+def choose(x: Tensor, weight: Tensor) -> str:
+    """The implementation for an input and a weight: see the table at the top of this file.
+
+    Args:
+        x: Input (N, H, W, C), of which only device, shape and dtype count.
+        weight: (C, 1, K, K).
+
+    Raises:
+        ValueError: `MMCONV2FORMER_DEPTHWISE` has a value that there is not.
+        RuntimeError: It demands Triton where that cannot run.
+    """
+    # Transforms of `torch.func` know neither autograd functions nor registered derivatives.
+    if is_captured() or torch._C._are_functorch_transforms_active():
+        return 'stock'
+    implementation = device_choice(weight, autocast_dtype(x))
+    if implementation == 'auto':  # on a CPU, where the size of the input counts
+        is_fast = weight.requires_grad and is_cpu_float32(x)
+        is_fast = is_fast and depthwise_products.is_faster(x, weight.shape[-1])
+        return 'products' if is_fast else 'stock'
+    if implementation == 'triton':
+        is_empty, is_too_wide = x.numel() == 0, x.shape[2] * x.shape[3] > triton_kernels().MAX_ROW
+        if is_empty or is_too_wide:
+            return 'native'
+    return implementation
+
+
+def implementations(x: Tensor, weight: Tensor) -> list[str]:
+    """All that can run on an input and a weight."""
+    if x.device.type == 'cuda':
+        has_triton = triton_problem(x.device, x.dtype, weight.shape[-1]) is None
+        return [*(['triton'] if has_triton else []), 'native', 'cudnn']
+    return ['stock', 'products', *(['triton'] if is_interpreted() else [])]
+
+
+def device_choice(weight: Tensor, dtype: torch.dtype) -> str:
+    """As `choose`, for any input; 'auto' where its size decides."""
+    setting = os.environ.get(VARIABLE, 'auto')
+    return choice_for(setting, weight.device, dtype, weight.shape[-1])
+
+
+@functools.cache
+def choice_for(setting: str, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str:
+    """`device_choice` by what it depends on."""
+    if setting not in SETTINGS:
+        raise ValueError(f'{VARIABLE} must be one of {", ".join(SETTINGS)}, got {setting!r}')
+    if device.type == 'cpu':
+        if setting == 'triton' and failures:
+            return 'auto'
+        if setting == 'triton' and not is_interpreted():
+            raise RuntimeError(
+                f"{VARIABLE}=triton: on a CPU there is only Triton's interpreter; set "
+                'TRITON_INTERPRET=1 before Python starts, or use a GPU'
+            )
+        return setting if setting in ('triton', 'products', 'stock') else 'auto'
+    if device.type != 'cuda':  # also ROCm's name
+        return 'stock'
+    problem = triton_problem(device, dtype, kernel_size)
+    if setting == 'triton' and problem is not None and not failures:
+        raise RuntimeError(f'{VARIABLE}=triton: {problem}')
+    if setting in ('native', 'cudnn'):
+        choice, reason = setting, f'{VARIABLE}={setting}'
+    elif problem is None:
+        choice, reason = 'triton', 'the fastest'
+    else:
+        choice = 'cudnn' if kernel_size <= LARGEST_FAST_CUDNN_KERNEL else 'native'
+        reason = problem
+    log_once(f'Depthwise convolutions, kernel {kernel_size}, {dtype}: {choice} ({reason}).')
+    return choice
+
+
+@functools.cache
+def log_once(text: str) -> None:
+    print_log(text, logger='current', level=logging.INFO)
+
+
+failures: list[str] = []  # of Triton on this machine: at most one, after which it is not used
+
+
+def triton_problem(device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
+    """Why Triton's kernels cannot run on a GPU, or None."""
+    if failures:
+        return failures[0]
+    if find_spec('triton') is None:
+        return 'Triton is not installed'
+    version = metadata.version('triton')
+    if tuple(map(int, version.split('.')[:2])) < LOWEST_TRITON_VERSION:
+        lowest = '.'.join(map(str, LOWEST_TRITON_VERSION))
+        return f'Triton {version} is older than {lowest}, which comes with torch 2.7'
+    if torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < LOWEST_TRITON_CAPABILITY:
+            name = torch.cuda.get_device_name(device)
+            return f'{name} has compute capability {capability[0]}.{capability[1]}, below 8.0'
+    if dtype not in TRITON_DTYPES or kernel_size < 3:
+        return f'no kernels for {dtype} and kernel size {kernel_size}'
+    return None
+
+
+@functools.cache
+def triton_kernels() -> ModuleType:
+    """`mmconv2former.ops.depthwise_triton`, imported when it is needed: Triton may be missing."""
+    return importlib.import_module('.depthwise_triton', __package__)
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run on a CPU: its interpreter was chosen before it was imported."""
+    if os.environ.get('TRITON_INTERPRET') != '1' or find_spec('triton') is None:
+        return False
+    language, runtime = (importlib.import_module(f'triton.{n}') for n in ('language', 'runtime'))
+    return not isinstance(language.cdiv, runtime.JITFunction)
+
+
+def run_triton(function: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Calls a function of `depthwise_triton` on the device of x.
+
+    Returns:
+        What it returns, or None if Triton failed to compile, which it then is not asked to again.
+    """
+    kernels = triton_kernels()
+    guard = nullcontext() if x.device.type == 'cpu' else torch.cuda.device(x.device)
+    try:
+        with guard:
+            return getattr(kernels, function)(x, *args, **kwargs)
+    except kernels.CompilationError as error:
+        failures.append(f'Triton failed to compile a kernel: {error}')
+        choice_for.cache_clear()
+        print_log(
+            f'{failures[0]}. Continuing without Triton, which is slower. It needs a C compiler and '
+            'a cache folder that it can write to (TRITON_CACHE_DIR).',
+            logger='current',
+            level=logging.WARNING,
+        )
+        return None
+
+
+# --------------------------------------------------------------------------------- implementations
+def prepare_weight(weight: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
+    """A weight (C, 1, K, K) in `dtype`, and in the memory layout of the implementation."""
+    if implementation == 'triton':
+        return triton_kernels().lay_out(weight, dtype)
+    return weight.to(dtype)
+
+
+def depthwise_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str | None = None
+) -> Tensor:
+    """Depthwise convolution, (N, H, W, C) in and out; differentiable if stock operators do it.
+
+    Args:
+        x: Input (N, H, W, C).
+        weight: (C, 1, K, K), K odd, of the dtype of x, best as `prepare_weight` returns it.
+        bias: (C,) or None.
+        implementation: One of `implementations`; None for that of `choose`.
+    """
+    if implementation is None:
+        if x.device.type in OPERATOR_DEVICES and is_intercepted(x):
+            return torch.ops.mmconv2former.depthwise_conv2d(x, weight, bias)
+        implementation = choose(x, weight)
+    if implementation == 'triton':
+        weight = prepare_weight(weight, x.dtype, implementation)
+        out = run_triton('depthwise_forward', aligned(x), weight, bias)
+        return depthwise_conv(x, weight, bias) if out is None else out
+    if bias is not None and bias.dtype != weight.dtype:
+        bias = bias.to(weight.dtype)
+    x = to_channels_first(x)
+    if implementation == 'native':
+        x, weight = x.contiguous(), weight.contiguous()
+    # int: torch < 2.4 traces sizes as tensors, which are no padding
+    padding, channels = int(weight.shape[-1]) // 2, int(weight.shape[0])
+    return to_channels_last(F.conv2d(x, weight, bias, padding=padding, groups=channels))
+
+
+@overload
+def depthwise_conv_backward(
+    grad: Tensor, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]: ...
+
+
+@overload
+def depthwise_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needs: Sequence[bool],
+    implementation: str | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+
+
+def depthwise_conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    needs: Sequence[bool] = (True, True, True),
+    implementation: str | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `depthwise_conv` for input, kernel and bias.
+
+    Args:
+        grad: Gradient of the output (N, H, W, C).
+        x: Input (N, H, W, C).
+        weight: (C, 1, K, K), of the dtype of x, best as `prepare_weight` returned it.
+        needs: Which of the three are wanted; the others are None.
+        implementation: One of `implementations`; None for that of `choose`.
+
+    Returns:
+        (N, H, W, C) of the dtype of x, and (C, 1, K, K) and (C,) of that or a wider dtype.
+    """
+    if implementation is None:
+        if x.device.type in OPERATOR_DEVICES and is_intercepted(x):
+            grads = torch.ops.mmconv2former.depthwise_conv2d_backward(grad, x, weight, [*needs])
+            return tuple(value if need else None for value, need in zip(grads, needs))  # type: ignore[return-value]
+        implementation = choose(x, weight)
+    if implementation == 'triton':
+        grads = triton_backward(grad, x, weight, needs)
+        return depthwise_conv_backward(grad, x, weight, needs) if grads is None else grads
+    needs_x, needs_weight, needs_bias = needs
+    x, grad = to_channels_first(x), to_channels_first(grad)
+    if implementation == 'native':
+        x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
+    by_products = implementation == 'products' and needs_weight
+    needs = (needs_x, needs_weight and not by_products, needs_bias and not by_products)
+    kernel_size = weight.shape[-1]
+    padding = kernel_size // 2
+    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+        grad, x, weight, [weight.shape[0]], [1, 1], [padding, padding], [1, 1], False, [0, 0],
+        weight.shape[0], needs,
+    )  # fmt: skip
+    if by_products:
+        grad_weight = depthwise_products.weight_gradient(x, grad, kernel_size)
+        # oneDNN would compute the weight gradient to give that of the bias.
+        grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
+    return to_channels_last(grad_x) if needs_x else None, grad_weight, grad_bias
+
+
+def triton_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
+    """`depthwise_conv_backward` by Triton's kernels, or None if they failed to compile."""
+    needs_x, needs_weight, needs_bias = needs
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    grad = aligned(grad)
+    grad_x = grad_weight = grad_bias = None
+    if needs_x:
+        weight = prepare_weight(weight, x.dtype, 'triton')
+        grad_x = run_triton('depthwise_forward', grad, weight, None, flip=True)
+        if grad_x is None:
+            return None
+    if needs_weight:
+        grads = run_triton(
+            'depthwise_weight_gradient', aligned(x), grad, weight.shape[-1], dtype, needs_bias
+        )
+        if grads is None:
+            return None
+        grad_weight, grad_bias = grads
+    elif needs_bias:
+        grad_bias = grad.sum((0, 1, 2), dtype=dtype)
+    return grad_x, grad_weight, grad_bias
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at a multiple of 16 bytes, as the compiled kernels expect it."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+class DepthwiseConvFunction(torch.autograd.Function):
+    """`depthwise_conv` with the gradients of `depthwise_conv_backward`, also under autocast."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, laid_out: Tensor | None
+    ) -> Tensor:
+        dtype = autocast_dtype(x)
+        implementation = choose(x, weight)
+        with without_autocast(x):
+            if laid_out is None or laid_out.dtype != dtype:
+                laid_out = prepare_weight(weight, dtype, implementation)
+            ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+            x = x.to(dtype)
+            ctx.save_for_backward(x, laid_out)
+            return depthwise_conv(x, laid_out, bias, implementation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        with without_autocast(x):
+            grads = depthwise_conv_backward(grad.to(x.dtype), x, weight, ctx.needs_input_grad[:3])
+        dtypes = zip(grads, ctx.dtypes)
+        return *(None if value is None else value.to(dtype) for value, dtype in dtypes), None
+
+
+# ----------------------------------------------------------------------------- registered operators
+# What a captured graph has as one node. They compute as the functions above, and may be called by
+# these names with import of this package alone.
+if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
+
+    @torch.library.custom_op(
+        'mmconv2former::depthwise_conv2d',
+        mutates_args=(),
+        schema='(Tensor x, Tensor weight, Tensor? bias) -> Tensor',
+    )
+    def operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return depthwise_conv(x, weight, bias, choose(x, weight))
+
+    @operator.register_fake
+    def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.custom_op(
+        'mmconv2former::depthwise_conv2d_backward',
+        mutates_args=(),
+        schema='(Tensor grad, Tensor x, Tensor weight, bool[] needs) -> (Tensor, Tensor, Tensor)',
+    )
+    def operator_backward(
+        grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
+    ) -> tuple[Tensor, ...]:
+        grads = depthwise_conv_backward(grad, x, weight, needs, choose(x, weight))
+        # Operators cannot return None.
+        return tuple(grad.new_empty(0) if value is None else value for value in grads)
+
+    @operator_backward.register_fake
+    def _(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+        shapes = (x.shape, weight.shape, weight.shape[:1])
+        return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs))
+
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x, weight, bias = inputs
+        ctx.save_for_backward(x, weight)
+        ctx.needs = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grads = torch.ops.mmconv2former.depthwise_conv2d_backward(grad, x, weight, ctx.needs)
+        return tuple(value if need else None for value, need in zip(grads, ctx.needs))
+
+    operator.register_autograd(differentiate, setup_context=setup_context)
+
+    @register_flop_formula(torch.ops.mmconv2former.depthwise_conv2d)
+    def count_flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any, **__: Any) -> int:
+        """Twice the multiply-adds, as torch counts its own convolutions."""
+        return 2 * math.prod(x_shape) * weight_shape[-1] ** 2
+
+    @register_flop_formula(torch.ops.mmconv2former.depthwise_conv2d_backward)
+    def count_backward_flops(
+        grad_shape: Sequence[int],
+        x_shape: Sequence[int],
+        weight_shape: Sequence[int],
+        needs: Sequence[bool],
+        *_: Any,
+        **__: Any,
+    ) -> int:
+        return count_flops(x_shape, weight_shape) * sum(needs[:2])
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError unless shapes and dtypes are those that `depthwise_conv2d` takes."""
+    if torch.jit.is_tracing():  # sizes are tensors there
+        return
+    channels = weight.shape[0]
+    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f'weight must have shape (C, 1, K, K), got {tuple(weight.shape)}')
+    if weight.shape[2] % 2 == 0:
+        raise ValueError(f'weight must have an odd kernel size, got {weight.shape[2]}')
+    if x.dim() != 4 or x.shape[3] != channels:
+        raise ValueError(f'x must have shape (N, H, W, C={channels}), got {tuple(x.shape)}')
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f'bias must have shape (C={channels},), got {tuple(bias.shape)}')
+    if weight.dtype != x.dtype and not is_autocast_enabled(x.device.type):
+        raise ValueError(f'x and weight must have one dtype, got {x.dtype} and {weight.dtype}')

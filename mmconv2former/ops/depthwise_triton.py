@@ -1,0 +1,302 @@
+"""Launches the kernels of `depthwise_kernels`, and divides their work.
+
+`tools/kernel_resources.py` compiles them without a GPU and checks that none spills registers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .depthwise_kernels import (
+    depthwise_forward_kernel,
+    depthwise_sum_kernel,
+    depthwise_weight_gradient_kernel,
+)
+
+# Rows of a kernel whose weights a forward program keeps in registers, and of whose gradients a
+# program of the weight gradient keeps the sums. With 13 of them it spills.
+MAX_TAPS = 12
+MAX_SUMS = 28  # of all weights of such a program
+# Elements of one row of an image, W * C, so that offsets within a program fit into 32 bits.
+MAX_ROW = 2**25
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the work of one kernel size is divided.
+
+    Fields:
+        taps: Rows of the kernel that a program handles at once.
+        rows: Output rows of a forward program.
+        block: Elements along f of a forward program.
+        columns: Columns of the kernel of a weight gradient program.
+        gradient_block: Elements along f of a weight gradient program.
+        gradient_programs: Weight gradient programs that a multiprocessor holds at once.
+        num_warps: Of all programs.
+    """
+
+    taps: int
+    rows: int
+    block: int
+    columns: int
+    gradient_block: int
+    gradient_programs: int = 4
+    num_warps: int = 4
+
+
+@functools.cache
+def blocks_for(kernel_size: int, dtype: torch.dtype) -> Blocks:
+    """The division of the work for a kernel size and a dtype.
+
+    `rows`, `block` and `num_warps` are the best that were measured on an H100 (bfloat16, kernels 3,
+    7 and 11); the rest follows from the registers that `tools/kernel_resources.py` reports. They
+    do not depend on the size of the input, so that a new size needs no new kernel.
+    """
+    taps = split_evenly(kernel_size, MAX_TAPS)
+    columns = split_evenly(kernel_size, MAX_SUMS // taps)
+    has_128_registers = dtype == torch.bfloat16 and kernel_size in (3, 5, 11)
+    return Blocks(
+        taps=taps,
+        rows=8,
+        block=512,
+        columns=columns,
+        gradient_block=512 if kernel_size == 3 else 256,
+        gradient_programs=4 if has_128_registers else 3,
+    )
+
+
+def split_evenly(total: int, most: int) -> int:
+    """Size of the parts when `total` is divided into as few parts of at most `most` as possible."""
+    return math.ceil(total / math.ceil(total / most))
+
+
+# --------------------------------------------------------------------------------------- launches
+class CompilationError(RuntimeError):
+    """Triton could not make a kernel for this machine."""
+
+
+class Launcher:
+    """A kernel with all that it was compiled for, ready to run on one GPU.
+
+    Triton's own way to a kernel that was compiled before costs several times an operator of torch,
+    as it binds and inspects all arguments. This goes that way once and then calls the compiled
+    kernel directly. Pointers must be multiples of 16 bytes, but for those of biases.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], num_warps: int) -> None:
+        self.kernel = kernel
+        self.constants = constants
+        self.num_warps = num_warps
+        self.run: Any = None
+
+    def __call__(
+        self, programs: int, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]
+    ) -> None:
+        """Runs on the current stream.
+
+        Args:
+            programs: Size of the grid.
+            tensors: The kernel's first arguments, None for those that it does not read.
+            sizes: The arguments that follow, of 32 bits.
+
+        Raises:
+            CompilationError: At the first call.
+        """
+        if self.run is None:
+            try:
+                compiled = self.kernel[(programs,)](
+                    *tensors, *sizes, **self.constants, num_warps=self.num_warps
+                )
+            except Exception as error:  # of the compiler, the linker, the cache or the driver
+                if tensors[0].device.type == 'cpu':  # type: ignore[union-attr]
+                    raise  # the interpreter compiles nothing
+                raise CompilationError(f'{type(error).__name__}: {error}') from error
+            if compiled is not None:
+                self.run = compiled.run
+                self.function, self.metadata = compiled.function, compiled.packed_metadata
+                self.get_stream = triton.runtime.driver.active.get_current_stream
+                self.values = tuple(self.constants.values())
+            return
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        stream = self.get_stream(tensors[0].get_device())  # type: ignore[union-attr]
+        self.run(
+            programs, 1, 1, stream, self.function, self.metadata, None, None, None,
+            *pointers, *sizes, *self.values,
+        )  # fmt: skip
+
+
+@functools.cache
+def forward_launcher(
+    device: int,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    channels: int,
+    kernel_size: int,
+    step: int,
+    flip: bool,
+    blocks: Blocks,
+) -> Launcher:
+    """`depthwise_forward_kernel` for one kind of input; the arguments are all it depends on."""
+    constants = dict(
+        C=channels, K=kernel_size, STEP=step, TAPS=blocks.taps, ROWS=blocks.rows,
+        BLOCK=blocks.block, HAS_BIAS=bias_dtype is not None, FLIP=flip, ACC=sums_dtype(dtype),
+        PACKED=is_packed(device, dtype),
+    )  # fmt: skip
+    return Launcher(depthwise_forward_kernel, constants, blocks.num_warps)
+
+
+@functools.cache
+def weight_gradient_launchers(
+    device: int,
+    dtype: torch.dtype,
+    result_dtype: torch.dtype,
+    channels: int,
+    kernel_size: int,
+    has_bias: bool,
+    blocks: Blocks,
+) -> tuple[Launcher, Launcher]:
+    """The two kernels of the weight gradient for one kind of input."""
+    shared = dict(C=channels, K=kernel_size, HAS_BIAS=has_bias, ACC=sums_dtype(dtype))
+    constants = dict(
+        shared, TAPS=blocks.taps, COLUMNS=blocks.columns, BLOCK=blocks.gradient_block,
+        PACKED=is_packed(device, dtype),
+    )  # fmt: skip
+    block = sum_block(channels)
+    return (
+        Launcher(depthwise_weight_gradient_kernel, constants, blocks.num_warps),
+        Launcher(depthwise_sum_kernel, dict(shared, ROWS=4096 // block, BLOCK=block), num_warps=8),
+    )
+
+
+def sums_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which products of tensors of `dtype` are summed."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def is_packed(device: int, dtype: torch.dtype) -> bool:
+    """Whether `widen` may use instructions of NVIDIA's."""
+    return device >= 0 and dtype == torch.bfloat16 and torch.version.hip is None
+
+
+def sum_block(channels: int) -> int:
+    """Channels of a program of `depthwise_sum_kernel`."""
+    return min(128, triton.next_power_of_2(channels))
+
+
+@functools.cache
+def processors(device: int) -> int:
+    """Multiprocessors of a GPU; a few for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 4
+
+
+# ------------------------------------------------------------------------------------------- calls
+def depthwise_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool = False, blocks: Blocks | None = None
+) -> Tensor:
+    """Depthwise convolution, (N, H, W, C) -> (N, H, W, C).
+
+    Args:
+        x: Contiguous input (N, H, W, C), on the current device.
+        weight: (C, 1, K, K) of the dtype of x, as `lay_out` returns it.
+        bias: (C,) of any dtype, or None.
+        flip: Takes the weights in reverse order, which makes it the input gradient.
+        blocks: The division of the work; None for that of `blocks_for`.
+    """
+    batch, height, width, channels = x.shape
+    kernel_size = weight.shape[-1]
+    blocks = blocks or blocks_for(kernel_size, x.dtype)
+    launcher = forward_launcher(
+        x.get_device(), x.dtype, None if bias is None else bias.dtype, channels, kernel_size,
+        weight.stride(3), flip, blocks,
+    )  # fmt: skip
+    y = torch.empty_like(x)
+    programs = batch * -(-height // blocks.rows) * -(-width * channels // blocks.block)
+    launcher(programs, (x, weight, bias, y), (height, width))
+    return y
+
+
+def depthwise_weight_gradient(
+    x: Tensor,
+    grad: Tensor,
+    kernel_size: int,
+    dtype: torch.dtype,
+    has_bias: bool,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of weight and bias, the same to the last bit in every run.
+
+    Args:
+        x: Contiguous input (N, H, W, C), on the current device.
+        grad: Contiguous gradient of the output (N, H, W, C).
+        kernel_size: K.
+        dtype: Of the results.
+        has_bias: Whether the gradient of the bias is wanted.
+        blocks: The division of the work; None for that of `blocks_for`.
+
+    Returns:
+        (C, 1, K, K), contiguous, and (C,) or None.
+    """
+    batch, height, width, channels = x.shape
+    blocks = blocks or blocks_for(kernel_size, x.dtype)
+    device = x.get_device()
+    partial_sums, sum_up = weight_gradient_launchers(
+        device, x.dtype, dtype, channels, kernel_size, has_bias, blocks
+    )
+    row_blocks = -(-width * channels // blocks.gradient_block)
+    # After this many blocks the channels are where they were.
+    period_blocks = min(channels // math.gcd(channels, blocks.gradient_block), row_blocks)
+    rows = batch * -(-row_blocks // period_blocks) * height
+    programs = period_blocks * -(-kernel_size // blocks.columns) * -(-kernel_size // blocks.taps)
+    shares = processors(device) * blocks.gradient_programs // programs
+    rows_per_share = -(-rows // max(1, min(shares, rows // (2 * blocks.taps))))
+    shares = -(-rows // rows_per_share)
+    period = period_blocks * blocks.gradient_block
+    partial = x.new_empty(
+        (shares, kernel_size**2 + has_bias, period), dtype=torch.promote_types(x.dtype, torch.float)
+    )
+    partial_sums(
+        programs * shares, (x, grad, partial),
+        (height, width, period_blocks, rows, rows_per_share),
+    )  # fmt: skip
+    weight_grad = x.new_empty((channels, 1, kernel_size, kernel_size), dtype=dtype)
+    bias_grad = x.new_empty(channels, dtype=dtype) if has_bias else None
+    programs = partial.shape[1] * -(-channels // sum_block(channels))
+    sum_up(programs, (partial, weight_grad, bias_grad), (period, shares))
+    return weight_grad, bias_grad
+
+
+def lay_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight (C, 1, K, K) with the channels next to each other in memory, (K, K, C).
+
+    Args:
+        weight: (C, 1, K, K) in any memory layout.
+        dtype: Of the result.
+    """
+    if weight.dtype == dtype and weight.stride(0) == 1:
+        return weight
+    channels, _, kernel_size, _ = weight.shape
+    result = weight.new_empty((kernel_size, kernel_size, 1, channels), dtype=dtype)
+    return result.permute(3, 2, 0, 1).copy_(weight)
+
+
+def lay_out_together(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """`lay_out` of many weights by two launches for each kernel size, in the order given."""
+    if any(weight.shape[0] % 8 for weight in weights):  # whose parts would not be aligned
+        return [lay_out(weight, dtype) for weight in weights]
+    results: dict[int, Tensor] = {}
+    by_size: dict[int, list[int]] = {}
+    for index, weight in enumerate(weights):
+        by_size.setdefault(weight.shape[-1], []).append(index)
+    for indices in by_size.values():
+        together = lay_out(torch.cat([weights[index] for index in indices]), dtype)
+        parts = together.split([weights[index].shape[0] for index in indices])
+        results.update(zip(indices, parts))
+    return [results[index] for index in range(len(weights))]

@@ -1,0 +1,218 @@
+"""Which implementation runs where, what overrides it, and what happens if Triton fails."""
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmconv2former import Conv2Former
+from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d
+from mmconv2former.ops.depthwise import VARIABLE, choice_for, choose, implementations
+
+CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices(monkeypatch):
+    monkeypatch.setattr(depthwise, 'failures', [])
+    monkeypatch.delenv(VARIABLE, raising=False)
+    depthwise.choice_for.cache_clear()
+    depthwise.log_once.cache_clear()
+    yield
+    depthwise.choice_for.cache_clear()
+
+
+@pytest.fixture
+def log(monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        depthwise, 'print_log', lambda text, logger, level: lines.append((level, text))
+    )
+    return lines
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in for a GPU: `gpu(capability, triton)` says what torch tells of the machine."""
+
+    def describe(capability=(9, 0), triton='3.6.0', hip=None):
+        monkeypatch.setattr(depthwise.metadata, 'version', lambda name: triton)
+        monkeypatch.setattr(depthwise, 'find_spec', lambda name: object() if triton else None)
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA Test')
+        monkeypatch.setattr(torch.version, 'hip', hip)
+        choice_for.cache_clear()
+
+    describe()
+    return describe
+
+
+def test_triton_where_it_runs(gpu):
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for kernel_size in (3, 7, 11, 31):
+            assert choice_for('auto', CUDA, dtype, kernel_size) == 'triton'
+    gpu(capability=(9, 4), hip='6.4')  # ROCm counts otherwise
+    assert choice_for('auto', CUDA, torch.float32, 11) == 'triton'
+
+
+@pytest.mark.parametrize(
+    ('machine', 'problem'),
+    [
+        (dict(triton=''), 'Triton is not installed'),
+        (dict(triton='3.1.0'), r'Triton 3.1.0 is older than 3.3, which comes with torch 2.7'),
+        (dict(capability=(7, 5)), r'NVIDIA Test has compute capability 7.5, below 8.0'),
+    ],
+)
+def test_order_of_fallbacks(gpu, log, machine, problem):
+    """Without Triton, cuDNN up to kernel 7 and torch's own kernels above; with the reason, once."""
+    gpu(**machine)
+    for _ in range(2):
+        assert choice_for('auto', CUDA, torch.bfloat16, 7) == 'cudnn'
+        assert choice_for('auto', CUDA, torch.bfloat16, 9) == 'native'
+        choice_for.cache_clear()
+    assert [text for _, text in log] == [
+        f'Depthwise convolutions, kernel 7, torch.bfloat16: cudnn ({problem}).',
+        f'Depthwise convolutions, kernel 9, torch.bfloat16: native ({problem}).',
+    ]
+    with pytest.raises(RuntimeError, match=rf'{VARIABLE}=triton: {problem}'):
+        choice_for('triton', CUDA, torch.bfloat16, 9)
+
+
+def test_other_dtypes_and_sizes(gpu):
+    assert choice_for('auto', CUDA, torch.complex64, 11) == 'native'
+    assert choice_for('auto', CUDA, torch.float32, 1) == 'cudnn'
+    assert choice_for('auto', torch.device('xpu'), torch.float32, 11) == 'stock'
+
+
+def test_the_variable_overrides_it(gpu, log):
+    assert choice_for('native', CUDA, torch.float32, 3) == 'native'
+    assert choice_for('cudnn', CUDA, torch.float32, 31) == 'cudnn'
+    assert f'({VARIABLE}=cudnn)' in log[1][1]
+    with pytest.raises(ValueError, match=rf'{VARIABLE} must be one of auto, .* got .fast.'):
+        choice_for('fast', CUDA, torch.float32, 3)
+
+
+def test_on_a_cpu(monkeypatch):
+    x, weight = torch.zeros(1, 64, 64, 72), torch.nn.Parameter(torch.zeros(72, 1, 11, 11))
+    for setting in ('auto', 'cudnn', 'native', 'products'):
+        monkeypatch.setenv(VARIABLE, setting)
+        assert choose(x, weight) == 'products'
+    monkeypatch.setenv(VARIABLE, 'stock')
+    assert choose(x, weight) == 'stock'
+    monkeypatch.setenv(VARIABLE, 'triton')
+    assert choose(x, weight) == 'triton'
+    choice_for.cache_clear()
+    monkeypatch.delenv('TRITON_INTERPRET')
+    with pytest.raises(RuntimeError, match='TRITON_INTERPRET=1 before Python starts'):
+        choose(x, weight)
+    assert implementations(x, weight) == ['stock', 'products']
+
+
+def test_what_triton_cannot_take_goes_elsewhere(monkeypatch):
+    """No images, and rows whose offsets would not fit into 32 bits."""
+    monkeypatch.setenv(VARIABLE, 'triton')
+    weight = torch.zeros(8, 1, 3, 3)
+    assert choose(torch.zeros(1, 4, 4, 8), weight) == 'triton'
+    assert choose(torch.zeros(0, 4, 4, 8), weight) == 'native'
+    assert choose(torch.zeros(1, 1, 1, 8).expand(1, 1, 2**24, 8), weight) == 'native'
+
+
+@pytest.mark.parametrize('implementation', ['native', 'cudnn', 'stock', 'products', 'triton'])
+def test_all_implementations_agree(implementation):
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(2, 2, 6, 7, 8, generator=generator, dtype=torch.double)
+    weight = torch.randn(8, 1, 5, 5, generator=generator, dtype=torch.double)
+    bias = torch.randn(8, generator=generator, dtype=torch.double)
+    leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
+    out = F.conv2d(leaves[0].permute(0, 3, 1, 2), *leaves[1:], padding=2, groups=8)
+    out.backward(grad.permute(0, 3, 1, 2))
+    found = depthwise.depthwise_conv(x, weight, bias, implementation)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, out.permute(0, 2, 3, 1))
+    grads = depthwise.depthwise_conv_backward(grad, x, weight, implementation=implementation)
+    for value, leaf in zip(grads, leaves):
+        torch.testing.assert_close(value, leaf.grad)
+
+
+@pytest.mark.parametrize('function', ['depthwise_forward', 'depthwise_weight_gradient'])
+def test_a_failure_of_the_compiler_does_not_end_a_run(function, monkeypatch, log):
+    """In the forward pass or later: one warning, and the same results by stock operators."""
+    monkeypatch.setenv(VARIABLE, 'triton')
+    kernels = depthwise.triton_kernels()
+
+    def fail(*args, **kwargs):
+        raise kernels.CompilationError('FileNotFoundError: gcc')
+
+    monkeypatch.setattr(kernels, function, fail)
+    torch.manual_seed(0)
+    conv = DepthwiseConv(8, 3)
+    x, grad = torch.randn(2, 1, 5, 6, 8)
+    for _ in range(2):
+        conv.zero_grad()
+        out = conv(x)
+        out.backward(grad)
+        reference = torch.nn.Conv2d.forward(conv, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        torch.testing.assert_close(out, reference)
+        expected = torch.autograd.grad(reference, list(conv.parameters()), grad)
+        for parameter, value in zip(conv.parameters(), expected):
+            torch.testing.assert_close(parameter.grad, value)
+    (line,) = log
+    assert line[0] == logging.WARNING
+    assert 'FileNotFoundError: gcc' in line[1]
+    assert 'Continuing without Triton' in line[1]
+
+
+def test_a_network_prepares_its_weights_once_a_pass(monkeypatch):
+    """Together at the start, used by every layer, and forgotten at the end, also of a failure."""
+    monkeypatch.setenv(VARIABLE, 'triton')
+    kernels = depthwise.triton_kernels()
+    prepared, alone = [], []
+    together, one = kernels.lay_out_together, kernels.lay_out
+    monkeypatch.setattr(
+        kernels, 'lay_out_together', lambda *args: prepared.append(together(*args)) or prepared[-1]
+    )
+    monkeypatch.setattr(
+        depthwise, 'prepare_weight',
+        lambda weight, dtype, name: alone.append(one(weight, dtype) is not weight)
+        or one(weight, dtype),
+    )  # fmt: skip
+    arch = dict(channels=(8, 16), depths=(1, 1), kernel_size=3)
+    for recompute in ('nothing', 'elementwise'):
+        model = Conv2Former(arch, out_indices=(0, 1), recompute=recompute)
+        for form in (model, model.switch_to_deploy):
+            network = form if form is model else form()
+            prepared.clear()
+            outputs = network(torch.randn(1, 3, 16, 16))
+            assert len(prepared) == 1
+            assert len(prepared[0]) == 4
+            assert not any(alone), 'a weight was laid out again'
+            layers = [layer for layer in network.modules() if hasattr(layer, 'laid_out')]
+            assert len(layers) == 4
+            assert all(layer.laid_out is None for layer in layers)
+            if form is model:
+                sum(output.sum() for output in outputs).backward()
+    monkeypatch.setattr(network, '_forward', lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        network(torch.randn(1, 3, 16, 16))
+    assert all(layer.laid_out is None for layer in layers)
+
+
+def test_weights_may_change_between_passes(monkeypatch):
+    """Also in place and behind autograd's back, as averages of weights are swapped in."""
+    monkeypatch.setenv(VARIABLE, 'triton')
+    arch = dict(channels=(8, 16), depths=(1, 1), kernel_size=3)
+    model = Conv2Former(arch, out_indices=1, layer_scale_init_value=1.0).double().eval()
+    x = torch.randn(1, 3, 16, 16, dtype=torch.double)
+    for _ in range(2):
+        monkeypatch.setenv(VARIABLE, 'triton')
+        (found,) = model(x)
+        monkeypatch.setenv(VARIABLE, 'stock')
+        torch.testing.assert_close(found, model(x)[0])
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def test_public_names():
+    assert depthwise_conv2d.__module__ == 'mmconv2former.ops.depthwise'
+    assert 'Raises' in depthwise_conv2d.__doc__

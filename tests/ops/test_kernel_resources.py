@@ -1,0 +1,47 @@
+"""The kernels compile for GPUs that are not there, within their registers."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
+
+
+def resources(*arguments):
+    """Runs the tool in a process of its own, as this one may have Triton's interpreter."""
+    return subprocess.run(
+        [sys.executable, 'tools/kernel_resources.py', *arguments],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason='compiles for NVIDIA')
+def test_no_kernel_spills():
+    result = resources('--capability', '80', '90', '--kernel-sizes', '3', '11', '31')
+    assert result.returncode == 0, result.stderr
+    rows = [line.split('|')[1:-1] for line in result.stdout.splitlines()[2:]]
+    assert len(rows) == 2 * 3 * 3
+    for row in rows:
+        gpu, _, name, size, _, registers, spilled, instructions, adds = map(str.strip, row)
+        assert int(spilled) == 0
+        assert int(registers) <= 168, 'three programs of four warps do not fit'
+        if name != 'sum':
+            assert int(adds) > 0.4 * int(instructions), (gpu, name, size)
+
+
+def test_other_channels_and_dtypes():
+    """Channel counts that are no multiple of 8 and all dtypes compile, without the interpreter."""
+    result = resources('--capability', '90', '--kernel-sizes', '5', '--channels', '20', '75',
+                       '--dtype', 'float16', 'float32')  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.splitlines()) == 2 + 2 * 2 * 3
+
+
+def test_spills_are_an_error():
+    result = resources('--capability', '90', '--kernel-sizes', '11', '--rows', '40')
+    assert result.returncode == 1
+    assert re.search(r'error: 1 of 3 kernels spill registers', result.stderr)

@@ -1,0 +1,211 @@
+"""What only a GPU shows: the network and its operators there, against float64 and stock operators.
+
+pytest tests/test_gpu.py tests/ops        # on a machine with a CUDA device
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plain_conv2former import plain_conv2former
+from test_backbone import leaves, loss_of, randomized, relative_error
+from torch import nn
+
+from mmconv2former import Conv2Former
+from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d
+from mmconv2former.ops.depthwise import VARIABLE
+
+pytestmark = pytest.mark.gpu
+ARCH = dict(channels=(16, 24, 32, 40), depths=(1, 1, 2, 1), kernel_size=(11, 9, 7, 3))
+IMPLEMENTATIONS = ['auto', 'native', 'cudnn']
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return randomized(Conv2Former(ARCH, **options))
+
+
+def gradients(outputs, model):
+    """The gradient of every parameter, by name."""
+    model.zero_grad()
+    loss_of([output.double() for output in outputs]).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def exact(model, x):
+    """Outputs and gradients of the plain implementation in float64, on the GPU."""
+    state = leaves(copy.deepcopy(model).double())
+    outputs = plain_conv2former(x.double(), state, model.depths, model.training)
+    loss_of(outputs).backward()
+    return outputs, {name: state[name].grad for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize('setting', IMPLEMENTATIONS)
+@pytest.mark.parametrize('recompute', ['nothing', 'elementwise', 'expansion'])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_network_in_float32(setting, recompute, with_cp, monkeypatch):
+    monkeypatch.setenv(VARIABLE, setting)
+    model = build(recompute=recompute, with_cp=with_cp).cuda()
+    x = torch.randn(2, 3, 96, 75, device='cuda')
+    outputs, grads = exact(model, x)
+    found = model(x)
+    for value, reference in zip(found, outputs):
+        assert relative_error(value.double(), reference) < 1e-4
+    for name, value in gradients(found, model).items():
+        assert relative_error(value.double(), grads[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize('setting', IMPLEMENTATIONS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_network_in_half_precision(setting, dtype, monkeypatch):
+    """As close to float64 as stock operators under the same autocast, within a factor of two."""
+    monkeypatch.setenv(VARIABLE, setting)
+    model = build().cuda()
+    x = torch.randn(2, 3, 96, 75, device='cuda')
+    outputs, grads = exact(model, x)
+    state = leaves(model)
+    with torch.autocast('cuda', dtype):
+        stock = plain_conv2former(x, state, model.depths, model.training)
+        found = model(x)
+    loss_of([output.double() for output in stock]).backward()
+    found_grads = gradients(found, model)
+    for value, plain, reference in zip(found, stock, outputs):
+        allowed = 2 * relative_error(plain.double(), reference) + 2e-3
+        assert relative_error(value.double(), reference) < allowed
+    for name, reference in grads.items():
+        allowed = 2 * relative_error(state[name].grad.double(), reference) + 2e-3
+        assert relative_error(found_grads[name].double(), reference) < allowed, name
+
+
+def test_deployed_form():
+    model = build().cuda().eval()
+    x = torch.randn(1, 3, 96, 75, device='cuda')
+    with torch.no_grad():
+        expected = model(x)
+        for value, reference in zip(copy.deepcopy(model).switch_to_deploy()(x), expected):
+            assert relative_error(value, reference) < 1e-4
+
+
+def test_training_in_float16_with_a_loss_scaler():
+    torch.manual_seed(0)
+    model = Conv2Former(ARCH, layer_scale_init_value=0.1).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    scaler = torch.amp.GradScaler('cuda')
+    x, losses = torch.randn(2, 3, 64, 64, device='cuda'), []
+    for _ in range(20):
+        optimizer.zero_grad()
+        with torch.autocast('cuda', torch.float16):
+            loss = sum((output.float() - 1).square().mean() for output in model(x))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_distributed_wrapper(tmp_path):
+    """One process on nccl: the same gradients as without, and no complaint about their strides."""
+    model = build().cuda()
+    x = torch.randn(2, 3, 64, 64, device='cuda')
+    expected = {name: grad.clone() for name, grad in gradients(model(x), model).items()}
+    store = torch.distributed.FileStore(str(tmp_path / 'store'), 1)
+    torch.distributed.init_process_group('nccl', store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(
+            copy.deepcopy(model), device_ids=[0], gradient_as_bucket_view=True
+        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter('always')
+            found = gradients(wrapped(x), wrapped.module)
+        assert not any('strides' in str(warning.message) for warning in caught)
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_compiled(training):
+    """One graph with the depthwise convolutions as nodes, by inductor, for several sizes."""
+    model = build().cuda().train(training)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for size in [(64, 96), (96, 64), (128, 96)]:
+        x = torch.randn(2, 3, *size, device='cuda')
+        with torch.set_grad_enabled(training):
+            outputs, reference = compiled(x), model(x)
+        for value, expected in zip(outputs, reference):
+            assert relative_error(value, expected) < 1e-4
+
+
+def test_cuda_graph():
+    """The operator launches on the current stream and allocates as a capture demands."""
+    conv = DepthwiseConv(32, 11).cuda().bfloat16()
+    x = torch.randn(2, 20, 20, 32, device='cuda', dtype=torch.bfloat16)
+    with torch.no_grad():
+        conv(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = conv(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(out, conv(x))
+
+
+def test_more_than_2_to_the_31_elements():
+    """The last image of a batch, and the last rows of one image, are computed as if alone."""
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip('needs 40 GiB of GPU memory')
+    weight = torch.randn(64, 1, 3, 3, device='cuda', dtype=torch.bfloat16)
+    for shape in [(9, 2048, 2048, 64), (1, 2**15, 1100, 64)]:
+        x = torch.zeros(shape, device='cuda', dtype=torch.bfloat16)
+        assert x.numel() > 2**31
+        x[-1, -40:] = torch.randn_like(x[-1, -40:])
+        last = x[-1:, -40:].clone()
+        out = depthwise_conv2d(x, weight)
+        assert torch.equal(out[-1, -39:], depthwise_conv2d(last, weight)[0, 1:])
+        weight_grad = depthwise.depthwise_conv_backward(x, x, weight, (False, True, False))[1]
+        reference = depthwise.depthwise_conv_backward(last, last, weight, (False, True, False))[1]
+        assert relative_error(weight_grad, reference) < 1e-5
+        del x, out
+
+
+def test_a_second_device_or_stream():
+    """Launches follow the tensor's device and the current stream."""
+    conv = DepthwiseConv(64, 11).cuda()
+    x = torch.randn(4, 50, 50, 64, device='cuda')
+    expected = conv(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        out = conv(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(out, expected)
+    if torch.cuda.device_count() > 1:
+        other = copy.deepcopy(conv).to('cuda:1')
+        assert torch.equal(other(x.to('cuda:1')).cpu(), expected.cpu())
+
+
+def test_a_new_size_compiles_nothing():
+    weight = torch.randn(24, 1, 11, 11, device='cuda', requires_grad=True)
+    if depthwise.device_choice(weight, torch.float32) != 'triton':
+        pytest.skip('this GPU does not run Triton')
+    kernels = depthwise.triton_kernels()
+    kernels.forward_launcher.cache_clear()
+    kernels.weight_gradient_launchers.cache_clear()
+    for size in [(5, 7), (16, 16), (33, 1), (1, 64)]:
+        x = torch.randn(1, *size, 24, device='cuda', requires_grad=True)
+        depthwise_conv2d(x, weight).sum().backward()
+        reference = F.conv2d(x.permute(0, 3, 1, 2), weight, padding=5, groups=24)
+        torch.testing.assert_close(depthwise_conv2d(x, weight).permute(0, 3, 1, 2), reference,
+                                   atol=1e-4, rtol=1e-4)  # fmt: skip
+    assert kernels.forward_launcher.cache_info().misses == 2  # forward and input gradient
+    assert kernels.weight_gradient_launchers.cache_info().misses == 1
