@@ -41,30 +41,31 @@ class ModulationFunction(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         dtype = autocast_dtype(x)
+        implementation = choose(x, parameters[4])
         with without_autocast(x):
-            kernel = depthwise_weight(x, parameters[4], dtype, laid_out)
-            prepared = ModulationFunction.prepare(scale, parameters, dtype)
-            gate_and_value, proj = in_pairs(prepared)
+            kernel = depthwise_weight(parameters[4], dtype, laid_out, implementation)
+            prepared = ModulationFunction.prepare(scale, parameters, kernel, dtype)
+            gate_and_value, depthwise, proj = in_pairs(prepared)
             y = normalize(x, in_pairs(parameters)[0], eps)[0].to(dtype)
             pair = product(y, *gate_and_value)  # (N, H, W, 2 C)
             gate, value = pair.chunk(2, -1)
-            mixed = depthwise_conv(F.gelu(gate).contiguous(), kernel, parameters[5])
+            mixed = depthwise_conv(F.gelu(gate).contiguous(), *depthwise, implementation)
             out = product(mixed * value, *proj)
         is_cast = dtype != parameters[2].dtype
         ctx.save_for_backward(
             x, pair, mixed, scale, kernel, *parameters, *(prepared if is_cast else ())
         )
-        ctx.eps = eps
+        ctx.eps, ctx.implementation = eps, implementation
         return out
 
     @staticmethod
     def prepare(
-        scale: Tensor | None, parameters: tuple[Tensor, ...], dtype: torch.dtype
+        scale: Tensor | None, parameters: tuple[Tensor, ...], kernel: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Weights and biases of both first products and of the last product."""
-        _, att, _, v, proj = in_pairs(parameters)
+        """Weights and biases of both first products, of the convolution, of the last product."""
+        _, att, depthwise, v, proj = in_pairs(parameters)
         first = torch.cat([att[0], v[0]]), torch.cat([att[1], v[1]])
-        return cast([first, scaled(proj, scale)], dtype)
+        return cast([first, (kernel, depthwise[1]), scaled(proj, scale)], dtype)
 
     @staticmethod
     @once_differentiable
@@ -74,15 +75,18 @@ class ModulationFunction(torch.autograd.Function):
         dtype = pair.dtype
         with without_autocast(x):
             if not prepared:
-                prepared = ModulationFunction.prepare(scale, parameters, dtype)
-            gate_and_value, proj = in_pairs(prepared)
+                prepared = ModulationFunction.prepare(scale, parameters, kernel, dtype)
+            gate_and_value, _, proj = in_pairs(prepared)
             gate, value = pair.chunk(2, -1)
             grads_proj, grad = product_backward(grad.to(dtype), mixed * value, proj[0])
             grad_pair = torch.empty_like(pair)
             grad_gate, grad_value = grad_pair.chunk(2, -1)
             torch.mul(grad, mixed, out=grad_value)
             grad, *grads_depthwise = depthwise_conv_backward(
-                grad.mul_(value), F.gelu(gate).contiguous(), kernel
+                grad.mul_(value),
+                F.gelu(gate).contiguous(),
+                kernel,
+                implementation=ctx.implementation,
             )
             gelu_backward(grad, gate, out=grad_gate)
             y, mean, rstd = normalize(x, parameters[:2], ctx.eps)
@@ -113,29 +117,30 @@ class FeedForwardFunction(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         dtype = autocast_dtype(x)
+        implementation = choose(x, parameters[4])
         with without_autocast(x):
-            kernel = depthwise_weight(x, parameters[4], dtype, laid_out)
-            prepared = FeedForwardFunction.prepare(scale, parameters, dtype)
-            fc1, fc2 = in_pairs(prepared)
+            kernel = depthwise_weight(parameters[4], dtype, laid_out, implementation)
+            prepared = FeedForwardFunction.prepare(scale, parameters, kernel, dtype)
+            fc1, pos, fc2 = in_pairs(prepared)
             hidden = product(normalize(x, in_pairs(parameters)[0], eps)[0].to(dtype), *fc1)
             active = F.gelu(hidden)
-            mixed = depthwise_conv(active, kernel, parameters[5])
+            mixed = depthwise_conv(active, *pos, implementation)
             out = product(active.add_(F.gelu(mixed)), *fc2)
         is_cast = dtype != parameters[2].dtype
         ctx.save_for_backward(
             x, mixed, hidden if keep_hidden else None, scale, kernel, *parameters,
             *(prepared if is_cast else ()),
         )  # fmt: skip
-        ctx.eps = eps
+        ctx.eps, ctx.implementation = eps, implementation
         return out
 
     @staticmethod
     def prepare(
-        scale: Tensor | None, parameters: tuple[Tensor, ...], dtype: torch.dtype
+        scale: Tensor | None, parameters: tuple[Tensor, ...], kernel: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Weights and biases of first and last product."""
-        _, fc1, _, fc2 = in_pairs(parameters)
-        return cast([fc1, scaled(fc2, scale)], dtype)
+        """Weights and biases of first product, convolution and last product."""
+        _, fc1, pos, fc2 = in_pairs(parameters)
+        return cast([fc1, (kernel, pos[1]), scaled(fc2, scale)], dtype)
 
     @staticmethod
     @once_differentiable
@@ -145,8 +150,8 @@ class FeedForwardFunction(torch.autograd.Function):
         dtype = mixed.dtype
         with without_autocast(x):
             if not prepared:
-                prepared = FeedForwardFunction.prepare(scale, parameters, dtype)
-            fc1, fc2 = in_pairs(prepared)
+                prepared = FeedForwardFunction.prepare(scale, parameters, kernel, dtype)
+            fc1, _, fc2 = in_pairs(prepared)
             y, mean, rstd = normalize(x, parameters[:2], ctx.eps)
             y = y.to(dtype)
             if hidden is None:
@@ -155,7 +160,9 @@ class FeedForwardFunction(torch.autograd.Function):
             total = F.gelu(mixed).add_(active)
             grads_fc2, grad = product_backward(grad.to(dtype), total, fc2[0])
             grad_mixed = gelu_backward(grad, mixed, out=total)
-            grad_active, *grads_pos = depthwise_conv_backward(grad_mixed, active, kernel)
+            grad_active, *grads_pos = depthwise_conv_backward(
+                grad_mixed, active, kernel, implementation=ctx.implementation
+            )
             del active
             grad = gelu_backward(grad_active.add_(grad), hidden, out=grad)
             del total, grad_mixed, grad_active, hidden
@@ -167,12 +174,12 @@ class FeedForwardFunction(torch.autograd.Function):
 
 
 def depthwise_weight(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, laid_out: Tensor | None
+    weight: Tensor, dtype: torch.dtype, laid_out: Tensor | None, implementation: str
 ) -> Tensor:
     """A depthwise weight as its implementation wants it: `laid_out` if that fits."""
     if laid_out is not None and laid_out.dtype == dtype:
         return laid_out
-    return prepare_weight(weight, dtype, choose(x, weight))
+    return prepare_weight(weight, dtype, implementation)
 
 
 def cast(pairs: list[Pair], dtype: torch.dtype) -> tuple[Tensor, ...]:

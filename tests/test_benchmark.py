@@ -1,13 +1,22 @@
 """The benchmark counts what it says, and its models are what they are called."""
 
 import json
+import random
 import re
 import sys
+import time
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import benchmark
+import benchmark_depthwise
+import benchmark_recipe
+import benchmark_report
+import measuring
 import pytest
 import torch
+import torch.nn.functional as F
 from benchmark import (
     BUILDERS,
     FREE,
@@ -32,7 +41,24 @@ from benchmark import (
     sweep,
     verdict,
 )
-from conftest import run_tool
+from benchmark_depthwise import NEEDS, measure_passes, one_pass, passes_table, tensors
+from benchmark_report import Plan, write_report
+from conftest import ROOT, run_tool
+from measuring import (
+    Activity,
+    Budget,
+    Case,
+    Ceilings,
+    Cost,
+    cells,
+    device_seconds,
+    launch_seconds,
+    measure_ceilings,
+    measure_costs,
+    read_trace,
+    trace,
+    union_length,
+)
 from mmengine.utils import digit_version
 from test_backbone import randomized, relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -283,7 +309,9 @@ def test_page_has_a_table_of_models_for_each_dtype(asked):
         asked('conv2former_n', '--dtype', 'bfloat16', '--batch', 2, '--page')
 
 
-@pytest.mark.parametrize('path', [[], ['--count'], ['--profile'], ['--sweep', 'kernel']])
+@pytest.mark.parametrize(
+    'path', [[], ['--count'], ['--profile'], ['--sweep', 'kernel'], ['--report', 'DIR']]
+)
 def test_cuda_without_a_gpu_is_one_error(path, asked, monkeypatch):
     """Of counting too: torch would switch autocast off and count float16 as float32."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
@@ -385,12 +413,444 @@ def test_every_mark_of_the_page_is_filled():
         assert (benchmark.PAGE.parent / picture).is_file()
 
 
-def test_whole_recipes_and_their_data(sample):
-    recipe = 'configs/segmentation/upernet_conv2former_n.py'
+@pytest.fixture
+def tiny_recipe(tmp_path):
+    path = tmp_path / 'tiny.py'
+    path.write_text(
+        f"_base_ = ['{ROOT}/configs/segmentation/upernet_conv2former_n.py']\n"
+        'model = dict(decode_head=dict(channels=8), auxiliary_head=dict(channels=8))\n'
+    )
+    return str(path)
+
+
+def test_whole_recipes_and_their_data(sample, tiny_recipe):
+    recipe = tiny_recipe
     output = run_tool('benchmark_recipe.py', recipe, '--size', 64, 64, '--rounds', 2)
-    for name in ('Conv2Former', 'published code', 'ConvNeXt-T'):
-        assert re.search(rf'\| {name} \| \d+ \(.*\| \d\.\d\d \| [\d,]+ \| \d\.\d\d \|', output)
+    assert '2x3x64x64, float32, cpu, 2 rounds' in output
+    for name in ('Conv2Former', 'published code', 'ConvNeXt-T', 'Swin-T'):
+        row = rf'\| {name} \| \d+ \(.*\| \d\.\d\d \| [\d,]+ \| \d\.\d\d \| \d+\.\d \|'
+        assert re.search(row, output)
     data = ['--data-root', sample / 'ade/ADEChallengeData2016', '--images', 4]
     output = run_tool('benchmark_recipe.py', recipe, *data)
     assert re.search(r'\d images a second with one worker', output)
     assert '| RandomCrop |' in output
+
+
+@pytest.mark.parametrize('with_optimizer', [True, False])
+def test_step_of_a_recipe(with_optimizer, monkeypatch):
+    """Gradients are there when the optimizer steps, and gone when the step ends."""
+    stepped = []
+
+    def step(optimizer):
+        stepped.extend(p.grad.clone() for group in optimizer.param_groups for p in group['params'])
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    monkeypatch.setattr(benchmark_recipe, 'loss', lambda model, batch, setting: model(batch).sum())
+    build_model = partial(torch.nn.Linear, 2, 1)
+    case = benchmark_recipe.make_case(build_model, Setting((1, 1)), with_optimizer)
+    case.step(torch.tensor([[3.0, 4.0]]))
+    assert [grad.tolist() for grad in stepped] == ([[[3, 4]], [1]] if with_optimizer else [])
+    assert all(parameter.grad is None for parameter in case.model.parameters())
+
+
+def test_page_has_no_other_setting_of_a_recipe(monkeypatch, tiny_recipe):
+    options = ['--page', '--dtype', 'bfloat16', '--batch', '3']
+    monkeypatch.setattr(sys, 'argv', ['benchmark_recipe.py', tiny_recipe, *options])
+    with pytest.raises(SystemExit, match='of 2x3x512x512, float32, cpu, not of 3x3x512x512, bf'):
+        benchmark_recipe.main()
+
+
+# ------------------------------------------------------------------------------------- measuring
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only `clock.now` moves."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(measuring.time, 'perf_counter', lambda: clock.now)
+    return clock
+
+
+def test_union_of_intervals_counts_what_is_covered():
+    rng = random.Random(0)
+    for _ in range(50):
+        starts = [rng.randrange(30) for _ in range(rng.randrange(12))]
+        intervals = [(start, start + rng.randrange(8)) for start in starts]
+        covered = {second for start, end in intervals for second in range(start, end)}
+        assert union_length(intervals) == len(covered)
+
+
+def event(cat, name, start, end, tid=1, **args):
+    args = {key.replace('_', ' '): value for key, value in args.items()}
+    return dict(ph='X', cat=cat, name=name, ts=start, dur=end - start, tid=tid, args=args)
+
+
+def operator(number, name, start, end, *shapes, tid=1):
+    return event('cpu_op', name, start, end, tid, External_id=number, Input_Dims=shapes)
+
+
+def kernel(name, start, end, number=None, cat='kernel'):
+    args = {} if number is None else dict(External_id=number)
+    return event(cat, name, start, end, 7, **args)
+
+
+def test_trace_of_a_gpu():
+    """Two streams, annotations, and depthwise convolutions told from others."""
+    x, thin, wide = [2, 8, 9, 9], [8, 1, 3, 3], [8, 8, 3, 3]
+    events = [
+        operator(1, 'aten::convolution', 0, 10, x, thin, [8]),
+        operator(2, 'aten::cudnn_convolution', 2, 8, x, thin),
+        operator(9, 'aten::copy_', 3, 4, x),  # called by both
+        operator(3, 'aten::convolution', 10, 20, x, wide, [8]),
+        operator(4, 'aten::convolution', 21, 22, [2, 1, 9, 9], thin, [8]),  # of one channel
+        operator(10, 'aten::convolution', 30, 40, x, thin, [8]),
+        operator(5, 'aten::convolution_backward', 0, 9, x, x, thin, tid=2),
+        operator(6, 'aten::sum', 9, 10, x, tid=2),
+        operator(7, 'ours::depthwise_conv', 11, 12, tid=2),
+        event('user_annotation', 'step', 0, 100, External_id=8),
+        event('gpu_user_annotation', 'step', 0, 1000, External_id=8),
+        kernel('a', 100, 120, 2),
+        kernel('b', 110, 130, 5),  # beside it, in another stream
+        kernel('copy', 130, 132, 9),
+        kernel('c', 200, 240, 3),
+        kernel('d', 240, 245, 4),
+        kernel('e', 250, 251, 6),
+        kernel('f', 260, 263, 7),
+        kernel('depthwise_forward_kernel', 300, 304),  # launched outside of any operator
+        kernel('Memcpy DtoD', 400, 410, cat='gpu_memcpy'),
+        kernel('Memset', 420, 421, cat='gpu_memset'),
+        {'ph': 'f', 'cat': 'ac2g', 'name': 'flow', 'ts': 1},
+    ]
+    with pytest.raises(RuntimeError, match='saw nothing run on the device'):
+        read_trace([event for event in events if event['ts'] < 100], 'cuda')
+    activity = read_trace(events, 'cuda')
+    assert activity.launches == 10
+    assert activity.busy == pytest.approx(1e-6 * (32 + 45 + 1 + 3 + 4 + 10 + 1))
+    assert activity.depthwise == pytest.approx(1e-6 * (32 + 3 + 4))
+
+
+def test_trace_of_this_machine():
+    x = torch.zeros(1, 8, 64, 64)
+
+    def step(weight, groups):
+        time.sleep(0.2)  # is no work
+        F.conv2d(x, weight, groups=groups)
+
+    start = time.perf_counter()
+    wide = trace(partial(step, torch.zeros(8, 8, 9, 9), 1), 'cpu')
+    assert 0 < wide.busy < time.perf_counter() - start - 0.2
+    assert wide.depthwise == 0
+    thin = trace(partial(step, torch.zeros(8, 1, 9, 9), 8), 'cpu')
+    assert 0.5 * thin.busy < thin.depthwise <= thin.busy
+    assert trace(lambda: x.add_(x).mul_(x), 'cpu').launches == 2
+
+
+@pytest.mark.parametrize(('seconds', 'calls'), [(0.001, 20), (0.1, 3), (1e-6, 100)])
+@pytest.mark.parametrize('device', ['cpu', 'cuda'])
+def test_calls_fill_the_time(device, seconds, calls, clock, monkeypatch):
+    """On a GPU between two events, and behind a sleep that outlasts the launches."""
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            happened.append('record')
+            self.now = clock.now
+
+        def elapsed_time(self, end):
+            return 1e3 * (end.now - self.now)
+
+        def synchronize(self):
+            happened.append('synchronize')
+
+    def call():
+        happened.append('call')
+        clock.now += seconds
+
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, '_sleep', lambda cycles: happened.append(cycles), raising=False)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    assert device_seconds(call, device, at_most=0.0201) == pytest.approx(seconds)
+    if device == 'cpu':
+        assert happened == ['call'] * (2 + calls)
+    else:
+        cycles = happened.pop(2)
+        assert cycles == pytest.approx(2e9 * min(calls * seconds, 0.0201), rel=1e-4)
+        assert happened == ['call'] * 2 + ['record'] + ['call'] * calls + ['record', 'synchronize']
+
+
+def test_launch_is_wall_time_a_call(clock):
+    def call():
+        clock.now += 0.25
+
+    assert launch_seconds(call, 'cpu') == 0.25
+
+
+def test_ceilings(monkeypatch):
+    """Rates of results that are seen to be computed, for calls of 0.1 s."""
+    results = []
+    monkeypatch.setattr(
+        measuring, 'device_seconds', lambda call, device: results.append(call()) or 0.1
+    )
+    ceilings = measure_ceilings('cpu')
+    copied, *products = results
+    assert ceilings.copy == pytest.approx(10 * 2 * copied.nbytes)
+    assert copied.min() == copied.max() == 1
+    for product in products:
+        rate = ceilings.products[str(product.dtype).removeprefix('torch.')]
+        assert rate == pytest.approx(10 * 2 * product.numel() * product.shape[0])
+    assert list(ceilings.products) == ['float32', 'bfloat16', 'float16']
+    known = Ceilings(copy=100.0, products={'float32': 1000.0})
+    assert known.seconds(moved=50, operations=10) == 0.5
+    assert known.seconds(moved=50, operations=2000) == 2
+
+
+def test_costs_are_measured_in_turn(clock, monkeypatch):
+    """One case fails and the others are measured; a new size costs 4 s, a known one 1 s."""
+    monkeypatch.setattr(measuring, 'trace', lambda step, device: step() or Activity(2, 3, 1))
+    called = []
+
+    def build(name):
+        def step(batch):
+            called.append((name, batch.numel()))
+            clock.now += 4 if called.count(called[-1]) == 1 else 1
+
+        if name == 'broken':
+            raise RuntimeError('no such kernel\nmore')
+        return Case(torch.nn.Linear(1, 1), step, lambda batch: (batch * torch.ones(5)).sigmoid())
+
+    costs = measure_costs(
+        {name: partial(build, name) for name in ('a', 'broken', 'b')},
+        lambda size: torch.ones(size[0] * size[1], 1, requires_grad=True),
+        (3, 4),
+        'cpu',
+        rounds=4,
+        budget=Budget(60),
+        new_sizes=[(5, 5), (6, 6)],
+    )
+    assert costs['broken'] == Cost(error='RuntimeError: no such kernel')
+    in_turn = [('a', 12), ('b', 12)] * 4
+    new = [(name, size) for size in (25, 36) for name in 'ab' for _ in range(2)]
+    assert called == [('a', 12)] * 2 + [('b', 12)] * 2 + in_turn + new
+    for name in 'ab':
+        cost = costs[name]
+        assert cost.wall == [1, 1, 1, 1]
+        assert cost.activity == Activity(2, 3, 1)
+        assert cost.bytes_kept == 4 * (12 * 5 + 5)  # the sigmoid's output and `ones`; no batch
+        assert cost.new_sizes == [(4, 1), (4, 1)]
+        assert cells(cost) == ['2000.0', '1000.0', '3', '', '4000', '4.0']
+
+
+def test_peak_is_beyond_what_was_there(monkeypatch):
+    memory = iter([100, 130, 200, 290, 300, 310])
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: next(memory))
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: next(memory))
+    cost = Cost()
+    for _ in range(3):
+        measuring.time_and_peak(cost, lambda: None, 'cuda')
+    assert cost.peak_bytes == 90
+    assert len(cost.wall) == 3
+
+
+def test_budget_leaves_out_what_comes_last(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(measuring.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(measuring, 'trace', lambda step, device: None)
+    budget = Budget(10)
+    assert budget.part(4).left == 4
+    now[0] = 8.0
+    assert budget.part(4).left == budget.left == 2
+
+    def step(_):
+        now[0] += 1.0
+
+    def build():
+        return Case(torch.nn.Linear(1, 1), step, lambda batch: batch)
+
+    costs = measure_costs(
+        {'a': build, 'b': build, 'c': build}, lambda size: torch.ones(1), (1, 1), 'cpu', 9, budget,
+        new_sizes=[(2, 2)],
+    )  # fmt: skip
+    assert [len(cost.wall) for cost in costs.values()] == [3, 3, 0]  # of 9 rounds
+    assert costs['c'].error == 'TimeoutError: skipped, the time is used up'
+    assert costs['c'].bytes_kept is None
+    assert costs['a'].new_sizes == []
+
+
+# ------------------------------------------------------------------------------------- depthwise
+@pytest.mark.parametrize('kind', NEEDS)
+def test_each_pass_is_the_one_named(kind):
+    """Against stock autograd in double precision."""
+    x, grad, weight, bias = tensors((2, 3, 8, 7), 5, 'cpu', torch.double)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, weight, bias)]
+    first = leaves[0].permute(0, 3, 1, 2)
+    y = F.conv2d(first, *leaves[1:], padding=2, groups=3).permute(0, 2, 3, 1)
+    expected = dict(zip(('x', 'weight', 'bias'), torch.autograd.grad(y, leaves, grad)))
+    result = one_pass(kind, grad, x, weight, bias, 'stock')()
+    if kind == 'forward':
+        torch.testing.assert_close(result, y.detach())
+        return
+    needed = ['x'] if kind == 'input gradient' else ['weight', 'bias']
+    for name, own in zip(('x', 'weight', 'bias'), result):
+        assert (own is not None) == (name in needed)
+        if own is not None:
+            torch.testing.assert_close(own, expected[name])
+
+
+def test_depthwise_passes(monkeypatch):
+    """Rates and shares worked out by hand, for a time of 2 ms."""
+    monkeypatch.setattr(benchmark_depthwise, 'device_seconds', lambda function, device: 2e-3)
+    ceilings = Ceilings(copy=1e9, products={'float32': 1e9})
+    shapes = [(2, 6, 5, 4)]
+    timings = measure_passes((11, 3), shapes, 'cpu', 'bfloat16', ceilings, Budget(60))
+    assert {(timing.kernel, timing.shape) for timing in timings} == {
+        (11, (2, 6, 5, 4)),
+        (3, (2, 24, 5, 4)),  # of the feed-forward part
+    }
+    assert [timing.kind for timing in timings[:3]] == list(NEEDS)
+    assert {timing.implementation for timing in timings} >= {'stock', 'products'}
+    for timing in timings:
+        assert timing.milliseconds == 2
+        numbers = 240 if timing.kernel == 11 else 960
+        operations = 2 * timing.kernel**2 * numbers
+        assert timing.tflops == pytest.approx(operations / 2e-3 / 1e12)
+        moved = 2 * (2 * numbers + timing.kernel**2 * timing.shape[1])
+        assert timing.share == pytest.approx(max(operations, moved) / 1e9 / 2e-3)
+        assert timing.is_chosen == (timing.implementation == 'stock')  # small, and not float32
+    text = passes_table(timings)
+    assert text.splitlines()[0].startswith('| kernel | N, C, H, W | pass | stock, ms (TFLOP/s')
+    cell = '2.000 (2.9e-05, 3%)'  # of 58,080 operations
+    row = f'| 11 | 2, 6, 5, 4 | input gradient | **{cell}** | {cell} |'
+    assert text.splitlines()[2 + 3 + 1].startswith(row)
+    assert measure_passes((11, 3), shapes, 'cpu', 'bfloat16', ceilings, Budget(0)) == []
+
+
+def test_pass_that_fails_is_a_cell(monkeypatch):
+    def fail(function, device):
+        raise RuntimeError('too large')
+
+    monkeypatch.setattr(benchmark_depthwise, 'device_seconds', fail)
+    ceilings = Ceilings(copy=1.0, products={'float32': 1.0})
+    timings = measure_passes((5,), [(1, 2, 3, 3)], 'cpu', 'float32', ceilings, Budget(60))
+    assert 'RuntimeError: too large' in passes_table(timings)
+
+
+def test_depthwise_tables_of_the_command(monkeypatch, capsys):
+    """The CPU's as it stands on the page; the GPU's is refused where there is none."""
+    monkeypatch.setattr(benchmark_depthwise, 'CPU_SHAPES', [(1, 4, 6, 6)])
+    monkeypatch.setattr(sys, 'argv', ['benchmark_depthwise.py', '--kernel-sizes', '5', '7'])
+    benchmark_depthwise.main()
+    rows = capsys.readouterr().out.splitlines()
+    header = '| kernel | N, C, H, W | stock, ms | matrix products, ms | ratio | chosen |'
+    assert rows[0] == header
+    assert header in benchmark.PAGE.read_text()
+    for row, size in zip(rows[2:], (5, 7), strict=True):
+        assert re.fullmatch(rf'\| {size} \| 1, 4, 6, 6 \|( \d+\.\d\d \|){{3}} no \|', row)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(sys, 'argv', ['benchmark_depthwise.py', '--device', 'cuda'])
+    with pytest.raises(SystemExit, match='torch finds no CUDA device'):
+        benchmark_depthwise.main()
+
+
+def test_shapes_are_those_of_the_network():
+    network = Conv2Former('t')
+    assert [
+        (batch, channels, height // stride, width // stride)
+        for batch, height, width in ((2, 800, 1280), (2, 512, 512), (64, 224, 224))
+        for channels, stride in zip(network.channels, network.strides, strict=True)
+    ] == benchmark_depthwise.GPU_SHAPES
+    first = network.stages[0][0]
+    kernels = {
+        module.in_channels // network.channels[0]: module.kernel_size[0]
+        for module in first.modules()
+        if getattr(module, 'groups', 1) > 1
+    }
+    assert kernels == {1: 11, 4: benchmark_depthwise.FEED_FORWARD}
+
+
+# ---------------------------------------------------------------------------------------- report
+KNOWN = Ceilings(copy=1.0, products={'float32': 1.0})
+
+
+def test_report(tmp_path, tiny_recipe, monkeypatch, capsys):
+    """A real one, of tiny sizes: every part is in both files."""
+    plan = Plan(
+        models=('conv2former_n', 'plain_n', 'conv2former_n:deploy=True'),
+        setting=Setting((32, 32)),
+        shapes=((1, 8, 6, 6),),
+        kernels=(5,),
+        recipes={tiny_recipe: (64, 64)},
+    )
+    monkeypatch.setattr(benchmark_report, 'QUICK', plan)
+    monkeypatch.delenv('TRITON_INTERPRET', raising=False)  # its interpreter would take minutes
+    options = ['--report', str(tmp_path / 'out'), '--quick', '--rounds', '2', '--batch', '2']
+    options += ['--budget', '3600']
+    monkeypatch.setattr(sys, 'argv', ['tools/benchmark.py', *options])
+    benchmark.main()
+    content = json.loads((tmp_path / 'out/report.json').read_text())
+    assert content['command'].startswith('python tools/benchmark.py --report ')
+    assert content['machine']['torch'] == torch.__version__
+    assert content['notes'] == []
+    parts = ['depthwise convolution', 'launches', 'training step', 'inference', 'recipe tiny']
+    assert list(content['seconds']) == parts
+    assert content['ceilings']['copy'] > 1e8
+    passes = {(timing['implementation'], timing['kind']) for timing in content[parts[0]]}
+    assert passes >= {(name, kind) for name in ('stock', 'products') for kind in NEEDS}
+    assert all(timing['milliseconds'] > 0 for timing in content[parts[0]])
+    assert content['launches']['stock, forward'] > content['launches']['torch.add'] > 0
+    assert list(content['training step']) == ['conv2former_n', 'plain_n']
+    assert list(content['inference']) == list(plan.models)
+    assert list(content['recipe tiny']) == ['Conv2Former', 'published code', 'ConvNeXt-T', 'Swin-T']
+    costs = [*content['training step'].values(), *content['inference'].values()]
+    for cost in [*costs, *content['recipe tiny'].values()]:
+        assert len(cost['wall']) == 2
+        assert cost['error'] == ''
+        # What a step does lasts about as long as the step, on a machine that others use too.
+        assert 0.02 < cost['activity']['busy'] / min(cost['wall']) < 20
+        assert cost['activity']['launches'] > 100
+    assert all(len(cost['new_sizes']) == 3 for cost in costs)
+    ours, plain = content['training step'].values()
+    expected = count_bytes_kept('conv2former_n', Setting((32, 32), batch=2))
+    assert ours['bytes_kept'] == pytest.approx(expected, rel=0.02)
+    assert plain['bytes_kept'] > ours['bytes_kept']
+    assert ours['activity']['depthwise'] > 0
+    assert content['recipe tiny']['Swin-T']['activity']['depthwise'] == 0
+    text = (tmp_path / 'out/report.md').read_text()
+    assert [line[3:].lower() for line in text.splitlines() if line.startswith('## ')] == parts
+    assert text.count('\n2x3x32x32, float32, cpu\n') == 2
+    assert re.search(r'\| `plain_n` \| \d+\.\d \(.*\) \| \d+ \| \d+\.\d \| \d+\.\d \| \d', text)
+    assert text.strip() in capsys.readouterr().out.replace('\n\n\n', '\n\n')
+
+
+def test_report_survives_failures(tmp_path, monkeypatch):
+    """One of a part, and an interruption after it; a wrong model is refused at once."""
+    monkeypatch.setattr(benchmark_report, 'measure_ceilings', lambda device: KNOWN)
+    monkeypatch.setattr(benchmark_report, 'measure_host', lambda plan, budget: ({'a': 1}, 'found'))
+
+    def fail(*_):
+        raise RuntimeError('out of memory')
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark_report, 'measure_depthwise', fail)
+    monkeypatch.setattr(benchmark_report, 'measure_models', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_report(tmp_path, benchmark_report.QUICK, 60)
+    content = json.loads((tmp_path / 'report.json').read_text())
+    assert content['notes'] == ['depthwise convolution: RuntimeError: out of memory']
+    assert content['launches'] == {'a': 1}
+    assert '## Launches\n\nfound\n' in (tmp_path / 'report.md').read_text()
+    with pytest.raises(SystemExit, match='unknown model resnet'):
+        write_report(tmp_path / 'new', replace(benchmark_report.QUICK, models=('resnet',)), 1)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_report_without_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark_report, 'measure_ceilings', lambda device: KNOWN)
+    write_report(tmp_path, benchmark_report.FULL, 0)
+    notes = json.loads((tmp_path / 'report.json').read_text())['notes']
+    assert len(notes) == 6
+    assert all(note.endswith('TimeoutError: skipped, the 0 seconds are used up') for note in notes)

@@ -15,7 +15,6 @@ from torch import nn
 
 from mmconv2former import Conv2Former
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d
-from mmconv2former.ops.depthwise import VARIABLE
 
 pytestmark = pytest.mark.gpu
 ARCH = dict(channels=(16, 24, 32, 40), depths=(1, 1, 2, 1), kernel_size=(11, 9, 7, 3))
@@ -52,7 +51,7 @@ def exact(model, x):
 @pytest.mark.parametrize('recompute', ['nothing', 'elementwise', 'expansion'])
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_network_in_float32(setting, recompute, with_cp, monkeypatch):
-    monkeypatch.setenv(VARIABLE, setting)
+    monkeypatch.setattr(depthwise, 'setting', setting)
     model = build(recompute=recompute, with_cp=with_cp).cuda()
     x = torch.randn(2, 3, 96, 75, device='cuda')
     outputs, grads = exact(model, x)
@@ -67,7 +66,7 @@ def test_network_in_float32(setting, recompute, with_cp, monkeypatch):
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_network_in_half_precision(setting, dtype, monkeypatch):
     """As close to float64 as stock operators under the same autocast, within a factor of two."""
-    monkeypatch.setenv(VARIABLE, setting)
+    monkeypatch.setattr(depthwise, 'setting', setting)
     model = build().cuda()
     x = torch.randn(2, 3, 96, 75, device='cuda')
     outputs, grads = exact(model, x)

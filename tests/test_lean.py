@@ -9,8 +9,7 @@ from torch import nn
 
 from mmconv2former import Conv2Former
 from mmconv2former.backbone import RECOMPUTE
-from mmconv2former.ops import depthwise_products
-from mmconv2former.ops.depthwise import VARIABLE
+from mmconv2former.ops import depthwise, depthwise_products
 from mmconv2former.registry import MODELS
 
 ARCH = SMALL_ARCHS['kernels']
@@ -190,7 +189,22 @@ def test_the_weight_gradient_can_be_chosen(method, monkeypatch):
     monkeypatch.setattr(
         depthwise_products, 'weight_gradient', lambda *a: calls.append(a) or real(*a)
     )
-    monkeypatch.setenv(VARIABLE, method)
+    monkeypatch.setattr(depthwise, 'setting', method)
     model = randomized(Conv2Former(ARCH).double())
     compare_with_plain(model, torch.randn(1, 3, 64, 64, dtype=torch.double), 1e-12, 1e-10)
     assert len(calls) == (2 * sum(model.depths) if method == 'products' else 0)
+
+
+def test_mixed_precision_has_no_matrix_products_of_float32(monkeypatch):
+    """The rule for the weight gradient is asked for the dtype that autocast computes in."""
+    monkeypatch.setattr(depthwise_products, 'is_faster', lambda x, weight: True)
+    calls = []
+    real = depthwise_products.weight_gradient
+    monkeypatch.setattr(
+        depthwise_products, 'weight_gradient', lambda *a: calls.append(a) or real(*a)
+    )
+    model = randomized(Conv2Former(ARCH))
+    gradients(model, torch.randn(1, 3, 64, 64), torch.bfloat16)
+    assert not calls
+    gradients(model, torch.randn(1, 3, 64, 64))
+    assert len(calls) == 2 * sum(model.depths)

@@ -2,6 +2,7 @@
 
     python tools/benchmark.py                           # ours against the published code
     python tools/benchmark.py --device cuda             # the same ratios there, not judged
+    python tools/benchmark.py --device cuda --report DIR   # everything, in 4 minutes on a GPU
     python tools/benchmark.py conv2former_t convnext_tiny swin_tiny --size 800 1280
     python tools/benchmark.py conv2former_t:recompute=elementwise plain_t --dtype bfloat16
     python tools/benchmark.py conv2former_t --profile
@@ -18,6 +19,10 @@ A model is a name, with options after a colon:
     convnext_tiny  swin_tiny  hornet_tiny  ...     any of docs/comparators.md, with four outputs
     birder_t                   birder's Conv2Former, if that package is installed
 
+--report measures the depthwise convolution, models, and whole recipes, and writes what it has after
+each part. MODEL, --size and --dtype are then those of the models; recipes and the convolution have
+their own sizes.
+
 --size, --batch, --device and --dtype hold for whatever is measured or counted. The project's goals
 are of the default setting only: of another one the same ratios are printed without them.
 
@@ -33,7 +38,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +48,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from make_tables import with_table
+from measuring import timed
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
@@ -137,14 +142,18 @@ def build(spec: str) -> nn.Module:
     Raises:
         SystemExit: There is no such model.
     """
+    name, options = parse(spec)
+    return BUILDERS[name](**options)
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of a model; raises SystemExit if there is none of this name."""
     name, _, text = spec.partition(':')
     if name not in BUILDERS:
         raise SystemExit(f'error: unknown model {name}; there are {", ".join(BUILDERS)}')
     options = dict(option.split('=') for option in text.split(',') if option)
     values = {'True': True, 'False': False}
-    return BUILDERS[name](
-        **{key: values.get(v, int(v) if v.isdigit() else v) for key, v in options.items()}
-    )
+    return name, {key: values.get(v, int(v) if v.isdigit() else v) for key, v in options.items()}
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -207,17 +216,6 @@ def train_step(model: nn.Module, images: Tensor, setting: Setting) -> None:
 def infer(model: nn.Module, images: Tensor, setting: Setting) -> None:
     with torch.inference_mode(), setting.precision():
         model(images)
-
-
-def timed(function: Callable, *args: object, device: str) -> float:
-    """Seconds."""
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function(*args)
-    if device == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def measure(specs: list[str], setting: Setting, rounds: int, kinds: list[str]) -> list[Result]:
@@ -356,12 +354,15 @@ def count_traffic(spec: str, setting: Setting, training: bool) -> tuple[int, int
 
 
 # ----------------------------------------------------------------------------------------- tables
-def spread(times: list[float]) -> str:
+def spread(times: list[float], digits: int = 0) -> str:
     """Median and quartiles in milliseconds."""
     if not times:
         return ''
     first, _, third = statistics.quantiles(times, n=4)
-    return f'{1e3 * statistics.median(times):.0f} ({1e3 * first:.0f} to {1e3 * third:.0f})'
+    median, *quartiles = (
+        f'{1e3 * seconds:.{digits}f}' for seconds in (statistics.median(times), first, third)
+    )
+    return f'{median} ({" to ".join(quartiles)})'
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -394,16 +395,21 @@ def describe(results: list[Result], rate: float) -> str:
     return table(header, rows)
 
 
-def machine(rate: float, device: str) -> str:
-    """What was measured on: the device's name, and its rate from `measure_product_rate`."""
-    processor = platform.processor() or platform.machine()
+def device_name(device: str) -> str:
+    if device == 'cuda':
+        return torch.cuda.get_device_name()
     cpuinfo = Path('/proc/cpuinfo')
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if 'model name' in line]
-        processor = names[0].split(':')[1].strip() if names else processor
-    name = torch.cuda.get_device_name() if device == 'cuda' else processor
+        if names:
+            return names[0].split(':')[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine(rate: float, device: str) -> str:
+    """What was measured on: the device's name, and its rate from `measure_product_rate`."""
     return (
-        f'{name}, {torch.get_num_threads()} threads, torch {torch.__version__}; '
+        f'{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; '
         f'matrix products at {rate:.0f} G multiply-adds a second'
     )
 
@@ -673,9 +679,23 @@ def main() -> None:
         type=Path,
         help='file for all that was measured (not with --count, --profile or --sweep)',
     )
+    parser.add_argument(
+        '--report',
+        type=Path,
+        metavar='DIR',
+        help='measure everything instead, and write DIR/report.json and DIR/report.md',
+    )
+    parser.add_argument(
+        '--budget', type=float, default=240, help='seconds of --report (default: 240)'
+    )
+    parser.add_argument(
+        '--quick', action='store_true', help='tiny sizes and models in --report, to look at it'
+    )
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f'--rounds must be at least 2, got {args.rounds}')
+    if args.report is not None and args.page:
+        parser.error('--report writes files of its own: leave --page out')
     if args.sweep == 'resolution' and args.size is not None:
         parser.error('--sweep resolution has its own sizes: leave --size out')
     asked: dict[str, Any] = {
@@ -687,6 +707,18 @@ def main() -> None:
         asked['size'] = tuple(args.size)
     setting = replace(SPEED, **asked)
 
+    if args.report is not None:
+        from benchmark_report import FULL, QUICK, write_report  # which imports this module
+
+        plan = QUICK if args.quick else FULL
+        plan = replace(
+            plan,
+            models=tuple(args.models) or plan.models,
+            setting=replace(plan.setting, **asked),
+            rounds=args.rounds,
+        )
+        write_report(args.report, plan, args.budget)
+        return
     if args.count:
         counted = replace(COUNT, **asked)
         if args.page:

@@ -1,13 +1,16 @@
-"""Measures a whole recipe beside the same recipe with ConvNeXt-T, and how fast its data load.
+"""Measures a whole recipe beside the same one with other backbones, and how fast its data load.
 
     python tools/benchmark_recipe.py configs/detection/mask_rcnn_conv2former_t.py
     python tools/benchmark_recipe.py configs/segmentation/upernet_conv2former_t.py --size 512 512
+    python tools/benchmark_recipe.py CONFIG --device cuda --dtype bfloat16 --optimizer
     python tools/benchmark_recipe.py CONFIG --data-root DIR       # the training pipeline alone
     python tools/benchmark_recipe.py CONFIG --evaluate 500        # COCO's metrics alone
 
-The first two run training steps (forward and backward of all losses) on made-up images, the models
-in turn; detection at 512x512 by default, segmentation at its crop. `published code` is the recipe
-with the plain operators that stand for it (see benchmark.py).
+The first three run training steps (forward and backward of all losses) on made-up images, the
+models in turn; detection at 512x512 by default, segmentation at its crop. `published code` is the
+recipe with the plain operators that stand for it (see benchmark.py). In detection nearly every
+batch has a new size, so the first call at some new sizes is timed too. docs/performance.md explains
+the columns.
 """
 
 from __future__ import annotations
@@ -15,32 +18,51 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import torch
 from benchmark import (
+    DTYPES,
     PlainConv2Former,
+    Setting,
     machine,
     measure_product_rate,
+    refuse_page,
     show,
     spread,
     table,
-    timed,
 )
 from common import set_backbone, set_data_root
 from datasets import COCO_IDS
+from measuring import (
+    COLUMNS,
+    Budget,
+    Case,
+    Cost,
+    Size,
+    cells,
+    errors_below,
+    measure_costs,
+    mebibytes,
+    timed,
+)
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from pycocotools.mask import frPyObjects
-from torch import Tensor, nn
+from torch import Tensor
 
 OBJECTS = 8  # in each made-up image
 
@@ -52,6 +74,11 @@ def main() -> None:
     parser.add_argument('config')
     parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'))
     parser.add_argument('--batch', type=int, help='default: 1, in segmentation 2, for BatchNorm')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], help='of the steps (default: cpu)')
+    parser.add_argument('--dtype', choices=DTYPES, help='autocast to it (default: float32)')
+    parser.add_argument(
+        '--optimizer', action='store_true', help="AdamW's step is part of a training step"
+    )
     parser.add_argument('--rounds', type=int, default=5, help='rounds that count')
     parser.add_argument('--data-root', help='measure the training pipeline on these data')
     parser.add_argument('--images', type=int, default=60, help='images that the pipeline makes')
@@ -65,51 +92,117 @@ def main() -> None:
     if args.evaluate is not None:
         show('evaluation', measure_evaluation(args.evaluate), args.page)
         return
-    title = machine(measure_product_rate('cpu'), 'cpu') + '\n\n'
-    kind, measure = ('data', measure_pipeline) if args.data_root else ('recipe', measure_steps)
-    show(f'{kind} {Path(args.config).stem}', title + measure(args), args.page)
+    if args.data_root:
+        title = machine(measure_product_rate('cpu'), 'cpu') + '\n\n'
+        show(f'data {Path(args.config).stem}', title + measure_pipeline(args), args.page)
+        return
+    config = Config.fromfile(args.config)
+    default = default_setting(config)
+    asked: dict[str, Any] = {
+        key: value for key in ('batch', 'device', 'dtype') if (value := getattr(args, key))
+    }
+    setting = replace(default, size=tuple(args.size or default.size), **asked)
+    if args.page:
+        refuse_page(setting, default)
+    costs = measure_steps(config, setting, args.optimizer, args.rounds, Budget(math.inf))
+    title = machine(measure_product_rate(setting.device), setting.device)
+    title += f'\n\n{args.config}, {setting}, {args.rounds} rounds\n\n'
+    show(f'recipe {Path(args.config).stem}', title + steps_table(costs), args.page)
 
 
 # ------------------------------------------------------------------------------------------ steps
-def measure_steps(args: argparse.Namespace) -> str:
-    """A table of training steps: ours, the published code's operators, ConvNeXt-T."""
-    config = Config.fromfile(args.config)
+OURS = 'Conv2Former'
+
+
+def measure_steps(
+    config: Config, setting: Setting, with_optimizer: bool, rounds: int, budget: Budget
+) -> dict[str, Cost]:
+    """Costs of a training step with each backbone: ours, the published code's, and two others.
+
+    Args:
+        config: A recipe. If it has a crop, that gets the size of the setting.
+        setting: Size, device and precision of the batch.
+        with_optimizer: Whether AdamW's step is part of a step.
+        rounds, budget: See `measure_costs`.
+    """
     init_default_scope(config.default_scope)
-    crop = config.model.data_preprocessor.get('size')
-    size = tuple(args.size or crop or (512, 512))
-    if crop is not None:
-        config.model.data_preprocessor.size = size
-    models = {
-        'Conv2Former': build(config),
-        'published code': with_published_operators(build(config)),
-        'ConvNeXt-T': build(with_convnext(config)),
+    config = copy.deepcopy(config)
+    if crop_of(config) is not None:
+        config.model.data_preprocessor.size = setting.size
+    builders = {
+        OURS: lambda: build(config),
+        'published code': lambda: with_published_operators(build(config)),
+        'ConvNeXt-T': lambda: build(with_comparator(config, 'convnext_tiny')),
+        'Swin-T': lambda: build(with_comparator(config, 'swin_tiny')),
     }
-    if config.default_scope == 'mmdet':
-        images, make_batch = args.batch or 1, detection_batch
-    else:
-        images, make_batch = args.batch or 2, segmentation_batch
-    batch = make_batch(images, size)
-    times: dict[str, list[float]] = defaultdict(list)
-    kept = {name: count_kept(model, batch) for name, model in models.items()}
-    for number in range(args.rounds + 1):  # one to warm up
-        for name, model in models.items():
-            seconds = timed(step, model, batch, device='cpu')
-            if number > 0:
-                times[name].append(seconds)
-    first = statistics.median(times['Conv2Former'])
-    rows = [
-        [
-            name,
-            spread(times[name]),
-            f'{first / statistics.median(times[name]):.2f}',
-            f'{kept[name] / 2**20:,.0f}',
-            f'{kept["Conv2Former"] / kept[name]:.2f}',
-        ]
-        for name in models
-    ]
-    title = f'{args.config}, {images}x3x{size[0]}x{size[1]}, {args.rounds} rounds\n\n'
-    header = ['backbone', 'training step, ms', 'ours to it', 'kept for backward, MiB', 'ours to it']
-    return title + table(header, rows)
+    make_batch = detection_batch if config.default_scope == 'mmdet' else segmentation_batch
+    height, width = setting.size
+    return measure_costs(
+        {
+            name: partial(make_case, build_model, setting, with_optimizer)
+            for name, build_model in builders.items()
+        },
+        partial(make_batch, setting.batch),
+        setting.size,
+        setting.device,
+        rounds,
+        budget,
+        new_sizes=[] if crop_of(config) else [(height + 32, width), (height + 32, width + 32)],
+    )
+
+
+def make_case(build_model: Callable[[], BaseModel], setting: Setting, with_optimizer: bool) -> Case:
+    """A model of a recipe on its device, and its training step."""
+    model = build_model().to(setting.device)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=setting.device == 'cuda')
+
+    def step(batch: dict) -> None:
+        loss(model, batch, setting).backward()
+        if with_optimizer:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    return Case(model, step, partial(loss, model, setting=setting))
+
+
+def steps_table(costs: dict[str, Cost]) -> str:
+    """Time and bytes kept with their ratios, then `COLUMNS`."""
+    rows = []
+    for name, cost in costs.items():
+        rows.append(
+            [
+                name,
+                spread(cost.wall),
+                ratio(median(costs[OURS]), median(cost)),
+                mebibytes(cost.bytes_kept),
+                ratio(costs[OURS].bytes_kept, cost.bytes_kept),
+                *cells(cost),
+            ]
+        )
+    header = ['backbone', 'training step, ms', 'ours to it', 'kept for backward, MiB', 'ours to it',
+              *COLUMNS]  # fmt: skip
+    return table(header, rows) + errors_below(costs)
+
+
+def median(cost: Cost) -> float | None:
+    return statistics.median(cost.wall) if cost.wall else None
+
+
+def ratio(ours: float | None, theirs: float | None) -> str:
+    return f'{ours / theirs:.2f}' if ours and theirs else ''
+
+
+def crop_of(config: Config) -> Size | None:
+    """The size that a recipe trains at; None if it has several."""
+    size = config.model.data_preprocessor.get('size')
+    return None if size is None else tuple(size)
+
+
+def default_setting(config: Config) -> Setting:
+    """The recipe's crop with two images, which BatchNorm needs, else one image of 512x512."""
+    crop = crop_of(config)
+    return Setting((512, 512)) if crop is None else Setting(crop, batch=2)
 
 
 def build(config: Config) -> BaseModel:
@@ -121,9 +214,9 @@ def build(config: Config) -> BaseModel:
     return model
 
 
-def with_convnext(config: Config) -> Config:
+def with_comparator(config: Config, name: str) -> Config:
     config = copy.deepcopy(config)
-    set_backbone(config, 'convnext_tiny')
+    set_backbone(config, name)
     return config
 
 
@@ -132,31 +225,11 @@ def with_published_operators(model: BaseModel) -> BaseModel:
     return model
 
 
-def step(model: BaseModel, batch: dict) -> None:
-    model.zero_grad(set_to_none=True)
-    loss(model, batch).backward()
-
-
-def loss(model: BaseModel, batch: dict) -> Tensor:
+def loss(model: BaseModel, batch: dict, setting: Setting) -> Tensor:
     torch.manual_seed(0)  # the same samples of proposals in each step
     data = model.data_preprocessor(batch, training=True)
-    return model.parse_losses(model(**data, mode='loss'))[0]
-
-
-def count_kept(model: nn.Module, batch: dict) -> int:
-    """Bytes that autograd keeps between forward and backward, parameters left out."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        total = loss(model, batch)
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    del total
-    return sum(kept.values())
+    with setting.precision():
+        return model.parse_losses(model(**data, mode='loss'))[0]
 
 
 def detection_batch(batch: int, size: tuple[int, int]) -> dict:

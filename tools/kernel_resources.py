@@ -75,7 +75,7 @@ def launchers_of(
 ) -> dict[str, Launcher]:
     """All kernels of a convolution with bias, as they run on GPU 0."""
     dtype = getattr(torch, name)
-    blocks = blocks_for(kernel_size, dtype)
+    blocks = blocks_for(kernel_size)
     blocks = blocks if rows is None else replace(blocks, rows=rows)
     forward = forward_launcher(
         0, dtype, torch.float32, channels, kernel_size, channels, False, blocks
@@ -100,9 +100,8 @@ def resources(launcher: Launcher, dtype: str, capability: int) -> tuple[int, int
         if name in pointers and name != 'bias'
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    compiled = triton.compile(
-        source, target=GPUTarget('cuda', capability, 32), options=dict(num_warps=launcher.num_warps)
-    )
+    options = dict(num_warps=launcher.blocks.num_warps)
+    compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         Path(file.name).write_bytes(compiled.asm['cubin'])
         usage = disassemble('--dump-resource-usage', file.name)

@@ -23,9 +23,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from importlib import metadata
-from importlib.util import find_spec
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, overload
 
@@ -40,7 +38,6 @@ from . import depthwise_products
 from .memory_format import (
     autocast_dtype,
     is_autocast_enabled,
-    is_captured,
     is_compiling,
     is_cpu_float32,
     is_intercepted,
@@ -50,6 +47,7 @@ from .memory_format import (
 )
 
 VARIABLE = 'MMCONV2FORMER_DEPTHWISE'
+setting = os.environ.get(VARIABLE, 'auto')  # read once, as a launch must cost little
 SETTINGS = ('auto', 'triton', 'cudnn', 'native', 'products', 'stock')
 # Up to this size cuDNN has fast kernels for channels_last (measured on an H100).
 LARGEST_FAST_CUDNN_KERNEL = 7
@@ -118,15 +116,14 @@ def depthwise_conv2d(
         ValueError: A shape is not as above, or the dtypes differ outside of autocast.
     """
     check(x, weight, bias)
-    if x.device.type in OPERATOR_DEVICES and (is_compiling() or is_intercepted(x)):
-        dtype = autocast_dtype(x)
-        bias = None if bias is None else bias.to(dtype)
-        return torch.ops.mmconv2former.depthwise_conv2d(x.to(dtype), weight.to(dtype), bias)
     implementation = choose(x, weight)
-    is_stock = implementation in ('stock', 'cudnn')
+    if implementation == 'operator':  # which has derivatives, but knows nothing of autocast
+        dtype = autocast_dtype(x)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    is_stock = implementation in ('operator', 'stock', 'cudnn')
     if is_stock or (implementation == 'products' and not torch.is_grad_enabled()):
-        return depthwise_conv(x, weight, bias, implementation)  # which autograd and autocast know
-    return DepthwiseConvFunction.apply(x, weight, bias, laid_out)
+        return depthwise_conv(x, weight, bias, implementation)
+    return DepthwiseConvFunction.apply(x, weight, bias, laid_out, implementation)
 
 
 @contextmanager
@@ -165,24 +162,36 @@ def choose(x: Tensor, weight: Tensor) -> str:
     """The implementation for an input and a weight: see the table at the top of this file.
 
     Args:
-        x: Input (N, H, W, C), of which only device, shape and dtype count.
+        x: Input (N, H, W, C), of which only device, dtype, N, H and W count.
         weight: (C, 1, K, K).
+
+    Returns:
+        A name of that table, or 'operator': the registered operator, which makes the choice when a
+        graph runs.
 
     Raises:
         ValueError: `MMCONV2FORMER_DEPTHWISE` has a value that there is not.
         RuntimeError: It demands Triton where that cannot run.
     """
+    has_operator = x.device.type in OPERATOR_DEVICES
+    if is_compiling():
+        return 'operator' if has_operator and not torch.onnx.is_in_onnx_export() else 'stock'
     # Transforms of `torch.func` know neither autograd functions nor registered derivatives.
-    if is_captured() or torch._C._are_functorch_transforms_active():
+    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return 'stock'
+    return 'operator' if has_operator and is_intercepted(x) else choose_kernel(x, weight)
+
+
+def choose_kernel(x: Tensor, weight: Tensor) -> str:
+    """As `choose`, where nothing stands between the operators and the device."""
     implementation = device_choice(weight, autocast_dtype(x))
     if implementation == 'auto':  # on a CPU, where the size of the input counts
         is_fast = weight.requires_grad and is_cpu_float32(x)
-        is_fast = is_fast and depthwise_products.is_faster(x, weight.shape[-1])
+        is_fast = is_fast and depthwise_products.is_faster(x, weight)
         return 'products' if is_fast else 'stock'
     if implementation == 'triton':
-        is_empty, is_too_wide = x.numel() == 0, x.shape[2] * x.shape[3] > triton_kernels().MAX_ROW
-        if is_empty or is_too_wide:
+        is_too_wide = x.shape[2] * weight.shape[0] > triton_kernels().MAX_ROW
+        if is_too_wide or x.shape[0] == 0:
             return 'native'
     return implementation
 
@@ -197,7 +206,6 @@ def implementations(x: Tensor, weight: Tensor) -> list[str]:
 
 def device_choice(weight: Tensor, dtype: torch.dtype) -> str:
     """As `choose`, for any input; 'auto' where its size decides."""
-    setting = os.environ.get(VARIABLE, 'auto')
     return choice_for(setting, weight.device, dtype, weight.shape[-1])
 
 
@@ -243,9 +251,9 @@ def triton_problem(device: torch.device, dtype: torch.dtype, kernel_size: int) -
     """Why Triton's kernels cannot run on a GPU, or None."""
     if failures:
         return failures[0]
-    if find_spec('triton') is None:
+    version = triton_version()
+    if version is None:
         return 'Triton is not installed'
-    version = metadata.version('triton')
     if tuple(map(int, version.split('.')[:2])) < LOWEST_TRITON_VERSION:
         lowest = '.'.join(map(str, LOWEST_TRITON_VERSION))
         return f'Triton {version} is older than {lowest}, which comes with torch 2.7'
@@ -265,9 +273,17 @@ def triton_kernels() -> ModuleType:
     return importlib.import_module('.depthwise_triton', __package__)
 
 
+def triton_version() -> str | None:
+    """Triton's version, None without Triton; distributions for other GPUs have other names."""
+    try:
+        return importlib.import_module('triton').__version__
+    except ImportError:
+        return None
+
+
 def is_interpreted() -> bool:
     """Whether Triton's kernels run on a CPU: its interpreter was chosen before it was imported."""
-    if os.environ.get('TRITON_INTERPRET') != '1' or find_spec('triton') is None:
+    if os.environ.get('TRITON_INTERPRET') != '1' or triton_version() is None:
         return False
     language, runtime = (importlib.import_module(f'triton.{n}') for n in ('language', 'runtime'))
     return not isinstance(language.cdiv, runtime.JITFunction)
@@ -279,11 +295,14 @@ def run_triton(function: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     Returns:
         What it returns, or None if Triton failed to compile, which it then is not asked to again.
     """
+    if failures:
+        return None
     kernels = triton_kernels()
-    guard = nullcontext() if x.device.type == 'cpu' else torch.cuda.device(x.device)
     try:
-        with guard:
-            return getattr(kernels, function)(x, *args, **kwargs)
+        if x.is_cuda and x.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(x.device):
+                return getattr(kernels, function)(x, *args, **kwargs)
+        return getattr(kernels, function)(x, *args, **kwargs)
     except kernels.CompilationError as error:
         failures.append(f'Triton failed to compile a kernel: {error}')
         choice_for.cache_clear()
@@ -315,10 +334,9 @@ def depthwise_conv(
         bias: (C,) or None.
         implementation: One of `implementations`; None for that of `choose`.
     """
-    if implementation is None:
-        if x.device.type in OPERATOR_DEVICES and is_intercepted(x):
-            return torch.ops.mmconv2former.depthwise_conv2d(x, weight, bias)
-        implementation = choose(x, weight)
+    implementation = implementation or choose(x, weight)
+    if implementation == 'operator':
+        return torch.ops.mmconv2former.depthwise_conv2d(x, weight, bias)
     if implementation == 'triton':
         weight = prepare_weight(weight, x.dtype, implementation)
         out = run_triton('depthwise_forward', aligned(x), weight, bias)
@@ -335,7 +353,7 @@ def depthwise_conv(
 
 @overload
 def depthwise_conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor
+    grad: Tensor, x: Tensor, weight: Tensor, *, implementation: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -368,11 +386,11 @@ def depthwise_conv_backward(
     Returns:
         (N, H, W, C) of the dtype of x, and (C, 1, K, K) and (C,) of that or a wider dtype.
     """
-    if implementation is None:
-        if x.device.type in OPERATOR_DEVICES and is_intercepted(x):
-            grads = torch.ops.mmconv2former.depthwise_conv2d_backward(grad, x, weight, [*needs])
-            return tuple(value if need else None for value, need in zip(grads, needs))  # type: ignore[return-value]
-        implementation = choose(x, weight)
+    implementation = implementation or choose(x, weight)
+    if implementation == 'operator':
+        grads = torch.ops.mmconv2former.depthwise_conv2d_backward(grad, x, weight, [*needs])
+        grad_x, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs))
+        return grad_x, grad_weight, grad_bias
     if implementation == 'triton':
         grads = triton_backward(grad, x, weight, needs)
         return depthwise_conv_backward(grad, x, weight, needs) if grads is None else grads
@@ -431,10 +449,15 @@ class DepthwiseConvFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, laid_out: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        laid_out: Tensor | None,
+        implementation: str,
     ) -> Tensor:
         dtype = autocast_dtype(x)
-        implementation = choose(x, weight)
+        ctx.implementation = implementation
         with without_autocast(x):
             if laid_out is None or laid_out.dtype != dtype:
                 laid_out = prepare_weight(weight, dtype, implementation)
@@ -448,9 +471,11 @@ class DepthwiseConvFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with without_autocast(x):
-            grads = depthwise_conv_backward(grad.to(x.dtype), x, weight, ctx.needs_input_grad[:3])
+            grads = depthwise_conv_backward(
+                grad.to(x.dtype), x, weight, ctx.needs_input_grad[:3], ctx.implementation
+            )
         dtypes = zip(grads, ctx.dtypes)
-        return *(None if value is None else value.to(dtype) for value, dtype in dtypes), None
+        return *(None if value is None else value.to(dtype) for value, dtype in dtypes), None, None
 
 
 # ----------------------------------------------------------------------------- registered operators
@@ -464,7 +489,7 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
         schema='(Tensor x, Tensor weight, Tensor? bias) -> Tensor',
     )
     def operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return depthwise_conv(x, weight, bias, choose(x, weight))
+        return depthwise_conv(x, weight, bias, choose_kernel(x, weight))
 
     @operator.register_fake
     def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -478,7 +503,7 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
     def operator_backward(
         grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor, ...]:
-        grads = depthwise_conv_backward(grad, x, weight, needs, choose(x, weight))
+        grads = depthwise_conv_backward(grad, x, weight, needs, choose_kernel(x, weight))
         # Operators cannot return None.
         return tuple(grad.new_empty(0) if value is None else value for value in grads)
 

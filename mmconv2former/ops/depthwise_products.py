@@ -16,17 +16,17 @@ ROWS_PER_BLOCK = 16  # of the gradient in one product: few waste less, many need
 CACHE_BYTES = 2**22  # of the input at once, for which the products stay in a core's cache
 
 
-def is_faster(x: Tensor, kernel_size: int) -> bool:
+def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether the matrix products beat the stock operator, as measured on 2 CPU cores in float32.
 
     docs/performance.md has the table.
 
     Args:
-        x: Input (N, H, W, C).
-        kernel_size: K.
+        x: Input (N, H, W, ...).
+        weight: (C, 1, K, K).
     """
-    _, height, width, channels = x.shape
-    positions = height * width
+    channels, kernel_size = weight.shape[0], weight.shape[-1]
+    positions = x.shape[1] * x.shape[2]
     if kernel_size >= 13:
         return channels * positions >= 70_000
     if kernel_size >= 9:

@@ -39,7 +39,6 @@ class Blocks:
         block: Elements along f of a forward program.
         columns: Columns of the kernel of a weight gradient program.
         gradient_block: Elements along f of a weight gradient program.
-        gradient_programs: Weight gradient programs that a multiprocessor holds at once.
         num_warps: Of all programs.
     """
 
@@ -48,13 +47,12 @@ class Blocks:
     block: int
     columns: int
     gradient_block: int
-    gradient_programs: int = 4
     num_warps: int = 4
 
 
 @functools.cache
-def blocks_for(kernel_size: int, dtype: torch.dtype) -> Blocks:
-    """The division of the work for a kernel size and a dtype.
+def blocks_for(kernel_size: int) -> Blocks:
+    """The division of the work for a kernel size.
 
     `rows`, `block` and `num_warps` are the best that were measured on an H100 (bfloat16, kernels 3,
     7 and 11); the rest follows from the registers that `tools/kernel_resources.py` reports. They
@@ -62,15 +60,8 @@ def blocks_for(kernel_size: int, dtype: torch.dtype) -> Blocks:
     """
     taps = split_evenly(kernel_size, MAX_TAPS)
     columns = split_evenly(kernel_size, MAX_SUMS // taps)
-    has_128_registers = dtype == torch.bfloat16 and kernel_size in (3, 5, 11)
-    return Blocks(
-        taps=taps,
-        rows=8,
-        block=512,
-        columns=columns,
-        gradient_block=512 if kernel_size == 3 else 256,
-        gradient_programs=4 if has_128_registers else 3,
-    )
+    gradient_block = 512 if kernel_size == 3 else 256
+    return Blocks(taps, rows=8, block=512, columns=columns, gradient_block=gradient_block)
 
 
 def split_evenly(total: int, most: int) -> int:
@@ -87,15 +78,41 @@ class Launcher:
     """A kernel with all that it was compiled for, ready to run on one GPU.
 
     Triton's own way to a kernel that was compiled before costs several times an operator of torch,
-    as it binds and inspects all arguments. This goes that way once and then calls the compiled
-    kernel directly. Pointers must be multiples of 16 bytes, but for those of biases.
+    as it binds and inspects all arguments. This has it compiled once and then calls it directly.
+    Pointers must be multiples of 16 bytes, but for those of biases.
     """
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], num_warps: int) -> None:
+    def __init__(self, kernel: Any, constants: dict[str, Any], blocks: Blocks) -> None:
         self.kernel = kernel
         self.constants = constants
-        self.num_warps = num_warps
+        self.blocks = blocks
+        self.values = tuple(constants.values())
         self.run: Any = None
+        self.registers = 128  # of a thread; known when it is compiled
+
+    def compile(self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
+        """Compiles the kernel, or loads it from Triton's cache, if that was not done yet.
+
+        Args:
+            tensors: Tensors of the dtypes with which it will be called.
+            sizes: Any integers in the place of its sizes.
+
+        Raises:
+            CompilationError: It did not work.
+        """
+        if self.run is not None or is_on_cpu(tensors):
+            return
+        try:
+            compiled = self.kernel.warmup(
+                *tensors, *sizes, **self.constants, num_warps=self.blocks.num_warps, grid=(1,)
+            )
+            run = compiled.run  # which loads it on the GPU
+            self.registers = compiled.n_regs
+            self.function, self.metadata = compiled.function, compiled.packed_metadata
+            self.get_stream = triton.runtime.driver.active.get_current_stream
+        except Exception as error:  # of the compiler, the linker, the cache or the driver
+            raise CompilationError(f'{type(error).__name__}: {error}') from error
+        self.run = run
 
     def __call__(
         self, programs: int, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]
@@ -111,26 +128,20 @@ class Launcher:
             CompilationError: At the first call.
         """
         if self.run is None:
-            try:
-                compiled = self.kernel[(programs,)](
-                    *tensors, *sizes, **self.constants, num_warps=self.num_warps
-                )
-            except Exception as error:  # of the compiler, the linker, the cache or the driver
-                if tensors[0].device.type == 'cpu':  # type: ignore[union-attr]
-                    raise  # the interpreter compiles nothing
-                raise CompilationError(f'{type(error).__name__}: {error}') from error
-            if compiled is not None:
-                self.run = compiled.run
-                self.function, self.metadata = compiled.function, compiled.packed_metadata
-                self.get_stream = triton.runtime.driver.active.get_current_stream
-                self.values = tuple(self.constants.values())
-            return
+            if is_on_cpu(tensors):  # Triton's interpreter
+                self.kernel[(programs,)](*tensors, *sizes, **self.constants)
+                return
+            self.compile(tensors, sizes)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         stream = self.get_stream(tensors[0].get_device())  # type: ignore[union-attr]
         self.run(
             programs, 1, 1, stream, self.function, self.metadata, None, None, None,
             *pointers, *sizes, *self.values,
         )  # fmt: skip
+
+
+def is_on_cpu(tensors: tuple[Tensor | None, ...]) -> bool:
+    return tensors[0].device.type == 'cpu'  # type: ignore[union-attr]
 
 
 @functools.cache
@@ -142,15 +153,16 @@ def forward_launcher(
     kernel_size: int,
     step: int,
     flip: bool,
-    blocks: Blocks,
+    blocks: Blocks | None,
 ) -> Launcher:
     """`depthwise_forward_kernel` for one kind of input; the arguments are all it depends on."""
+    blocks = blocks or blocks_for(kernel_size)
     constants = dict(
         C=channels, K=kernel_size, STEP=step, TAPS=blocks.taps, ROWS=blocks.rows,
         BLOCK=blocks.block, HAS_BIAS=bias_dtype is not None, FLIP=flip, ACC=sums_dtype(dtype),
         PACKED=is_packed(device, dtype),
     )  # fmt: skip
-    return Launcher(depthwise_forward_kernel, constants, blocks.num_warps)
+    return Launcher(depthwise_forward_kernel, constants, blocks)
 
 
 @functools.cache
@@ -161,9 +173,10 @@ def weight_gradient_launchers(
     channels: int,
     kernel_size: int,
     has_bias: bool,
-    blocks: Blocks,
+    blocks: Blocks | None,
 ) -> tuple[Launcher, Launcher]:
     """The two kernels of the weight gradient for one kind of input."""
+    blocks = blocks or blocks_for(kernel_size)
     shared = dict(C=channels, K=kernel_size, HAS_BIAS=has_bias, ACC=sums_dtype(dtype))
     constants = dict(
         shared, TAPS=blocks.taps, COLUMNS=blocks.columns, BLOCK=blocks.gradient_block,
@@ -171,8 +184,8 @@ def weight_gradient_launchers(
     )  # fmt: skip
     block = sum_block(channels)
     return (
-        Launcher(depthwise_weight_gradient_kernel, constants, blocks.num_warps),
-        Launcher(depthwise_sum_kernel, dict(shared, ROWS=4096 // block, BLOCK=block), num_warps=8),
+        Launcher(depthwise_weight_gradient_kernel, constants, blocks),
+        Launcher(depthwise_sum_kernel, dict(shared, ROWS=2048 // block, BLOCK=block), blocks),
     )
 
 
@@ -191,10 +204,20 @@ def sum_block(channels: int) -> int:
     return min(128, triton.next_power_of_2(channels))
 
 
+def programs_at_once(device: int, launcher: Launcher) -> int:
+    """Programs that a GPU holds at once, by their registers; a few for the interpreter."""
+    if device < 0:
+        return 16
+    processors, registers = limits(device)
+    of_thread = 8 * -(-launcher.registers // 8)  # they are given in eights
+    return processors * max(1, registers // (32 * launcher.blocks.num_warps * of_thread))
+
+
 @functools.cache
-def processors(device: int) -> int:
-    """Multiprocessors of a GPU; a few for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 4
+def limits(device: int) -> tuple[int, int]:
+    """Multiprocessors of a GPU, and registers of each."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, getattr(properties, 'regs_per_multiprocessor', 65536)
 
 
 # ------------------------------------------------------------------------------------------- calls
@@ -211,12 +234,11 @@ def depthwise_forward(
         blocks: The division of the work; None for that of `blocks_for`.
     """
     batch, height, width, channels = x.shape
-    kernel_size = weight.shape[-1]
-    blocks = blocks or blocks_for(kernel_size, x.dtype)
     launcher = forward_launcher(
-        x.get_device(), x.dtype, None if bias is None else bias.dtype, channels, kernel_size,
+        x.get_device(), x.dtype, None if bias is None else bias.dtype, channels, weight.shape[-1],
         weight.stride(3), flip, blocks,
     )  # fmt: skip
+    blocks = launcher.blocks
     y = torch.empty_like(x)
     programs = batch * -(-height // blocks.rows) * -(-width * channels // blocks.block)
     launcher(programs, (x, weight, bias, y), (height, width))
@@ -245,23 +267,23 @@ def depthwise_weight_gradient(
         (C, 1, K, K), contiguous, and (C,) or None.
     """
     batch, height, width, channels = x.shape
-    blocks = blocks or blocks_for(kernel_size, x.dtype)
     device = x.get_device()
     partial_sums, sum_up = weight_gradient_launchers(
         device, x.dtype, dtype, channels, kernel_size, has_bias, blocks
     )
+    blocks = partial_sums.blocks
     row_blocks = -(-width * channels // blocks.gradient_block)
     # After this many blocks the channels are where they were.
     period_blocks = min(channels // math.gcd(channels, blocks.gradient_block), row_blocks)
     rows = batch * -(-row_blocks // period_blocks) * height
     programs = period_blocks * -(-kernel_size // blocks.columns) * -(-kernel_size // blocks.taps)
-    shares = processors(device) * blocks.gradient_programs // programs
+    sums_dtype = torch.promote_types(x.dtype, torch.float32)
+    partial_sums.compile((x, grad, x.new_empty(0, dtype=sums_dtype)), (0,) * 5)
+    shares = programs_at_once(device, partial_sums) // programs
     rows_per_share = -(-rows // max(1, min(shares, rows // (2 * blocks.taps))))
     shares = -(-rows // rows_per_share)
     period = period_blocks * blocks.gradient_block
-    partial = x.new_empty(
-        (shares, kernel_size**2 + has_bias, period), dtype=torch.promote_types(x.dtype, torch.float)
-    )
+    partial = x.new_empty((shares, kernel_size**2 + has_bias, period), dtype=sums_dtype)
     partial_sums(
         programs * shares, (x, grad, partial),
         (height, width, period_blocks, rows, rows_per_share),

@@ -16,7 +16,7 @@ CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
 @pytest.fixture(autouse=True)
 def fresh_choices(monkeypatch):
     monkeypatch.setattr(depthwise, 'failures', [])
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(depthwise, 'setting', 'auto')
     depthwise.choice_for.cache_clear()
     depthwise.log_once.cache_clear()
     yield
@@ -37,8 +37,7 @@ def gpu(monkeypatch):
     """A stand-in for a GPU: `gpu(capability, triton)` says what torch tells of the machine."""
 
     def describe(capability=(9, 0), triton='3.6.0', hip=None):
-        monkeypatch.setattr(depthwise.metadata, 'version', lambda name: triton)
-        monkeypatch.setattr(depthwise, 'find_spec', lambda name: object() if triton else None)
+        monkeypatch.setattr(depthwise, 'triton_version', lambda: triton)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA Test')
         monkeypatch.setattr(torch.version, 'hip', hip)
@@ -59,7 +58,7 @@ def test_triton_where_it_runs(gpu):
 @pytest.mark.parametrize(
     ('machine', 'problem'),
     [
-        (dict(triton=''), 'Triton is not installed'),
+        (dict(triton=None), 'Triton is not installed'),
         (dict(triton='3.1.0'), r'Triton 3.1.0 is older than 3.3, which comes with torch 2.7'),
         (dict(capability=(7, 5)), r'NVIDIA Test has compute capability 7.5, below 8.0'),
     ],
@@ -96,11 +95,11 @@ def test_the_variable_overrides_it(gpu, log):
 def test_on_a_cpu(monkeypatch):
     x, weight = torch.zeros(1, 64, 64, 72), torch.nn.Parameter(torch.zeros(72, 1, 11, 11))
     for setting in ('auto', 'cudnn', 'native', 'products'):
-        monkeypatch.setenv(VARIABLE, setting)
+        monkeypatch.setattr(depthwise, 'setting', setting)
         assert choose(x, weight) == 'products'
-    monkeypatch.setenv(VARIABLE, 'stock')
+    monkeypatch.setattr(depthwise, 'setting', 'stock')
     assert choose(x, weight) == 'stock'
-    monkeypatch.setenv(VARIABLE, 'triton')
+    monkeypatch.setattr(depthwise, 'setting', 'triton')
     assert choose(x, weight) == 'triton'
     choice_for.cache_clear()
     monkeypatch.delenv('TRITON_INTERPRET')
@@ -111,7 +110,7 @@ def test_on_a_cpu(monkeypatch):
 
 def test_what_triton_cannot_take_goes_elsewhere(monkeypatch):
     """No images, and rows whose offsets would not fit into 32 bits."""
-    monkeypatch.setenv(VARIABLE, 'triton')
+    monkeypatch.setattr(depthwise, 'setting', 'triton')
     weight = torch.zeros(8, 1, 3, 3)
     assert choose(torch.zeros(1, 4, 4, 8), weight) == 'triton'
     assert choose(torch.zeros(0, 4, 4, 8), weight) == 'native'
@@ -138,7 +137,7 @@ def test_all_implementations_agree(implementation):
 @pytest.mark.parametrize('function', ['depthwise_forward', 'depthwise_weight_gradient'])
 def test_a_failure_of_the_compiler_does_not_end_a_run(function, monkeypatch, log):
     """In the forward pass or later: one warning, and the same results by stock operators."""
-    monkeypatch.setenv(VARIABLE, 'triton')
+    monkeypatch.setattr(depthwise, 'setting', 'triton')
     kernels = depthwise.triton_kernels()
 
     def fail(*args, **kwargs):
@@ -165,7 +164,7 @@ def test_a_failure_of_the_compiler_does_not_end_a_run(function, monkeypatch, log
 
 def test_a_network_prepares_its_weights_once_a_pass(monkeypatch):
     """Together at the start, used by every layer, and forgotten at the end, also of a failure."""
-    monkeypatch.setenv(VARIABLE, 'triton')
+    monkeypatch.setattr(depthwise, 'setting', 'triton')
     kernels = depthwise.triton_kernels()
     prepared, alone = [], []
     together, one = kernels.lay_out_together, kernels.lay_out
@@ -200,14 +199,14 @@ def test_a_network_prepares_its_weights_once_a_pass(monkeypatch):
 
 def test_weights_may_change_between_passes(monkeypatch):
     """Also in place and behind autograd's back, as averages of weights are swapped in."""
-    monkeypatch.setenv(VARIABLE, 'triton')
+    monkeypatch.setattr(depthwise, 'setting', 'triton')
     arch = dict(channels=(8, 16), depths=(1, 1), kernel_size=3)
     model = Conv2Former(arch, out_indices=1, layer_scale_init_value=1.0).double().eval()
     x = torch.randn(1, 3, 16, 16, dtype=torch.double)
     for _ in range(2):
-        monkeypatch.setenv(VARIABLE, 'triton')
+        monkeypatch.setattr(depthwise, 'setting', 'triton')
         (found,) = model(x)
-        monkeypatch.setenv(VARIABLE, 'stock')
+        monkeypatch.setattr(depthwise, 'setting', 'stock')
         torch.testing.assert_close(found, model(x)[0])
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from half_precision import HALF_DTYPES
 from torch import nn
 
-from mmconv2former.ops import DepthwiseConv, depthwise_products
-from mmconv2former.ops.depthwise import VARIABLE, choose
+from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_products
+from mmconv2former.ops.depthwise import choose
 from mmconv2former.ops.depthwise_products import weight_gradient
 
 
@@ -35,7 +35,7 @@ def test_weight_gradient_equals_autograd(kernel_size, shape, memory_format):
 @pytest.mark.parametrize('method', ['auto', 'stock', 'products'])
 def test_module_equals_the_stock_convolution(shape, kernel_size, method, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setenv(VARIABLE, method)
+    monkeypatch.setattr(depthwise, 'setting', method)
     conv = DepthwiseConv(shape[1], kernel_size)
     nn.init.normal_(conv.bias)
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -62,7 +62,7 @@ def test_parts_do_not_matter(cache_bytes, monkeypatch):
 @pytest.mark.parametrize('dtype', HALF_DTYPES)
 def test_half_precision_by_products(dtype, monkeypatch):
     """Not chosen there, but right where a user asks for it."""
-    monkeypatch.setenv(VARIABLE, 'products')
+    monkeypatch.setattr(depthwise, 'setting', 'products')
     torch.manual_seed(0)
     conv = DepthwiseConv(6, 11).to(dtype)
     x = torch.randn(2, 20, 24, 6).to(dtype).requires_grad_()
@@ -109,7 +109,7 @@ def test_where_nothing_was_measured_the_stock_operator_stays(monkeypatch):
     assert choose(x.to('meta'), weight.to('meta')) == 'stock'
     with torch.autocast('cpu', torch.bfloat16):
         assert choose(x, weight) == 'stock'
-    monkeypatch.setenv(VARIABLE, 'stock')
+    monkeypatch.setattr(depthwise, 'setting', 'stock')
     assert choose(x, weight) == 'stock'
-    monkeypatch.setenv(VARIABLE, 'products')
+    monkeypatch.setattr(depthwise, 'setting', 'products')
     assert choose(x.double(), weight) == 'products'

@@ -11,7 +11,7 @@ triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 
 
 # ruff: noqa: E402
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d
-from mmconv2former.ops.depthwise import VARIABLE
+from mmconv2former.ops import depthwise_triton as kernels
 from mmconv2former.ops.depthwise_triton import (
     Blocks,
     CompilationError,
@@ -57,7 +57,7 @@ if ON_GPU:
 
 @pytest.fixture(autouse=True)
 def by_triton(monkeypatch):
-    monkeypatch.setenv(VARIABLE, 'triton')
+    monkeypatch.setattr(depthwise, 'setting', 'triton')
 
 
 def make(n, h, w, c, k, dtype):
@@ -136,7 +136,7 @@ def test_divisions_of_the_work(kernel_size):
 @pytest.mark.parametrize('shares', [1, 2, 3, 7, 50])
 def test_rows_divided_among_programs(shares, monkeypatch):
     """Shares that begin and end in the middle of an image, and several periods of f."""
-    monkeypatch.setattr('mmconv2former.ops.depthwise_triton.processors', lambda _: 20 * shares)
+    monkeypatch.setattr(kernels, 'programs_at_once', lambda *_: 5 * shares)
     x, grad, weight, bias = make(3, 11, 70, 8, 3, torch.float64)
     _, _, weight_grad, bias_grad = expected(x, grad, weight, bias)
     blocks = Blocks(3, 8, 64, 3, 128)
@@ -148,15 +148,15 @@ def test_rows_divided_among_programs(shares, monkeypatch):
 def test_blocks():
     assert [split_evenly(k, 12) for k in (3, 11, 13, 15, 21, 31, 51)] == [3, 11, 7, 8, 11, 11, 11]
     for kernel_size in range(3, 52, 2):
-        blocks = blocks_for(kernel_size, torch.float32)
+        blocks = blocks_for(kernel_size)
         assert blocks.taps <= 12
         assert blocks.taps * blocks.columns <= 28
 
 
 class CompiledKernel:
-    """What Triton returns of a launch on a GPU, as far as `Launcher` uses it."""
+    """What Triton compiles, as far as `Launcher` uses it."""
 
-    function, packed_metadata = 'function', 'metadata'
+    function, packed_metadata, n_regs = 'function', 'metadata', 150
 
     def __init__(self):
         self.calls = []
@@ -179,38 +179,36 @@ class Array:
         return 3
 
 
-def test_second_launches_go_to_the_compiled_kernel(monkeypatch):
+def test_launches_go_to_the_compiled_kernel(monkeypatch):
     """With addresses and constants in the order of the kernel's arguments, on the right stream."""
     streams = SimpleNamespace(get_current_stream=lambda device: 100 + device)
     monkeypatch.setattr(triton.runtime, 'driver', SimpleNamespace(active=streams))
     compiled, first = CompiledKernel(), []
 
     class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: first.append((grid, args, kwargs)) or compiled
+        def warmup(self, *args, **kwargs):
+            first.append((args, kwargs))
+            return compiled
 
-    launcher = Launcher(Kernel(), dict(C=8, K=3), num_warps=2)
+    launcher = Launcher(Kernel(), dict(C=8, K=3), Blocks(3, 8, 512, 3, 512, num_warps=2))
     tensors = (Array(16), None, Array(32))
     launcher(7, tensors, (5, 6))
-    assert first == [((7,), (*tensors, 5, 6), dict(C=8, K=3, num_warps=2))]
-    assert compiled.calls == []
     launcher(9, tensors, (1, 2))
-    assert len(first) == 1
-    assert compiled.calls == [
-        (9, 1, 1, 103, 'function', 'metadata', None, None, None, 16, None, 32, 1, 2, 8, 3)
-    ]
+    assert first == [((*tensors, 5, 6), dict(C=8, K=3, num_warps=2, grid=(1,)))]
+    common = (1, 1, 103, 'function', 'metadata', None, None, None, 16, None, 32)
+    assert compiled.calls == [(7, *common, 5, 6, 8, 3), (9, *common, 1, 2, 8, 3)]
+    monkeypatch.setattr(kernels, 'limits', lambda device: (100, 65536))
+    # 150 registers are given as 152 to each of 64 threads, so that 6 programs fit.
+    assert kernels.programs_at_once(3, launcher) == 600
 
 
 def test_failures_of_the_compiler_are_told_apart():
     class Kernel:
-        def __getitem__(self, grid):
-            def fail(*args, **kwargs):
-                raise FileNotFoundError('gcc')
-
-            return fail
+        def warmup(self, *args, **kwargs):
+            raise FileNotFoundError('gcc')
 
     with pytest.raises(CompilationError, match='FileNotFoundError: gcc'):
-        Launcher(Kernel(), {}, num_warps=4)(1, (Array(16),), ())
+        Launcher(Kernel(), {}, Blocks(3, 8, 512, 3, 512))(1, (Array(16),), ())
 
 
 def test_results_are_the_same_in_every_run():
