@@ -50,6 +50,7 @@ RUN_BY = {
     'tools/visualize.py': 'test_visualize.py::test_receptive_fields_of_several_networks',
     'tools/benchmark.py': 'test_benchmark.py::test_command',
     'tools/benchmark_recipe.py': 'test_benchmark.py::test_whole_recipes_and_their_data',
+    'tools/kernel_resources.py': 'ops/test_kernel_resources.py::test_no_kernel_spills',
     'tools/demo.py': 'test_tools.py::test_demo_in_small',
     'tools/export.py': 'test_export.py::test_onnx',
     'tools/predict.py': 'test_predict.py::test_detection',

@@ -25,7 +25,7 @@ os.environ.pop('TRITON_INTERPRET', None)
 
 import torch
 import triton
-from benchmark import table
+from make_tables import table, with_table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -39,6 +39,7 @@ from mmconv2former.ops.depthwise_triton import (
 TYPES = {'bfloat16': 'bf16', 'float16': 'fp16', 'float32': 'fp32'}
 OF_INPUT_DTYPE = ('x', 'weight', 'y', 'grad')  # pointers; the others are of float32
 FLOAT32 = ('bias', 'partial', 'weight_grad', 'bias_grad')
+PAGE = Path(__file__).resolve().parents[1] / 'docs/depthwise.md'
 DISASSEMBLER = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 
 
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--channels', type=int, nargs='+', default=[72])
     parser.add_argument('--dtype', choices=TYPES, nargs='+', default=['bfloat16'])
     parser.add_argument('--rows', type=int, help='output rows of a forward program')
+    parser.add_argument(
+        '--page', action='store_true', help='keep what is printed in docs/depthwise.md'
+    )
     args = parser.parse_args(argv)
     rows = []
     for capability in args.capability:
@@ -64,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                                      str(channels), *map(str, numbers)])  # fmt: skip
     header = ['GPU', 'dtype', 'kernel', 'K', 'C', 'registers', 'bytes spilled',
               'instructions of the loop', 'multiply-adds']  # fmt: skip
-    print(table(header, rows))
+    text = table(header, rows)
+    print(text, end='')
+    if args.page:
+        PAGE.write_text(with_table(PAGE.read_text(), 'resources', text))
     spilling = [row for row in rows if row[6] != '0']
     if spilling:
         raise SystemExit(f'error: {len(spilling)} of {len(rows)} kernels spill registers')
