@@ -88,10 +88,10 @@ class Launcher:
         self.blocks = blocks
         self.values = tuple(constants.values())
         self.run: Any = None
-        self.registers = 128  # of a thread; known when it is compiled
+        self.at_once = 16  # programs that the GPU holds, known when it is compiled
 
     def compile(self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
-        """Compiles the kernel, or loads it from Triton's cache, if that was not done yet.
+        """Compiles the kernel for a GPU, or loads it from Triton's cache.
 
         Args:
             tensors: Tensors of the dtypes with which it will be called.
@@ -100,14 +100,15 @@ class Launcher:
         Raises:
             CompilationError: It did not work.
         """
-        if self.run is not None or is_on_cpu(tensors):
-            return
         try:
             compiled = self.kernel.warmup(
                 *tensors, *sizes, **self.constants, num_warps=self.blocks.num_warps, grid=(1,)
             )
             run = compiled.run  # which loads it on the GPU
-            self.registers = compiled.n_regs
+            processors, registers = limits(tensors[0].get_device())  # type: ignore[union-attr]
+            of_thread = 8 * -(-compiled.n_regs // 8)  # they are given in eights
+            of_program = 32 * self.blocks.num_warps * of_thread
+            self.at_once = processors * max(1, registers // of_program)
             self.function, self.metadata = compiled.function, compiled.packed_metadata
             self.get_stream = triton.runtime.driver.active.get_current_stream
         except Exception as error:  # of the compiler, the linker, the cache or the driver
@@ -182,7 +183,7 @@ def weight_gradient_launchers(
         shared, TAPS=blocks.taps, COLUMNS=blocks.columns, BLOCK=blocks.gradient_block,
         PACKED=is_packed(device, dtype),
     )  # fmt: skip
-    block = sum_block(channels)
+    block = min(128, triton.next_power_of_2(channels))
     return (
         Launcher(depthwise_weight_gradient_kernel, constants, blocks),
         Launcher(depthwise_sum_kernel, dict(shared, ROWS=2048 // block, BLOCK=block), blocks),
@@ -197,20 +198,6 @@ def sums_dtype(dtype: torch.dtype) -> tl.dtype:
 def is_packed(device: int, dtype: torch.dtype) -> bool:
     """Whether `widen` may use instructions of NVIDIA's."""
     return device >= 0 and dtype == torch.bfloat16 and torch.version.hip is None
-
-
-def sum_block(channels: int) -> int:
-    """Channels of a program of `depthwise_sum_kernel`."""
-    return min(128, triton.next_power_of_2(channels))
-
-
-def programs_at_once(device: int, launcher: Launcher) -> int:
-    """Programs that a GPU holds at once, by their registers; a few for the interpreter."""
-    if device < 0:
-        return 16
-    processors, registers = limits(device)
-    of_thread = 8 * -(-launcher.registers // 8)  # they are given in eights
-    return processors * max(1, registers // (32 * launcher.blocks.num_warps * of_thread))
 
 
 @functools.cache
@@ -278,8 +265,9 @@ def depthwise_weight_gradient(
     rows = batch * -(-row_blocks // period_blocks) * height
     programs = period_blocks * -(-kernel_size // blocks.columns) * -(-kernel_size // blocks.taps)
     sums_dtype = torch.promote_types(x.dtype, torch.float32)
-    partial_sums.compile((x, grad, x.new_empty(0, dtype=sums_dtype)), (0,) * 5)
-    shares = programs_at_once(device, partial_sums) // programs
+    if partial_sums.run is None and device >= 0:
+        partial_sums.compile((x, grad, x.new_empty(0, dtype=sums_dtype)), (0,) * 5)
+    shares = partial_sums.at_once // programs
     rows_per_share = -(-rows // max(1, min(shares, rows // (2 * blocks.taps))))
     shares = -(-rows // rows_per_share)
     period = period_blocks * blocks.gradient_block
@@ -290,7 +278,7 @@ def depthwise_weight_gradient(
     )  # fmt: skip
     weight_grad = x.new_empty((channels, 1, kernel_size, kernel_size), dtype=dtype)
     bias_grad = x.new_empty(channels, dtype=dtype) if has_bias else None
-    programs = partial.shape[1] * -(-channels // sum_block(channels))
+    programs = partial.shape[1] * -(-channels // sum_up.constants['BLOCK'])
     sum_up(programs, (partial, weight_grad, bias_grad), (period, shares))
     return weight_grad, bias_grad
 
@@ -299,12 +287,14 @@ def lay_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight (C, 1, K, K) with the channels next to each other in memory, (K, K, C).
 
     Args:
-        weight: (C, 1, K, K) in any memory layout.
+        weight: (C, 1, K, K) in any memory layout; returned as it is if that is the right one.
         dtype: Of the result.
     """
-    if weight.dtype == dtype and weight.stride(0) == 1:
-        return weight
     channels, _, kernel_size, _ = weight.shape
+    to_channel, _, to_row, to_column = weight.stride()
+    is_right = to_channel == 1 and to_row == kernel_size * to_column and weight.dtype == dtype
+    if is_right and weight.data_ptr() % 16 == 0:
+        return weight
     result = weight.new_empty((kernel_size, kernel_size, 1, channels), dtype=dtype)
     return result.permute(3, 2, 0, 1).copy_(weight)
 

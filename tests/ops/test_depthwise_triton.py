@@ -22,6 +22,7 @@ from mmconv2former.ops.depthwise_triton import (
     lay_out,
     lay_out_together,
     split_evenly,
+    weight_gradient_launchers,
 )
 
 ON_GPU = torch.cuda.is_available()
@@ -134,12 +135,14 @@ def test_divisions_of_the_work(kernel_size):
 
 
 @pytest.mark.parametrize('shares', [1, 2, 3, 7, 50])
-def test_rows_divided_among_programs(shares, monkeypatch):
+def test_rows_divided_among_programs(shares):
     """Shares that begin and end in the middle of an image, and several periods of f."""
-    monkeypatch.setattr(kernels, 'programs_at_once', lambda *_: 5 * shares)
     x, grad, weight, bias = make(3, 11, 70, 8, 3, torch.float64)
     _, _, weight_grad, bias_grad = expected(x, grad, weight, bias)
     blocks = Blocks(3, 8, 64, 3, 128)
+    launcher, _ = weight_gradient_launchers(x.get_device(), x.dtype, x.dtype, 8, 3, True, blocks)
+    depthwise_weight_gradient(x, grad, 3, x.dtype, True, blocks=blocks)  # compiles it on a GPU
+    launcher.at_once = shares
     found = depthwise_weight_gradient(x, grad, 3, x.dtype, True, blocks=blocks)
     assert relative_error(found[0], weight_grad) < 1e-13
     assert relative_error(found[1], bias_grad) < 1e-13
@@ -181,6 +184,7 @@ class Array:
 
 def test_launches_go_to_the_compiled_kernel(monkeypatch):
     """With addresses and constants in the order of the kernel's arguments, on the right stream."""
+    monkeypatch.setattr(kernels, 'limits', lambda device: (100, 65536))
     streams = SimpleNamespace(get_current_stream=lambda device: 100 + device)
     monkeypatch.setattr(triton.runtime, 'driver', SimpleNamespace(active=streams))
     compiled, first = CompiledKernel(), []
@@ -197,9 +201,8 @@ def test_launches_go_to_the_compiled_kernel(monkeypatch):
     assert first == [((*tensors, 5, 6), dict(C=8, K=3, num_warps=2, grid=(1,)))]
     common = (1, 1, 103, 'function', 'metadata', None, None, None, 16, None, 32)
     assert compiled.calls == [(7, *common, 5, 6, 8, 3), (9, *common, 1, 2, 8, 3)]
-    monkeypatch.setattr(kernels, 'limits', lambda device: (100, 65536))
     # 150 registers are given as 152 to each of 64 threads, so that 6 programs fit.
-    assert kernels.programs_at_once(3, launcher) == 600
+    assert launcher.at_once == 600
 
 
 def test_failures_of_the_compiler_are_told_apart():
@@ -249,11 +252,15 @@ def test_any_memory_layout():
     x, grad, weight, bias = make(2, 6, 5, 12, 3, torch.float64)
     results = expected(x, grad, weight, bias)
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(x.shape).copy_(x)
+    wide = torch.cat([weight[:1], weight, weight[:3]])
+    shifted_weight = lay_out(wide, x.dtype)[1:13]
     variants = {
         'channels first': (x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), weight, grad),
         'shifted': (shifted, weight, grad),
         'every other weight': (x, torch.stack([weight, weight], -1)[..., 0], grad),
         'transposed weight': (x, weight.mT.contiguous().mT, grad),
+        'channels inside, transposed': (x, lay_out(weight.mT, x.dtype).mT, grad),
+        'channels inside, shifted': (x, shifted_weight, grad),
         'half of the gradient': (x, weight, torch.cat([grad, grad], -1)[..., :12]),
         'expanded gradient': (x, weight, grad[:1, :1, :1].expand_as(grad)),
     }
