@@ -854,3 +854,25 @@ def test_report_without_time(tmp_path, monkeypatch):
     notes = json.loads((tmp_path / 'report.json').read_text())['notes']
     assert len(notes) == 6
     assert all(note.endswith('TimeoutError: skipped, the 0 seconds are used up') for note in notes)
+
+
+def test_divisions_of_the_work_are_timed(monkeypatch):
+    """The present one first, then the others by their time; in Triton's interpreter, in small."""
+    kernels = pytest.importorskip('mmconv2former.ops.depthwise_triton')
+    present = kernels.blocks_for(3)
+    all_divisions = benchmark_depthwise.divisions(3)
+    assert all_divisions[0] == present
+    assert len(set(all_divisions)) == len(all_divisions) > 20
+    some = [present, *(replace(present, rows=rows) for rows in (2, 4))]
+    monkeypatch.setattr(benchmark_depthwise, 'divisions', lambda kernel: some)
+    times = iter([5e-3, 1e-3, 9e-3, 1e-3, 7e-3, 1e-3])
+
+    def device_seconds(call, device):
+        call()
+        return next(times)
+
+    monkeypatch.setattr(benchmark_depthwise, 'device_seconds', device_seconds)
+    table = benchmark_depthwise.tuning_table(3, [(1, 2, 3, 4)], 'cpu', 'float32', 60)
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[1] for row in rows] == ['8', '4', '2']
+    assert [row[6:] for row in rows] == [['5.000', '1.000'], ['7.000', '1.000'], ['9.000', '1.000']]

@@ -2,6 +2,7 @@
 
     python tools/benchmark_depthwise.py                  # the backward pass on the CPU
     python tools/benchmark_depthwise.py --device cuda    # each pass on a GPU, about a minute
+    python tools/benchmark_depthwise.py --device cuda --tune   # block sizes of the Triton kernels
 
 On the CPU: medians of the backward pass, stock and with matrix products, over maps of Conv2Former's
 stages. The last column says whether the matrix products are chosen. Needs an idle machine.
@@ -10,6 +11,9 @@ On a GPU: time of the GPU alone, TFLOP/s, and the share of the measured ceiling.
 time that the bytes need at the bandwidth of a large copy, or the operations at the rate of a large
 float32 product, whichever is longer. Small maps stay in the cache and may exceed it. The chosen
 implementation is bold. A second table shows what a launch costs the host.
+
+With `--tune` instead: GPU time of the Triton kernels as they divide their work, and below it that
+of other divisions, fastest first.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from benchmark import DTYPES, Setting, machine, measure_product_rate, show, table
@@ -60,6 +65,9 @@ def main() -> None:
     )
     parser.add_argument('--repeats', type=int, default=9, help='on the CPU')
     parser.add_argument('--dtype', choices=DTYPES, default='bfloat16', help='on a GPU')
+    parser.add_argument(
+        '--tune', action='store_true', help='time divisions of the work of the Triton kernels'
+    )
     parser.add_argument('--budget', type=float, default=120, help='seconds on a GPU')
     parser.add_argument(
         '--page', action='store_true', help="keep the CPU's table in docs/performance.md"
@@ -75,6 +83,10 @@ def main() -> None:
     print(machine(measure_product_rate(args.device), args.device))
     ceilings = measure_ceilings(args.device)
     print(f'{ceilings}\n')
+    if args.tune:
+        for kernel in args.kernel_sizes or (11, 3):
+            print(tuning_table(kernel, GPU_SHAPES[:4], args.device, args.dtype, args.budget / 2))
+        return
     timings = measure_passes(
         args.kernel_sizes or GPU_KERNELS, GPU_SHAPES, args.device, args.dtype, ceilings,
         Budget(args.budget),
@@ -232,6 +244,61 @@ def passes_table(timings: Sequence[Timing]) -> str:
     ]
     header = [f'{name}, ms (TFLOP/s, of the ceiling)' for name in names]
     return table(['kernel', 'N, C, H, W', 'pass', *header], rows)
+
+
+# ----------------------------------------------------------------------------------------- tuning
+def divisions(kernel: int) -> list[Any]:
+    """The `Blocks` of `blocks_for`, and others near it."""
+    blocks = depthwise.triton_kernels().blocks_for(kernel)
+    forward = [
+        replace(blocks, rows=rows, block=block, num_warps=warps)
+        for rows in (4, 6, 8, 10, 12, 16)
+        for block, warps in ((256, 2), (256, 4), (512, 4), (512, 8), (1024, 8))
+    ]
+    gradient = [
+        replace(blocks, columns=columns, gradient_block=block, num_warps=warps)
+        for columns in {1, 2, 3, blocks.columns}
+        for block, warps in ((128, 2), (256, 4), (512, 4), (512, 8))
+        if columns * blocks.taps <= 3 * kernel
+    ]
+    return list(dict.fromkeys([blocks, *forward, *gradient]))
+
+
+def tuning_table(
+    kernel: int, shapes: Sequence[Shape], device: str, dtype: str, seconds: float
+) -> str:
+    """GPU time of forward pass and weight gradient, all shapes together, for each division.
+
+    Args:
+        kernel: Kernel size; `FEED_FORWARD` gets 4 times the channels.
+        shapes: Shapes of the input.
+        device: Where it runs.
+        dtype: The dtype of input, weight and bias.
+        seconds: When these have passed, the remaining divisions are left out.
+    """
+    kernels, budget = depthwise.triton_kernels(), Budget(seconds)
+    rows: list[tuple[float, list[str]]] = []
+    for blocks in divisions(kernel):
+        if not budget.left:
+            break
+        times = [0.0, 0.0]
+        for batch, channels, height, width in shapes:
+            shape = (batch, channels * (4 if kernel == FEED_FORWARD else 1), height, width)
+            x, grad, weight, bias = tensors(shape, kernel, device, DTYPES[dtype])
+            laid_out = kernels.lay_out(weight.detach(), x.dtype)
+            calls = (
+                partial(kernels.depthwise_forward, x, laid_out, bias, blocks=blocks),
+                partial(kernels.depthwise_weight_gradient, x, grad, kernel, torch.float32, True,
+                        blocks=blocks),
+            )  # fmt: skip
+            for index, call in enumerate(calls):
+                times[index] += 1e3 * device_seconds(call, device)
+        numbers = astuple(blocks)
+        rows.append((sum(times), [*map(str, numbers), *(f'{time:.3f}' for time in times)]))
+    header = [f'kernel {kernel}: taps', 'rows', 'block', 'columns', 'gradient block', 'warps',
+              'forward, ms', 'weight gradient, ms']  # fmt: skip
+    first, *others = rows
+    return table(header, [first[1], *(row for _, row in sorted(others))])
 
 
 # --------------------------------------------------------------------------------------- launches

@@ -32,7 +32,6 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from . import depthwise_products
 from .memory_format import (
@@ -251,12 +250,9 @@ def triton_problem(device: torch.device, dtype: torch.dtype, kernel_size: int) -
     """Why Triton's kernels cannot run on a GPU, or None."""
     if failures:
         return failures[0]
-    version = triton_version()
-    if version is None:
-        return 'Triton is not installed'
-    if tuple(map(int, version.split('.')[:2])) < LOWEST_TRITON_VERSION:
-        lowest = '.'.join(map(str, LOWEST_TRITON_VERSION))
-        return f'Triton {version} is older than {lowest}, which comes with torch 2.7'
+    problem = installation_problem()
+    if problem is not None:
+        return problem
     if torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < LOWEST_TRITON_CAPABILITY:
@@ -273,6 +269,17 @@ def triton_kernels() -> ModuleType:
     return importlib.import_module('.depthwise_triton', __package__)
 
 
+def installation_problem() -> str | None:
+    """Why Triton's kernels can run nowhere, or None."""
+    version = triton_version()
+    if version is None:
+        return 'Triton is not installed'
+    if tuple(map(int, version.split('.')[:2])) < LOWEST_TRITON_VERSION:
+        lowest = '.'.join(map(str, LOWEST_TRITON_VERSION))
+        return f'Triton {version} is older than {lowest}, which comes with torch 2.7'
+    return None
+
+
 def triton_version() -> str | None:
     """Triton's version, None without Triton; distributions for other GPUs have other names."""
     try:
@@ -283,7 +290,7 @@ def triton_version() -> str | None:
 
 def is_interpreted() -> bool:
     """Whether Triton's kernels run on a CPU: its interpreter was chosen before it was imported."""
-    if os.environ.get('TRITON_INTERPRET') != '1' or triton_version() is None:
+    if os.environ.get('TRITON_INTERPRET') != '1' or installation_problem() is not None:
         return False
     language, runtime = (importlib.import_module(f'triton.{n}') for n in ('language', 'runtime'))
     return not isinstance(language.cdiv, runtime.JITFunction)
@@ -482,6 +489,7 @@ class DepthwiseConvFunction(torch.autograd.Function):
 # What a captured graph has as one node. They compute as the functions above, and may be called by
 # these names with import of this package alone.
 if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
+    from torch.utils.flop_counter import register_flop_formula
 
     @torch.library.custom_op(
         'mmconv2former::depthwise_conv2d',

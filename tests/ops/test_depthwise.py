@@ -10,7 +10,10 @@ from mmconv2former import Conv2Former
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d
 from mmconv2former.ops.depthwise import VARIABLE, choice_for, choose, implementations
 
-CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
+CUDA = torch.device('cuda', 0)
+needs_triton = pytest.mark.skipif(
+    not depthwise.is_interpreted(), reason='no Triton from 3.3 on in its interpreter'
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +95,7 @@ def test_the_variable_overrides_it(gpu, log):
         choice_for('fast', CUDA, torch.float32, 3)
 
 
+@needs_triton
 def test_on_a_cpu(monkeypatch):
     x, weight = torch.zeros(1, 64, 64, 72), torch.nn.Parameter(torch.zeros(72, 1, 11, 11))
     for setting in ('auto', 'cudnn', 'native', 'products'):
@@ -108,6 +112,7 @@ def test_on_a_cpu(monkeypatch):
     assert implementations(x, weight) == ['stock', 'products']
 
 
+@needs_triton
 def test_what_triton_cannot_take_goes_elsewhere(monkeypatch):
     """No images, and rows whose offsets would not fit into 32 bits."""
     monkeypatch.setattr(depthwise, 'setting', 'triton')
@@ -117,7 +122,10 @@ def test_what_triton_cannot_take_goes_elsewhere(monkeypatch):
     assert choose(torch.zeros(1, 1, 1, 8).expand(1, 1, 2**24, 8), weight) == 'native'
 
 
-@pytest.mark.parametrize('implementation', ['native', 'cudnn', 'stock', 'products', 'triton'])
+@pytest.mark.parametrize(
+    'implementation',
+    ['native', 'cudnn', 'stock', 'products', pytest.param('triton', marks=needs_triton)],
+)
 def test_all_implementations_agree(implementation):
     generator = torch.Generator().manual_seed(0)
     x, grad = torch.randn(2, 2, 6, 7, 8, generator=generator, dtype=torch.double)
@@ -134,6 +142,7 @@ def test_all_implementations_agree(implementation):
         torch.testing.assert_close(value, leaf.grad)
 
 
+@needs_triton
 @pytest.mark.parametrize('function', ['depthwise_forward', 'depthwise_weight_gradient'])
 def test_a_failure_of_the_compiler_does_not_end_a_run(function, monkeypatch, log):
     """In the forward pass or later: one warning, and the same results by stock operators."""
@@ -162,6 +171,7 @@ def test_a_failure_of_the_compiler_does_not_end_a_run(function, monkeypatch, log
     assert 'Continuing without Triton' in line[1]
 
 
+@needs_triton
 def test_a_network_prepares_its_weights_once_a_pass(monkeypatch):
     """Together at the start, used by every layer, and forgotten at the end, also of a failure."""
     monkeypatch.setattr(depthwise, 'setting', 'triton')
@@ -197,6 +207,7 @@ def test_a_network_prepares_its_weights_once_a_pass(monkeypatch):
     assert all(layer.laid_out is None for layer in layers)
 
 
+@needs_triton
 def test_weights_may_change_between_passes(monkeypatch):
     """Also in place and behind autograd's back, as averages of weights are swapped in."""
     monkeypatch.setattr(depthwise, 'setting', 'triton')
