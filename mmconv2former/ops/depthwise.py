@@ -228,13 +228,13 @@ def choice_for(setting: str, device: torch.device, dtype: torch.dtype, kernel_si
     if setting == 'triton' and problem is not None and not failures:
         raise RuntimeError(f'{VARIABLE}=triton: {problem}')
     if setting in ('native', 'cudnn'):
-        choice, reason = setting, f'{VARIABLE}={setting}'
+        choice, reason = setting, f' ({VARIABLE}={setting})'
     elif problem is None:
-        choice, reason = 'triton', 'the fastest'
+        choice, reason = 'triton', ''
     else:
         choice = 'cudnn' if kernel_size <= LARGEST_FAST_CUDNN_KERNEL else 'native'
-        reason = problem
-    log_once(f'Depthwise convolutions, kernel {kernel_size}, {dtype}: {choice} ({reason}).')
+        reason = f' ({problem})'
+    log_once(f'Depthwise convolutions, kernel {kernel_size}, {dtype}: {choice}{reason}.')
     return choice
 
 
