@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .ops.depthwise import choose, depthwise_conv, depthwise_conv_backward, prepare_weight
+from .ops.depthwise import choose, depthwise_conv, depthwise_conv_backward, ready_weight
 from .ops.memory_format import autocast_dtype, without_autocast
 from .product import product, product_backward
 
@@ -43,7 +43,7 @@ class ModulationFunction(torch.autograd.Function):
         dtype = autocast_dtype(x)
         implementation = choose(x, parameters[4])
         with without_autocast(x):
-            kernel = depthwise_weight(parameters[4], dtype, laid_out, implementation)
+            kernel = ready_weight(parameters[4], dtype, implementation, laid_out)
             prepared = ModulationFunction.prepare(scale, parameters, kernel, dtype)
             gate_and_value, depthwise, proj = in_pairs(prepared)
             y = normalize(x, in_pairs(parameters)[0], eps)[0].to(dtype)
@@ -119,7 +119,7 @@ class FeedForwardFunction(torch.autograd.Function):
         dtype = autocast_dtype(x)
         implementation = choose(x, parameters[4])
         with without_autocast(x):
-            kernel = depthwise_weight(parameters[4], dtype, laid_out, implementation)
+            kernel = ready_weight(parameters[4], dtype, implementation, laid_out)
             prepared = FeedForwardFunction.prepare(scale, parameters, kernel, dtype)
             fc1, pos, fc2 = in_pairs(prepared)
             hidden = product(normalize(x, in_pairs(parameters)[0], eps)[0].to(dtype), *fc1)
@@ -171,15 +171,6 @@ class FeedForwardFunction(torch.autograd.Function):
             grads_fc2, grad_scale = scaled_backward(grads_fc2, in_pairs(parameters)[-1], scale)
         grads = (*grads_norm, *grads_fc1, *grads_pos, *grads_fc2)
         return grad_x, None, None, grad_scale, None, *as_parameters(grads, parameters)
-
-
-def depthwise_weight(
-    weight: Tensor, dtype: torch.dtype, laid_out: Tensor | None, implementation: str
-) -> Tensor:
-    """A depthwise weight as its implementation wants it: `laid_out` if that fits."""
-    if laid_out is not None and laid_out.dtype == dtype:
-        return laid_out
-    return prepare_weight(weight, dtype, implementation)
 
 
 def cast(pairs: list[Pair], dtype: torch.dtype) -> tuple[Tensor, ...]:

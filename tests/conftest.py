@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-if not Path('/dev/nvidiactl').exists():
+if not any(Path(device).exists() for device in ('/dev/nvidiactl', '/dev/kfd')):
     os.environ['TRITON_INTERPRET'] = '1'  # Triton, which torch imports, reads it at import
 
 import cv2

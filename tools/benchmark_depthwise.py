@@ -85,7 +85,7 @@ def main() -> None:
     print(f'{ceilings}\n')
     if args.tune:
         for kernel in args.kernel_sizes or (11, 3):
-            print(tuning_table(kernel, GPU_SHAPES[:4], args.device, args.dtype, args.budget / 2))
+            print(tuning_table(kernel, GPU_SHAPES[2:3], args.device, args.dtype, args.budget / 2))
         return
     timings = measure_passes(
         args.kernel_sizes or GPU_KERNELS, GPU_SHAPES, args.device, args.dtype, ceilings,

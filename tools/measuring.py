@@ -202,7 +202,7 @@ def is_depthwise(operator: dict[str, Any]) -> bool:
     if 'convolution' not in name:
         return 'depthwise' in name
     shapes = operator['args'].get('Input Dims', [])
-    x, weight = shapes[1:3] if name.endswith('backward') else shapes[:2]
+    x, weight = (shapes[1:3] if name.endswith('backward') else shapes[:2]) or ([], [])
     return len(x) == len(weight) == 4 and weight[1] == 1 < weight[0] == x[1]
 
 

@@ -116,13 +116,15 @@ def depthwise_conv2d(
     """
     check(x, weight, bias)
     implementation = choose(x, weight)
-    if implementation == 'operator':  # which has derivatives, but knows nothing of autocast
+    has_own_gradients = implementation in ('triton', 'native', 'products')
+    if has_own_gradients and torch.is_grad_enabled():
+        return DepthwiseConvFunction.apply(x, weight, bias, laid_out, implementation)
+    if implementation in ('operator', 'triton'):  # which know nothing of autocast
         dtype = autocast_dtype(x)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    is_stock = implementation in ('operator', 'stock', 'cudnn')
-    if is_stock or (implementation == 'products' and not torch.is_grad_enabled()):
-        return depthwise_conv(x, weight, bias, implementation)
-    return DepthwiseConvFunction.apply(x, weight, bias, laid_out, implementation)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        is_ready = implementation == 'triton'  # the operator's weight is one for autograd
+        weight = ready_weight(weight, dtype, implementation, laid_out if is_ready else None)
+    return depthwise_conv(x, weight, bias, implementation)
 
 
 @contextmanager
@@ -188,11 +190,19 @@ def choose_kernel(x: Tensor, weight: Tensor) -> str:
         is_fast = weight.requires_grad and is_cpu_float32(x)
         is_fast = is_fast and depthwise_products.is_faster(x, weight)
         return 'products' if is_fast else 'stock'
-    if implementation == 'triton':
-        is_too_wide = x.shape[2] * weight.shape[0] > triton_kernels().MAX_ROW
-        if is_too_wide or x.shape[0] == 0:
-            return 'native'
+    if implementation == 'triton' and not is_in_reach(*x.shape[:3], *weight.shape[::3]):
+        return 'native'
     return implementation
+
+
+def is_in_reach(batch: int, height: int, width: int, channels: int, kernel_size: int) -> bool:
+    """Whether the Triton kernels can address an input: offsets within a program have 32 bits.
+
+    ROCm's compiler takes all offsets for such of 32 bits if the first tensor was small enough.
+    """
+    elements = batch * height * width * channels
+    most = 2**28 if torch.version.hip is not None else 2**62
+    return 0 < elements < most and width * channels * (kernel_size + 8) < 2**31
 
 
 def implementations(x: Tensor, weight: Tensor) -> list[str]:
@@ -330,6 +340,15 @@ def prepare_weight(weight: Tensor, dtype: torch.dtype, implementation: str) -> T
     return weight.to(dtype)
 
 
+def ready_weight(
+    weight: Tensor, dtype: torch.dtype, implementation: str, laid_out: Tensor | None
+) -> Tensor:
+    """What `prepare_weight` returns, which `laid_out` already is if it has the dtype."""
+    if laid_out is not None and laid_out.dtype == dtype:
+        return laid_out
+    return prepare_weight(weight, dtype, implementation)
+
+
 def depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str | None = None
 ) -> Tensor:
@@ -346,7 +365,8 @@ def depthwise_conv(
         return torch.ops.mmconv2former.depthwise_conv2d(x, weight, bias)
     if implementation == 'triton':
         weight = prepare_weight(weight, x.dtype, implementation)
-        out = run_triton('depthwise_forward', aligned(x), weight, bias)
+        ready_bias = None if bias is None else bias.contiguous()
+        out = run_triton('depthwise_forward', aligned(x), weight, ready_bias)
         return depthwise_conv(x, weight, bias) if out is None else out
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
@@ -413,6 +433,8 @@ def depthwise_conv_backward(
         grad, x, weight, [weight.shape[0]], [1, 1], [padding, padding], [1, 1], False, [0, 0],
         weight.shape[0], needs,
     )  # fmt: skip
+    if grad_weight is not None:  # strides of sizes of 1 as parameters have them, for DDP's buckets
+        grad_weight = grad_weight.flatten(1).view(weight.shape)
     if by_products:
         grad_weight = depthwise_products.weight_gradient(x, grad, kernel_size)
         # oneDNN would compute the weight gradient to give that of the bias.
@@ -466,8 +488,7 @@ class DepthwiseConvFunction(torch.autograd.Function):
         dtype = autocast_dtype(x)
         ctx.implementation = implementation
         with without_autocast(x):
-            if laid_out is None or laid_out.dtype != dtype:
-                laid_out = prepare_weight(weight, dtype, implementation)
+            laid_out = ready_weight(weight, dtype, implementation, laid_out)
             ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
             x = x.to(dtype)
             ctx.save_for_backward(x, laid_out)
@@ -512,8 +533,8 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
         grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor, ...]:
         grads = depthwise_conv_backward(grad, x, weight, needs, choose_kernel(x, weight))
-        # Operators cannot return None.
-        return tuple(grad.new_empty(0) if value is None else value for value in grads)
+        # Operators cannot return None, and must return what their fake ones promise.
+        return tuple(x.new_empty(0) if value is None else value.to(x.dtype) for value in grads)
 
     @operator_backward.register_fake
     def _(grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:

@@ -177,14 +177,15 @@ def depthwise_weight_gradient_kernel(
         tl.store(partial + K * K * period, bias_sum, mask=(lane >= 0) & has_row)
 
 
-@triton.jit(do_not_specialize=['period', 'shares'])
+@triton.jit(do_not_specialize=['period_blocks', 'shares'])
 def depthwise_sum_kernel(
-    partial, weight_grad, bias_grad, period, shares,
-    C: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
+    partial, weight_grad, bias_grad, period_blocks, shares,
+    C: tl.constexpr, K: tl.constexpr, PERIOD_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """partial (shares, K * K + HAS_BIAS, period) -> weight_grad (C, 1, K, K), bias_grad (C,)."""
     SUMS: tl.constexpr = K * K + HAS_BIAS
+    period = period_blocks * PERIOD_BLOCK  # aligned, which the compiler would not know otherwise
     tap = tl.program_id(0) % SUMS
     c = (tl.program_id(0) // SUMS) * BLOCK + tl.arange(0, BLOCK)
     repeats = tl.cdiv(period, C)

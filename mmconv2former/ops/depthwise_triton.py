@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +26,6 @@ from .depthwise_kernels import (
 # program of the weight gradient keeps the sums. With 13 of them it spills.
 MAX_TAPS = 12
 MAX_SUMS = 28  # of all weights of such a program
-# Elements of one row of an image, W * C, so that offsets within a program fit into 32 bits.
-MAX_ROW = 2**25
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,9 @@ class CompilationError(RuntimeError):
     """Triton could not make a kernel for this machine."""
 
 
+compiling = threading.Lock()
+
+
 class Launcher:
     """A kernel with all that it was compiled for, ready to run on one GPU.
 
@@ -100,20 +102,25 @@ class Launcher:
         Raises:
             CompilationError: It did not work.
         """
-        try:
-            compiled = self.kernel.warmup(
-                *tensors, *sizes, **self.constants, num_warps=self.blocks.num_warps, grid=(1,)
-            )
-            run = compiled.run  # which loads it on the GPU
+        with compiling:  # as Triton is not made for two threads that load one kernel
+            if self.run is not None:
+                return
+            try:
+                compiled = self.kernel.warmup(
+                    *tensors, *sizes, **self.constants, num_warps=self.blocks.num_warps, grid=(1,)
+                )
+                run = compiled.run  # which loads it on the GPU
+                self.function, self.metadata = compiled.function, compiled.packed_metadata
+                self.get_stream = triton.runtime.driver.active.get_current_stream
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # of the compiler, the linker, the cache or the driver
+                raise CompilationError(f'{type(error).__name__}: {error}') from error
             processors, registers = limits(tensors[0].get_device())  # type: ignore[union-attr]
             of_thread = 8 * -(-compiled.n_regs // 8)  # they are given in eights
             of_program = 32 * self.blocks.num_warps * of_thread
             self.at_once = processors * max(1, registers // of_program)
-            self.function, self.metadata = compiled.function, compiled.packed_metadata
-            self.get_stream = triton.runtime.driver.active.get_current_stream
-        except Exception as error:  # of the compiler, the linker, the cache or the driver
-            raise CompilationError(f'{type(error).__name__}: {error}') from error
-        self.run = run
+            self.run = run
 
     def __call__(
         self, programs: int, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]
@@ -183,10 +190,13 @@ def weight_gradient_launchers(
         shared, TAPS=blocks.taps, COLUMNS=blocks.columns, BLOCK=blocks.gradient_block,
         PACKED=is_packed(device, dtype),
     )  # fmt: skip
-    block = min(128, triton.next_power_of_2(channels))
+    block = min(32, triton.next_power_of_2(channels))
+    sum_constants = dict(
+        shared, PERIOD_BLOCK=blocks.gradient_block, ROWS=2048 // block, BLOCK=block
+    )
     return (
         Launcher(depthwise_weight_gradient_kernel, constants, blocks),
-        Launcher(depthwise_sum_kernel, dict(shared, ROWS=2048 // block, BLOCK=block), blocks),
+        Launcher(depthwise_sum_kernel, sum_constants, blocks),
     )
 
 
@@ -279,7 +289,7 @@ def depthwise_weight_gradient(
     weight_grad = x.new_empty((channels, 1, kernel_size, kernel_size), dtype=dtype)
     bias_grad = x.new_empty(channels, dtype=dtype) if has_bias else None
     programs = partial.shape[1] * -(-channels // sum_up.constants['BLOCK'])
-    sum_up(programs, (partial, weight_grad, bias_grad), (period, shares))
+    sum_up(programs, (partial, weight_grad, bias_grad), (period_blocks, shares))
     return weight_grad, bias_grad
 
 
@@ -299,14 +309,15 @@ def lay_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return result.permute(3, 2, 0, 1).copy_(weight)
 
 
+@torch.no_grad()  # gradients are of the weights themselves
 def lay_out_together(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """`lay_out` of many weights by two launches for each kernel size, in the order given."""
     if any(weight.shape[0] % 8 for weight in weights):  # whose parts would not be aligned
         return [lay_out(weight, dtype) for weight in weights]
     results: dict[int, Tensor] = {}
-    by_size: dict[int, list[int]] = {}
+    by_size: dict[tuple, list[int]] = {}
     for index, weight in enumerate(weights):
-        by_size.setdefault(weight.shape[-1], []).append(index)
+        by_size.setdefault((weight.shape[-1], weight.device), []).append(index)
     for indices in by_size.values():
         together = lay_out(torch.cat([weights[index] for index in indices]), dtype)
         parts = together.split([weights[index].shape[0] for index in indices])

@@ -118,8 +118,12 @@ def test_what_triton_cannot_take_goes_elsewhere(monkeypatch):
     monkeypatch.setattr(depthwise, 'setting', 'triton')
     weight = torch.zeros(8, 1, 3, 3)
     assert choose(torch.zeros(1, 4, 4, 8), weight) == 'triton'
-    assert choose(torch.zeros(0, 4, 4, 8), weight) == 'native'
-    assert choose(torch.zeros(1, 1, 1, 8).expand(1, 1, 2**24, 8), weight) == 'native'
+    for shape in [(0, 4, 4, 8), (1, 0, 4, 8), (1, 4, 0, 8), (1, 1, 2**26, 8)]:
+        assert choose(torch.zeros(1, 1, 1, 1).expand(shape), weight) == 'native', shape
+    large = torch.zeros(1, 1, 1, 1).expand(2**9, 2**8, 2**8, 8)
+    assert choose(large, weight) == 'triton'
+    monkeypatch.setattr(torch.version, 'hip', '6.4')
+    assert choose(large, weight) == 'native'
 
 
 @pytest.mark.parametrize(
@@ -205,6 +209,19 @@ def test_a_network_prepares_its_weights_once_a_pass(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         network(torch.randn(1, 3, 16, 16))
     assert all(layer.laid_out is None for layer in layers)
+
+
+@needs_triton
+def test_frozen_stages_keep_nothing(monkeypatch):
+    """Though the weights of frozen and trained layers are prepared together."""
+    monkeypatch.setattr(depthwise, 'setting', 'triton')
+    arch = dict(channels=(8, 16), depths=(1, 1), kernel_size=3)
+    model = Conv2Former(arch, out_indices=(0, 1), frozen_stages=1, out_norm=False)
+    first, last = model(torch.randn(1, 3, 16, 16))
+    assert not first.requires_grad
+    last.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (not parameter.requires_grad), name
 
 
 @needs_triton

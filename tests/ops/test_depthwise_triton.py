@@ -262,10 +262,12 @@ def test_any_memory_layout():
         'channels inside, transposed': (x, lay_out(weight.mT, x.dtype).mT, grad),
         'channels inside, shifted': (x, shifted_weight, grad),
         'half of the gradient': (x, weight, torch.cat([grad, grad], -1)[..., :12]),
+        'every other bias': (x, weight, grad),
         'expanded gradient': (x, weight, grad[:1, :1, :1].expand_as(grad)),
     }
     for name, (x_, weight_, grad_) in variants.items():
-        leaves = [value.detach().requires_grad_() for value in (x_, weight_, bias)]
+        bias_ = torch.stack([bias, grad[0, 0, 0]], 1)[:, 0] if name == 'every other bias' else bias
+        leaves = [value.detach().requires_grad_() for value in (x_, weight_, bias_)]
         out = depthwise_conv2d(*leaves)
         out.backward(grad_)
         found = [out, *(leaf.grad for leaf in leaves)]
@@ -291,10 +293,11 @@ def test_weights_laid_out_together():
     generator = torch.Generator().manual_seed(0)
     for sizes in ([(16, 3), (8, 5), (24, 3), (8, 5)], [(16, 3), (7, 3)]):
         weights = [torch.randn(c, 1, k, k, generator=generator) for c, k in sizes]
-        weights = [weight.to(DEVICE) for weight in weights]
+        weights = [weight.to(DEVICE).requires_grad_() for weight in weights]
         for dtype in (torch.float32, torch.bfloat16):
             for weight, ready in zip(weights, lay_out_together(weights, dtype)):
                 assert torch.equal(ready, weight.to(dtype))
+                assert not ready.requires_grad  # else autograd would run through all layers
                 assert ready.stride(0) == 1
                 assert ready.stride(2) == weight.shape[-1] * ready.stride(3)
                 x = torch.randn(1, 5, 6, weight.shape[0], generator=generator).to(DEVICE, dtype)
@@ -343,14 +346,18 @@ def registered(monkeypatch):
 
 
 def test_registered_operators():
-    x, grad, weight, bias = make(1, 2, 3, 4, 3, torch.float64)
-    for needs in ([True, True, True], [True, False, False]):
-        tests = ['test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic']
+    tests = ['test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic']
+    for dtype, needs in [
+        (torch.float64, [True, True, True]),
+        (torch.bfloat16, [True, True, False]),
+        (torch.float16, [False, True, True]),
+    ]:
+        x, grad, weight, bias = make(1, 2, 3, 4, 3, dtype)
         torch.library.opcheck(
             torch.ops.mmconv2former.depthwise_conv2d_backward, (grad, x, weight, needs),
             test_utils=tests,
         )  # fmt: skip
-    leaves = [value.requires_grad_() for value in (x, weight, bias)]
+    leaves = [value.double().requires_grad_() for value in (x, weight, bias)]
     torch.library.opcheck(torch.ops.mmconv2former.depthwise_conv2d, leaves)
     torch.library.opcheck(torch.ops.mmconv2former.depthwise_conv2d, (*leaves[:2], None))
 
@@ -377,6 +384,23 @@ def test_compile_takes_it_as_one_node(registered):
     out.backward(grad)
     for value, reference in zip([out, *(leaf.grad for leaf in leaves)], results):
         assert relative_error(value, reference) < 1e-13
+
+
+def test_compiled_gradients_under_autocast(registered):
+    """By inductor, which trusts the dtypes and strides that the operators promise."""
+    x, grad, weight, bias = make(1, 4, 5, 8, 3, torch.float32)
+
+    def train(function):
+        leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out = function(*leaves)
+        (out.float() * grad).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    compiled = torch.compile(depthwise_conv2d, fullgraph=True)
+    for value, reference in zip(train(compiled), train(depthwise_conv2d)):
+        assert value.dtype == torch.float32
+        assert relative_error(value, reference.double()) < 1e-2
 
 
 def test_export(registered):
