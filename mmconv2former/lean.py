@@ -46,6 +46,8 @@ class ModulationFunction(torch.autograd.Function):
             kernel = ready_weight(parameters[4], dtype, implementation, laid_out)
             prepared = ModulationFunction.prepare(scale, parameters, kernel, dtype)
             gate_and_value, depthwise, proj = in_pairs(prepared)
+            if implementation == 'triton':  # whose kernels read a bias of any dtype
+                depthwise = kernel, parameters[5]
             y = normalize(x, in_pairs(parameters)[0], eps)[0].to(dtype)
             pair = product(y, *gate_and_value)  # (N, H, W, 2 C)
             gate, value = pair.chunk(2, -1)
@@ -122,6 +124,8 @@ class FeedForwardFunction(torch.autograd.Function):
             kernel = ready_weight(parameters[4], dtype, implementation, laid_out)
             prepared = FeedForwardFunction.prepare(scale, parameters, kernel, dtype)
             fc1, pos, fc2 = in_pairs(prepared)
+            if implementation == 'triton':
+                pos = kernel, parameters[5]
             hidden = product(normalize(x, in_pairs(parameters)[0], eps)[0].to(dtype), *fc1)
             active = F.gelu(hidden)
             mixed = depthwise_conv(active, *pos, implementation)

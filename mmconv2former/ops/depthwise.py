@@ -119,11 +119,11 @@ def depthwise_conv2d(
     has_own_gradients = implementation in ('triton', 'native', 'products')
     if has_own_gradients and torch.is_grad_enabled():
         return DepthwiseConvFunction.apply(x, weight, bias, laid_out, implementation)
-    if implementation in ('operator', 'triton'):  # which know nothing of autocast
-        dtype = autocast_dtype(x)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        is_ready = implementation == 'triton'  # the operator's weight is one for autograd
-        weight = ready_weight(weight, dtype, implementation, laid_out if is_ready else None)
+    dtype = autocast_dtype(x)  # of which the following two know nothing
+    if implementation == 'operator':
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    elif implementation == 'triton':
+        x, weight = x.to(dtype), ready_weight(weight, dtype, implementation, laid_out)
     return depthwise_conv(x, weight, bias, implementation)
 
 
