@@ -110,7 +110,8 @@ def test_wheel_holds_package_configs_and_tools(wheel):
     for name in IN_MIM:
         assert found[f'{MIM}/{name}'] == (ROOT / name).read_bytes(), name
     rest = {name for name in found if not name.startswith(f'{MIM}/') and '.dist-info/' not in name}
-    assert rest == {f'mmconv2former/{path.name}' for path in (ROOT / 'mmconv2former').glob('*.py')}
+    modules = (ROOT / 'mmconv2former').rglob('*.py')
+    assert rest == {str(path.relative_to(ROOT)) for path in modules if '.mim' not in path.parts}
     assert wheel.name == f'mmconv2former-{mmconv2former.__version__}-py3-none-any.whl'
 
 

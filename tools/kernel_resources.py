@@ -20,9 +20,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-# Before Triton is imported: in its interpreter there is nothing to compile.
-os.environ.pop('TRITON_INTERPRET', None)
-
 import torch
 import triton
 from make_tables import table, with_table
@@ -56,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--page', action='store_true', help='keep what is printed in docs/depthwise.md'
     )
     args = parser.parse_args(argv)
+    if os.environ.get('TRITON_INTERPRET') == '1':
+        raise SystemExit('error: TRITON_INTERPRET=1: there is nothing to compile; unset it')
     rows = []
     for capability in args.capability:
         for dtype in args.dtype:

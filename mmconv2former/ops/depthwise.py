@@ -300,7 +300,7 @@ def triton_version() -> str | None:
 
 def is_interpreted() -> bool:
     """Whether Triton's kernels run on a CPU: its interpreter was chosen before it was imported."""
-    if os.environ.get('TRITON_INTERPRET') != '1' or installation_problem() is not None:
+    if installation_problem() is not None:
         return False
     language, runtime = (importlib.import_module(f'triton.{n}') for n in ('language', 'runtime'))
     return not isinstance(language.cdiv, runtime.JITFunction)

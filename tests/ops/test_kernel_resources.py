@@ -1,5 +1,6 @@
 """The kernels compile for GPUs that are not there, within their registers."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,15 +8,17 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from in_process import load_tool
 
 triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
 
 
 def resources(*arguments):
     """Runs the tool in a process of its own, as this one may have Triton's interpreter."""
+    settings = {name: value for name, value in os.environ.items() if name != 'TRITON_INTERPRET'}
     return subprocess.run(
         [sys.executable, 'tools/kernel_resources.py', *arguments],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT, env=settings, capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -49,3 +52,9 @@ def test_spills_are_an_error():
     result = resources('--capability', '90', '--kernel-sizes', '11', '--rows', '40')
     assert result.returncode == 1
     assert re.search(r'error: 1 of 3 kernels spill registers', result.stderr)
+
+
+def test_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv('TRITON_INTERPRET', '1')
+    with pytest.raises(SystemExit, match='TRITON_INTERPRET=1: there is nothing to compile'):
+        load_tool('kernel_resources').main([])
