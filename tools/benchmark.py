@@ -331,7 +331,8 @@ class TrafficCounter(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         returns = function._schema.returns
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        is_free = is_view or function._schema.name in FREE or function.namespace != 'aten'
+        is_ours = function.namespace in ('aten', 'mmconv2former')
+        is_free = is_view or function._schema.name in FREE or not is_ours
         if not is_free:
             leaves, _ = tree_flatten((args, kwargs, result))
             tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
