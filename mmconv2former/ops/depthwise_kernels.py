@@ -73,7 +73,8 @@ def depthwise_forward_kernel(
                 if K % TAPS == 0:
                     loaded = tl.load(weight + tap * STEP + c)
                 else:
-                    loaded = tl.load(weight + tap * STEP + c, mask=(c >= 0) & (i0 + i < K), other=0)
+                    in_kernel = tl.zeros_like(c) + (i0 + i) < K
+                    loaded = tl.load(weight + tap * STEP + c, mask=in_kernel, other=0)
                 taps = taps + (widen(loaded, ACC, PACKED),)
             g = f + (j - P) * C
             inside = (g >= 0) & (g < WC)
