@@ -38,7 +38,7 @@ Shape = tuple[int, int, int, int]  # batch, channels, height, width
 
 
 def stages(batch: int, height: int, width: int) -> list[Shape]:
-    """The maps of size T's four stages, the first of which is of this size."""
+    """The maps of size T's four stages; the first one has this size."""
     return [(batch, 72 * 2**i, height // 2**i, width // 2**i) for i in range(4)]
 
 

@@ -106,7 +106,7 @@ def depthwise_conv2d(
         x: Input (N, H, W, C), fastest if contiguous and C a multiple of 8.
         weight: (C, 1, K, K), K odd, as `nn.Conv2d(C, C, K, groups=C)` has it.
         bias: (C,) or None.
-        laid_out: The weight as `lay_out_together` returned it, so that it is not prepared again.
+        laid_out: The weight as `prepare_weight` returned it, so that it is not prepared again.
 
     Returns:
         (N, H, W, C), contiguous, of the dtype of x or of autocast's.
@@ -119,7 +119,7 @@ def depthwise_conv2d(
     has_own_gradients = implementation in ('triton', 'native', 'products')
     if has_own_gradients and torch.is_grad_enabled():
         return DepthwiseConvFunction.apply(x, weight, bias, laid_out, implementation)
-    dtype = autocast_dtype(x)  # of which the following two know nothing
+    dtype = autocast_dtype(x)  # autocast does not reach the next two
     if implementation == 'operator':
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     elif implementation == 'triton':
@@ -163,7 +163,7 @@ def choose(x: Tensor, weight: Tensor) -> str:
     """The implementation for an input and a weight: see the table at the top of this file.
 
     Args:
-        x: Input (N, H, W, C), of which only device, dtype, N, H and W count.
+        x: Input (N, H, W, C). Its values do not matter.
         weight: (C, 1, K, K).
 
     Returns:
@@ -198,7 +198,7 @@ def choose_kernel(x: Tensor, weight: Tensor) -> str:
 def is_in_reach(batch: int, height: int, width: int, channels: int, kernel_size: int) -> bool:
     """Whether the Triton kernels can address an input: offsets within a program have 32 bits.
 
-    ROCm's compiler takes all offsets for such of 32 bits if the first tensor was small enough.
+    ROCm's compiler uses 32-bit offsets throughout if the first tensor it sees is below 2 GiB.
     """
     elements = batch * height * width * channels
     most = 2**28 if torch.version.hip is not None else 2**62

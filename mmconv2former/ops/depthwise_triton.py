@@ -97,7 +97,7 @@ class Launcher:
 
         Args:
             tensors: Tensors of the dtypes with which it will be called.
-            sizes: Any integers in the place of its sizes.
+            sizes: Any integers, as many as it takes.
 
         Raises:
             CompilationError: It did not work.
