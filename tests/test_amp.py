@@ -264,7 +264,7 @@ STATES = {
 @pytest.mark.parametrize('cls', [CpuAmpOptimWrapper, ReliableAmpOptimWrapper])
 @pytest.mark.parametrize(('loss_scale', 'fresh'), [('dynamic', 2.0**16), (OFF, 1.0)])
 def test_optimizer_and_scale_are_loaded(cls, loss_scale, fresh, saved, monkeypatch):
-    """Whatever scaled the loss before, the optimizer goes on; a used scale is that of the file."""
+    """The optimizer resumes with or without a loss scale; a scale in use comes from the file."""
     module = sys.modules[AmpOptimWrapper.__module__]
     monkeypatch.setattr(module, 'is_cuda_available', lambda: True)
     monkeypatch.setattr(module, 'GradScaler', partial(torch.amp.GradScaler, 'cpu'))

@@ -52,9 +52,9 @@ def is_intercepted(x: Tensor) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products with `x`: autocast's where that is enabled."""
+    """The dtype of products with `x`: autocast's where that is enabled, which spares float64."""
     device = x.device.type
-    if not is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not is_autocast_enabled(device):
         return x.dtype
     if hasattr(torch, 'get_autocast_dtype'):  # torch >= 2.4
         return torch.get_autocast_dtype(device)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmconv2former import Conv2Former
-from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d
+from mmconv2former.ops import DepthwiseConv, depthwise
 from mmconv2former.ops.depthwise import VARIABLE, choice_for, choose, implementations
 
 CUDA = torch.device('cuda', 0)
@@ -211,6 +211,17 @@ def test_a_network_prepares_its_weights_once_a_pass(monkeypatch):
     assert all(layer.laid_out is None for layer in layers)
 
 
+@pytest.mark.parametrize('name', ['stock', pytest.param('triton', marks=needs_triton)])
+def test_autocast_spares_float64(name, monkeypatch):
+    """As it does with all of torch's operators."""
+    monkeypatch.setattr(depthwise, 'setting', name)
+    conv = DepthwiseConv(8, 3).double()
+    x = torch.randn(1, 4, 5, 8, dtype=torch.double)
+    expected = conv(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        torch.testing.assert_close(conv(x), expected)
+
+
 @needs_triton
 def test_frozen_stages_keep_nothing(monkeypatch):
     """Though the weights of frozen and trained layers are prepared together."""
@@ -238,8 +249,3 @@ def test_weights_may_change_between_passes(monkeypatch):
         torch.testing.assert_close(found, model(x)[0])
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
-
-
-def test_public_names():
-    assert depthwise_conv2d.__module__ == 'mmconv2former.ops.depthwise'
-    assert 'Raises' in depthwise_conv2d.__doc__
