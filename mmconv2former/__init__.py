@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
 
 from .backbone import Conv2Former
 from .comparators import Comparator
+from .cuda_graphs import CudaGraphsHook, use_cuda_graphs
 from .isotropic import Conv2FormerIsotropic
 from .layer_decay import LayerDecayOptimWrapperConstructor
 from .runner import ReliableRunner
@@ -27,9 +28,11 @@ __all__ = [
     'Conv2Former',
     'Conv2FormerClsHead',
     'Conv2FormerIsotropic',
+    'CudaGraphsHook',
     'LayerDecayOptimWrapperConstructor',
     'ReliableRunner',
     '__version__',
+    'use_cuda_graphs',
 ]
 
 

@@ -14,8 +14,9 @@ downsampling, network. Inside the stages, tensors are contiguous (N, H, W, C): t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from numbers import Integral, Real
 from typing import Any, NoReturn, TypeGuard
 
@@ -23,14 +24,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
+from .compat.roi_align import guard_roi_align
 from .deploy import DeployedBlock, deployed_downsample, deployed_stem, matrix
 from .fusion import FUSIONS
-from .lean import FeedForwardFunction, ModulationFunction, scaled
-from .ops.depthwise import DepthwiseConv, laid_out_together
+from .ops.block import (
+    RECOMPUTE,
+    BlockParameters,
+    FoldedWeights,
+    compute_block,
+    folded_together,
+    is_supported,
+)
+from .ops.depthwise import DepthwiseConv
 from .ops.memory_format import autocast_dtype, is_captured, to_channels_first, to_channels_last
-from .product import product
+from .ops.norm import layer_norm
+from .ops.pointwise import product
 from .registry import MODELS, register
 from .weights import LoadsPretrained
 
@@ -58,7 +69,6 @@ MODELS.register_module(module=DepthwiseConv)  # for `depthwise_conv`
 
 LAYER_NORM_EPS = 1e-6  # of every LayerNorm in the published code
 STEM_STRIDE = 4
-RECOMPUTE = ('nothing', 'elementwise', 'expansion')
 # Far above what anybody builds (our choice): beyond, a slip would take all memory or hours.
 MOST_CHANNELS = 2**16
 MOST_BLOCKS = 1000  # of a stage
@@ -80,6 +90,7 @@ class BlockOptions:
     layer_scale_init_value: float
     recompute: str
     depthwise_conv: str
+    with_cp: bool
 
     def __post_init__(self) -> None:
         check_number('mlp_ratio', self.mlp_ratio, above=0, maximum=LARGEST_RATIO)
@@ -126,6 +137,19 @@ class Stem(nn.Sequential):
         )
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (N, H, W, C), for what is no part of a block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=LAYER_NORM_EPS)
+
+    def forward(
+        self, x: Tensor, dtype: torch.dtype | None = None, channels_first: bool = False
+    ) -> Tensor:
+        dtype = x.dtype if dtype is None else dtype
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype, channels_first)
+
+
 class PointwiseConv(nn.Conv2d):
     """1x1 convolution on the last axis: (N, H, W, C_in) -> (N, H, W, C_out)."""
 
@@ -141,8 +165,8 @@ class PointwiseConv(nn.Conv2d):
 class Modulation(nn.Module):
     """Convolutional modulation, equation 5 of the paper, (N, H, W, C) in and out.
 
-    With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V), times `scale`; in
-    the ablations another fusion of A and V (`mmconv2former.fusion`).
+    With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V); in the ablations
+    another fusion of A and V (`mmconv2former.fusion`).
     """
 
     att: Any  # nn.Sequential, which to type checkers holds any modules
@@ -158,26 +182,17 @@ class Modulation(nn.Module):
         self.v = PointwiseConv(channels, channels)
         self.proj = PointwiseConv(channels, channels)
         self.fusion = options.fusion
-        self.is_stock = type(self.att[2]) is DepthwiseConv and self.fusion == 'hadamard'
 
-    def forward(self, x: Tensor, scale: Tensor, recompute: str) -> Tensor:
-        folded, remaining = (None, scale) if is_float16(x) else (scale, None)
-        proj = matrix(self.proj)
-        if recompute == 'nothing' or not self.is_stock:
-            y = self.norm(x)
-            out = product(FUSIONS[self.fusion](self.att(y), self.v(y)), *scaled(proj, folded))
-        else:
-            layers = parameters_of(self.norm, self.att[0], self.att[2], self.v)
-            laid_out = self.att[2].laid_out
-            out = ModulationFunction.apply(x, self.norm.eps, folded, laid_out, *layers, *proj)
-        return out if remaining is None else remaining * out
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.proj(FUSIONS[self.fusion](self.att(x), self.v(x)))
 
 
 class FeedForward(nn.Module):
     """Feed-forward with a residual 3x3 depthwise convolution, (N, H, W, C) in and out.
 
-    With h = GELU(W1 LayerNorm(x)): result W2 (h + GELU(DW_3x3(h))), times `scale`. The paper's text
-    does not mention the depthwise convolution; the published code and weights have it.
+    With h = GELU(W1 LayerNorm(x)): result W2 (h + GELU(DW_3x3(h))). The paper's text does not
+    mention the depthwise convolution; the published code and weights have it.
     """
 
     def __init__(self, channels: int, mlp_ratio: float) -> None:
@@ -189,60 +204,39 @@ class FeedForward(nn.Module):
         self.fc2 = PointwiseConv(hidden_channels, channels)
         self.act = nn.GELU()
 
-    def forward(self, x: Tensor, scale: Tensor, recompute: str) -> Tensor:
-        folded, remaining = (None, scale) if is_float16(x) else (scale, None)
-        fc2 = matrix(self.fc2)
-        if recompute == 'nothing':
-            hidden = self.act(self.fc1(self.norm(x)))  # (N, H, W, mlp_ratio * C)
-            total = self.act(self.pos(hidden))
-            # In its place, as nothing else needs it: new memory costs as much as the sum.
-            total = total + hidden if is_captured() else total.add_(hidden)
-            out = product(total, *scaled(fc2, folded))
-        else:
-            keep_hidden = recompute == 'elementwise'
-            layers = parameters_of(self.norm, self.fc1, self.pos)
-            out = FeedForwardFunction.apply(
-                x, self.norm.eps, keep_hidden, folded, self.pos.laid_out, *layers, *fc2
-            )
-        return out if remaining is None else remaining * out
-
-
-def is_float16(x: Tensor) -> bool:
-    """Whether products are of float16: weights times an initial layer scale would vanish in it."""
-    return autocast_dtype(x) == torch.float16
-
-
-def parameters_of(*layers: nn.LayerNorm | PointwiseConv | DepthwiseConv) -> list[Tensor]:
-    """Weight and bias of each layer, those of products as (C_out, C_in)."""
-    parameters: list[Tensor] = []
-    for layer in layers:
-        if isinstance(layer, PointwiseConv):
-            parameters += matrix(layer)
-        else:
-            parameters += layer.weight, layer.bias
-    return parameters
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.fc1(self.norm(x)))  # (N, H, W, mlp_ratio * C)
+        return self.fc2(h + self.act(self.pos(h)))
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): zeroes a residual branch per sample while training."""
+    """Stochastic depth (arXiv 1603.09382): zeroes a residual branch per image while training."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        factors = self.factors(1, x)
+        return x if factors is None else x * factors.view(-1, *(1,) * (x.dim() - 1))
+
+    def factors(self, branches: int, x: Tensor) -> Tensor | None:
+        """What (branches, N) branches of a batch are multiplied by, None for 1."""
         if not self.training or self.rate == 0.0:
-            return x
+            return None
         keep = 1.0 - self.rate
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * (mask / keep)
+        return x.new_empty(branches, x.shape[0]).bernoulli_(keep).div_(keep)
 
     def extra_repr(self) -> str:
         return f'rate={self.rate:.3f}'
 
 
 class Block(nn.Module):
-    """Modulation and feed-forward, each with layer scale and drop path, around two residuals."""
+    """Modulation and feed-forward, each with layer scale and drop path, around two residuals.
+
+    If all its layers are the plain ones, `mmconv2former.ops.block` computes the same faster and
+    with less memory. What has a hook, is replaced or parametrized runs layer by layer.
+    """
 
     def __init__(
         self, channels: int, kernel_size: int, drop_path_rate: float, options: BlockOptions
@@ -255,14 +249,86 @@ class Block(nn.Module):
         self.layer_scale_2 = nn.Parameter(torch.full((channels,), scale))
         self.drop_path = DropPath(drop_path_rate)
         self.recompute = options.recompute
+        self.with_cp = options.with_cp
+        # Its weights, as they are and folded, while a network runs.
+        self.ready: tuple[BlockParameters, FoldedWeights] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C)
-        keeps_nothing = is_captured() or not torch.is_grad_enabled()
-        recompute = 'nothing' if keeps_nothing else self.recompute
+        if self.with_cp and self.training and torch.is_grad_enabled():
+            return checkpoint(self._compute, x, use_reentrant=False)
+        return self._compute(x)
+
+    def _compute(self, x: Tensor) -> Tensor:
         # Under autocast the branches are of half precision, their sum is not.
         x = x.to(self.layer_scale_1.dtype)
-        x = x + self.drop_path(self.attn(x, self.layer_scale_1, recompute))
-        return x + self.drop_path(self.mlp(x, self.layer_scale_2, recompute))
+        parameters, folded = self.ready or (None, None)
+        if parameters is None and self.is_plain():
+            own = self.function_parameters()
+            parameters = own if is_supported(x, own) else None
+        if parameters is not None:
+            factors = self.drop_path.factors(2, x)
+            return compute_block(x, factors, parameters, folded, LAYER_NORM_EPS, self.recompute)
+        x = x + self.drop_path(self.layer_scale_1 * self.attn(x))
+        return x + self.drop_path(self.layer_scale_2 * self.mlp(x))
+
+    def is_plain(self) -> bool:
+        """Whether nothing but the parameters matters of the layers, so that one function does."""
+        attn, mlp = self.attn, self.mlp
+        if type(attn) is not Modulation or type(mlp) is not FeedForward or _has_any_global_hook():
+            return False
+        layers = (attn, mlp, self.drop_path, attn.norm, attn.att, *attn.att, attn.v, attn.proj,
+                  mlp.norm, mlp.fc1, mlp.act, mlp.pos, mlp.fc2)  # fmt: skip
+        types = tuple([type(layer) for layer in layers])
+        return (
+            types == PLAIN_TYPES
+            and attn.fusion == 'hadamard'
+            and attn.norm.eps == mlp.norm.eps == LAYER_NORM_EPS
+            and attn.att[1].approximate == mlp.act.approximate == 'none'
+            and not any(map(is_watched, layers))
+            and '_is_replica' not in vars(self)  # of nn.DataParallel, which has no parameters
+        )
+
+    def function_parameters(self) -> BlockParameters:
+        """The parameters as `mmconv2former.ops.block` takes them."""
+        attn, mlp = self.attn, self.mlp
+        gate, _, depthwise = attn.att
+        layers = (
+            attn.norm,
+            gate,
+            attn.v,
+            depthwise,
+            attn.proj,
+            mlp.norm,
+            mlp.fc1,
+            mlp.pos,
+            mlp.fc2,
+        )
+        norm_1, gate, v, depthwise, proj, norm_2, fc1, pos, fc2 = (
+            (layer._parameters['weight'], layer._parameters['bias']) for layer in layers
+        )
+        return BlockParameters(
+            *norm_1, *gate, *v, *depthwise, *proj, self.layer_scale_1,
+            *norm_2, *fc1, *pos, *fc2, self.layer_scale_2,
+        )  # fmt: skip
+
+
+# Of the layers of a block in which nothing was replaced or parametrized.
+PLAIN_TYPES = (
+    Modulation, FeedForward, DropPath, nn.LayerNorm, nn.Sequential, PointwiseConv, nn.GELU,
+    DepthwiseConv, PointwiseConv, PointwiseConv, nn.LayerNorm, PointwiseConv, nn.GELU,
+    DepthwiseConv, PointwiseConv,
+)  # fmt: skip
+
+
+def is_watched(layer: nn.Module) -> bool:
+    """Whether something happens when a layer is called that its class does not say."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or 'forward' in vars(layer)
+    )
 
 
 class Downsample(nn.Sequential):
@@ -273,13 +339,13 @@ class Downsample(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
-            nn.LayerNorm(in_channels, eps=LAYER_NORM_EPS),
+            LayerNorm(in_channels),
             nn.Conv2d(in_channels, out_channels, 2, stride=2),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         norm, conv = self[0], self[1]  # torch 2.1 cannot compile the unpacking of a module
-        return to_channels_last(conv(to_channels_first(norm(x))))
+        return to_channels_last(conv(to_channels_first(norm(x, dtype=autocast_dtype(x)))))
 
 
 class Conv2FormerBase(LoadsPretrained):
@@ -302,10 +368,15 @@ class Conv2FormerBase(LoadsPretrained):
         out_norm: bool,
         norm_eval: bool,
         with_cp: bool,
+        out_channels_last: bool,
         init_cfg: dict | list[dict] | None,
     ) -> None:
         check_int('in_channels', in_channels, minimum=1, maximum=MOST_CHANNELS)
-        for name, value in dict(out_norm=out_norm, norm_eval=norm_eval, with_cp=with_cp).items():
+        switches = dict(
+            out_norm=out_norm, norm_eval=norm_eval, with_cp=with_cp,
+            out_channels_last=out_channels_last,
+        )  # fmt: skip
+        for name, value in switches.items():
             check_bool(name, value)
         check_init_cfg(init_cfg)
         check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
@@ -314,6 +385,9 @@ class Conv2FormerBase(LoadsPretrained):
         self.out_norm = out_norm
         self.norm_eval = norm_eval
         self.with_cp = with_cp
+        self.out_channels_last = out_channels_last
+        if out_channels_last:
+            guard_roi_align()
         self.is_deployed = False
 
     def _frozen_modules(self) -> list[nn.Module]:
@@ -328,6 +402,10 @@ class Conv2FormerBase(LoadsPretrained):
         """The feature maps of an input that was checked."""
         raise NotImplementedError(f'{type(self).__name__} must say how it computes')
 
+    def _own_blocks(self) -> Iterable[nn.Module]:
+        """The blocks, or what was put in their place."""
+        raise NotImplementedError(f'{type(self).__name__} must say which blocks it has')
+
     def _deploy(self) -> None:
         """Exchanges modules for those of `mmconv2former.deploy`."""
         raise NotImplementedError(f'{type(self).__name__} has no form for inference')
@@ -335,13 +413,9 @@ class Conv2FormerBase(LoadsPretrained):
     def _start(self) -> None:
         """Initial values and modes, when all modules are there."""
         self.apply(init_layer)
-        self._find_depthwise_layers()
         for module in self._frozen_modules():
             module.requires_grad_(False)
         self.train()  # applies `frozen_stages` and `norm_eval`
-
-    def _find_depthwise_layers(self) -> None:
-        self._depthwise_layers = [layer for layer in self.modules() if hasattr(layer, 'laid_out')]
 
     def train(self, mode: bool = True) -> Conv2FormerBase:
         """Sets the mode, except of frozen norms and, with `norm_eval`, of the stem's BatchNorms."""
@@ -366,14 +440,15 @@ class Conv2FormerBase(LoadsPretrained):
         if not self.is_deployed:
             self.is_deployed = True
             self._deploy()
-            self._find_depthwise_layers()
         return self.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
         self._check_input(x)
         if is_captured():
             return self._forward(x)
-        with laid_out_together(self._depthwise_layers, x):
+        blocks = self._own_blocks()  # not those in wrappers, which may hand out their weights later
+        plain = [block for block in blocks if isinstance(block, Block) and block.is_plain()]
+        with folded_together(plain, x, self):
             return self._forward(x)
 
     def _check_input(self, x: Tensor) -> None:
@@ -390,17 +465,13 @@ class Conv2FormerBase(LoadsPretrained):
                 f'got H={x.shape[2]}, W={x.shape[3]}'
             )
 
-    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:  # (N, H, W, C)
-        if self.with_cp and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
-
     def _output(self, x: Tensor, index: int) -> Tensor:
         """The returned feature map of index `index`, (N, H, W, C) -> (N, C, H, W)."""
-        x = getattr(self, f'norm{index}')(x) if self.out_norm else x
-        # Contiguous: convolutions would hand `torch.channels_last` on to mmcv's RoIAlign, which
-        # misreads it without a word.
-        return to_channels_first(x).contiguous()
+        channels_last = self.out_channels_last and x.is_cuda
+        if self.out_norm:
+            x = getattr(self, f'norm{index}')(x, channels_first=not channels_last)
+        x = to_channels_first(x)
+        return x if channels_last else x.contiguous()
 
 
 def embed(stem: nn.Module, x: Tensor) -> Tensor:
@@ -437,13 +508,16 @@ class Conv2Former(Conv2FormerBase):
         norm_eval: Whether the stem's BatchNorms stay in eval mode while training.
         with_cp: Whether each block is recomputed in the backward pass (activation checkpointing),
             for less memory at the price of time.
-        recompute: What is computed anew in the backward pass rather than kept from the forward
-            pass: 'nothing' (stock autograd: most memory, on a CPU fastest), 'elementwise'
-            (LayerNorm, GELU, Hadamard product) or 'expansion' (these and the feed-forward's first
-            product: least memory). With another `fusion` or `depthwise_conv` than the defaults it
-            is of the feed-forward only.
+        recompute: What the backward pass computes again instead of keeping it from the forward
+            pass: 'nothing' (most memory, fastest), 'elementwise' (GELU, Hadamard product, sums) or
+            'expansion' (these and the feed-forward's first product: least memory). A block with
+            another `fusion` or `depthwise_conv` than the defaults, or with hooks or replaced
+            layers, is computed layer by layer, where autograd keeps all.
         depthwise_conv: Type name of the modulation's depthwise convolution in the registry; see
             `mmconv2former.ops.DepthwiseConv`. Another than that is called as it is.
+        out_channels_last: Whether feature maps on a GPU are in `torch.channels_last` memory, which
+            half-precision convolutions behind them would otherwise be copied to. mmcv's RoIAlign,
+            which misreads it, is guarded then (`mmconv2former.compat`).
         init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
             takes published files as they are; a file that does not fit is an error (see
             `mmconv2former.weights.load_pretrained`, whose `prefix` and `adapt_kernel` it takes).
@@ -485,18 +559,23 @@ class Conv2Former(Conv2FormerBase):
         with_cp: bool = False,
         recompute: str = 'elementwise',
         depthwise_conv: str = 'DepthwiseConv',
+        out_channels_last: bool = False,
         init_cfg: dict | list[dict] | None = None,
         **foreign: NoReturn,
     ) -> None:
         refuse_foreign(type(self).__name__, foreign)
-        super().__init__(in_channels, drop_path_rate, out_norm, norm_eval, with_cp, init_cfg)
+        super().__init__(
+            in_channels, drop_path_rate, out_norm, norm_eval, with_cp, out_channels_last, init_cfg
+        )
         variant = parse_arch(arch)
         channels, num_stages = variant.channels, len(variant.depths)
         kernel_sizes = parse_kernel_size(
             variant.kernel_size if kernel_size is None else kernel_size, num_stages
         )
         check_int('frozen_stages', frozen_stages, minimum=-1, maximum=num_stages)
-        options = BlockOptions(fusion, mlp_ratio, layer_scale_init_value, recompute, depthwise_conv)
+        options = BlockOptions(
+            fusion, mlp_ratio, layer_scale_init_value, recompute, depthwise_conv, with_cp
+        )
         self.out_indices = parse_out_indices(out_indices, num_stages)
         self.frozen_stages = frozen_stages
         self.depths = variant.depths[: max(self.out_indices) + 1]
@@ -519,17 +598,19 @@ class Conv2Former(Conv2FormerBase):
 
         if out_norm:
             for i in self.out_indices:
-                self.add_module(f'norm{i}', nn.LayerNorm(channels[i], eps=LAYER_NORM_EPS))
+                self.add_module(f'norm{i}', LayerNorm(channels[i]))
         self._start()
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
         outputs: list[Any] = []  # a list by stage: torch 2.4 cannot compile a dict by integers
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             x = embed(downsample, x) if i == 0 else downsample(x)
-            for block in stage:
-                x = self._run_block(block, x)
+            x = stage(x)
             outputs.append(self._output(x, i) if i in self.out_indices else None)
         return tuple(outputs[i] for i in self.out_indices)
+
+    def _own_blocks(self) -> Iterable[nn.Module]:
+        return chain.from_iterable(self.stages)
 
     def _deploy(self) -> None:
         stem, *downsamples = self.downsample_layers

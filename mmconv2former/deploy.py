@@ -6,14 +6,19 @@ results differ by rounding only; there is nothing to train or to load afterwards
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused import FusedConv, is_fusible
 from .fusion import FUSIONS
+from .ops import block_stock
+from .ops.block import FoldedWeights, run, run_block, steps_for
+from .ops.depthwise import DepthwiseConv, prepare_weight
+from .ops.memory_format import autocast_dtype, is_captured, without_autocast
+from .ops.mkldnn_fusion import FusedConv, is_fusible
 
 if TYPE_CHECKING:  # which imports this file
     from .backbone import Block, Downsample, PointwiseConv, Stem
@@ -30,8 +35,9 @@ class DeployedBlock(nn.Module):
     """A `Block` for inference, (N, H, W, C) in and out.
 
     The LayerNorms' scale and shift are in the products behind them, the layer scales in those
-    before the residuals; on a CPU, GELU, Hadamard product and residuals are in the operators
-    before them (`mmconv2former.fused`).
+    before the residuals. On a CPU in float32, GELU, Hadamard product and residuals are in the
+    operators before them (`mmconv2former.ops.mkldnn_fusion`); elsewhere `mmconv2former.ops.block`
+    computes it.
     """
 
     def __init__(self, block: Block) -> None:
@@ -47,8 +53,12 @@ class DeployedBlock(nn.Module):
             self.pos = FusedConv(mlp.pos.weight.detach(), mlp.pos.bias.detach())
         self.depthwise = attn.att[2]
         self.fusion = attn.fusion
+        self.is_plain = self.fusion == 'hadamard' and type(self.depthwise) is DepthwiseConv
+        self.folded: FoldedWeights | None = None  # the weights in the dtype of products
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.is_plain and not is_fusible(x) and not is_captured():
+            return self._by_function(x)
         y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         mixed = self.depthwise(self.gate.gelu(y))
         if self.fusion == 'hadamard':
@@ -60,6 +70,36 @@ class DeployedBlock(nn.Module):
         y = self.fc1.gelu(y)
         y = add(self.pos.gelu(y), y)
         return self.fc2.plus(y, x)
+
+    def _by_function(self, x: Tensor) -> Tensor:
+        weight = self.gate.weight
+        if x.dtype != weight.dtype:  # the residuals have that of the weights, as of a `Block`
+            x = x.to(weight.dtype)
+        dtype = autocast_dtype(x)
+        steps = steps_for(x, (self.depthwise.weight, self.pos.weight))
+        if self.folded is None or self.folded.pair_weight.dtype != dtype:
+            self.folded = self._cast(dtype, 'triton' if steps is not block_stock else 'stock')
+        with without_autocast(x):
+            return run(run_block, steps, x, None, self.folded, self.eps, None)[0]
+
+    def _cast(self, dtype: torch.dtype, implementation: str) -> FoldedWeights:
+        """The weights in a dtype; they do not change, so this is done once."""
+        pair = [torch.cat(parts) for parts in zip(self.gate.pair(), self.value.pair())]
+        products = [[t.to(dtype) for t in p] for p in (pair, self.proj.pair(), self.fc1.pair(),
+                                                       self.fc2.pair())]  # fmt: skip
+        convolutions = [
+            (prepare_weight(layer.weight.detach(), dtype, implementation), layer.bias.detach())
+            for layer in (self.depthwise, self.pos)
+        ]
+        pair, proj, fc1, fc2 = products
+        return FoldedWeights(*pair, *convolutions[0], *proj, *fc1, *convolutions[1], *fc2)
+
+    def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
+        self.folded = None  # of other values, another dtype or device from here on
+        return super()._apply(function, recurse)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {'folded': None}  # neither copied nor saved
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
@@ -86,7 +126,8 @@ def deployed_downsample(downsample: Downsample) -> nn.Sequential:
         weight, bias = fold_norm(norm, conv.weight, conv.bias)
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
-    downsample[0] = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+    norm.register_parameter('weight', None)
+    norm.register_parameter('bias', None)
     return downsample
 
 

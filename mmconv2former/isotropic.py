@@ -8,19 +8,19 @@ weights were published, so parameter names are ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from .backbone import (
-    LAYER_NORM_EPS,
     MOST_BLOCKS,
     MOST_CHANNELS,
     Block,
     BlockOptions,
     Conv2FormerBase,
+    LayerNorm,
     check_choice,
     check_int,
     drop_path_rates,
@@ -93,8 +93,8 @@ class Conv2FormerIsotropic(Conv2FormerBase):
             blocks with their output norms.
         kernel_size: Odd size of the depthwise convolutions of the modulation, None for the arch's.
         in_channels, fusion, mlp_ratio, drop_path_rate, layer_scale_init_value, out_norm, norm_eval,
-            with_cp, recompute, depthwise_conv, init_cfg: See `mmconv2former.Conv2Former`;
-            `norm_eval` is of the BatchNorms of the convolutional patch embedding.
+            with_cp, recompute, depthwise_conv, out_channels_last, init_cfg: See
+            `mmconv2former.Conv2Former`; `norm_eval` is of the BatchNorms of the convolutional patch embedding.
 
     Attributes:
         channels: Channels of each returned feature map.
@@ -130,11 +130,14 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         with_cp: bool = False,
         recompute: str = 'elementwise',
         depthwise_conv: str = 'DepthwiseConv',
+        out_channels_last: bool = False,
         init_cfg: dict | list[dict] | None = None,
         **foreign: NoReturn,
     ) -> None:
         refuse_foreign(type(self).__name__, foreign)
-        super().__init__(in_channels, drop_path_rate, out_norm, norm_eval, with_cp, init_cfg)
+        super().__init__(
+            in_channels, drop_path_rate, out_norm, norm_eval, with_cp, out_channels_last, init_cfg
+        )
         variant = parse_isotropic_arch(arch)
         channels, depth = variant.channels, variant.depth
         (size,) = parse_kernel_size(
@@ -142,7 +145,9 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         )
         check_choice('patch_embedding', patch_embedding, PATCH_EMBEDDINGS)
         check_int('frozen_stages', frozen_stages, minimum=-1, maximum=depth)
-        options = BlockOptions(fusion, mlp_ratio, layer_scale_init_value, recompute, depthwise_conv)
+        options = BlockOptions(
+            fusion, mlp_ratio, layer_scale_init_value, recompute, depthwise_conv, with_cp
+        )
         self.out_indices = parse_out_indices(out_indices, depth)
         self.frozen_stages = frozen_stages
         self.channels = (channels,) * len(self.out_indices)
@@ -156,14 +161,14 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         )
         if out_norm:
             for i in self.out_indices:
-                self.add_module(f'norm{i}', nn.LayerNorm(channels, eps=LAYER_NORM_EPS))
+                self.add_module(f'norm{i}', LayerNorm(channels))
         self._start()
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = embed(self.patch_embed, x)  # (N, H / 16, W / 16, C)
         outputs = {}
         for i, block in enumerate(self.blocks):
-            x = self._run_block(block, x)
+            x = block(x)
             if i in self.out_indices:
                 outputs[i] = self._output(x, i)
         return tuple(outputs[i] for i in self.out_indices)
@@ -188,6 +193,9 @@ class Conv2FormerIsotropic(Conv2FormerBase):
             if part == 'blocks':
                 return 1 + int(rest.split('.')[0]), num_layers
         return num_layers - 1, num_layers
+
+    def _own_blocks(self) -> Iterable[nn.Module]:
+        return self.blocks
 
     def _deploy(self) -> None:
         self.blocks = nn.ModuleList(map(DeployedBlock, self.blocks))

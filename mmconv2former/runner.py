@@ -6,6 +6,7 @@
 - A resumed run goes on as if it had not been interrupted: same order of samples, same augmentation,
   same random numbers in the network, and a validation that was missed is made up for.
 - The log kept in memory has an end: mmengine copies all of it at each iteration.
+- Settings that depend on the machine are filled in (`mmconv2former.device_defaults`).
 
 The hooks that do a part of this are in `mmconv2former.hooks`.
 """
@@ -20,6 +21,7 @@ from typing import Any
 from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, master_only
 from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import OptimWrapper
 from mmengine.runner import (
     BaseLoop,
     CheckpointLoader,
@@ -30,6 +32,12 @@ from mmengine.runner import (
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
+from .device_defaults import (
+    distributed_wrapper,
+    keep_own_step,
+    usable_loader,
+    with_fused_step,
+)
 from .finite_loss import check_weights, images_on_error
 from .registry import RUNNERS, register
 from .reproducible import PositionedSampler, ResumedBatches, give_positions
@@ -80,6 +88,7 @@ class ReliableRunner(Runner):
         """
         if isinstance(dataloader, DataLoader):
             return dataloader
+        dataloader = usable_loader(dataloader)
         if isinstance(dataloader.get('dataset'), dict):
             dataset = dict(type='mmconv2former.CheckedDataset', dataset=dataloader['dataset'])
             dataloader = {**dataloader, 'dataset': dataset}
@@ -87,6 +96,22 @@ class ReliableRunner(Runner):
         if seed is not None:
             give_positions(loader, seed - get_rank() if diff_rank_seed else seed)
         return loader
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wraps a model for several processes as mmengine does; see `distributed_wrapper`."""
+        if self.distributed and not is_model_wrapper(model):
+            find_unused = self.cfg.get('find_unused_parameters', False)
+            model_wrapper_cfg = distributed_wrapper(model_wrapper_cfg, find_unused)
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
+        """As mmengine's; the optimizer's step is fused on CUDA, see `with_fused_step`."""
+        if isinstance(optim_wrapper, dict):
+            settings = with_fused_step(optim_wrapper, next(self.model.parameters()).device)
+            if settings is not optim_wrapper:
+                self.logger.info('The optimizer steps in fused kernels (optimizer.fused=True).')
+            optim_wrapper = settings
+        return super().build_optim_wrapper(optim_wrapper)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
         """Registers the default hooks, with ours for two of mmengine's, and more of ours."""
@@ -230,6 +255,7 @@ class ReliableRunner(Runner):
             content = self._read(filename, whole=not is_tuning)
         if self._resume and not isinstance(self.optim_wrapper, dict):
             check_optimizer(content['optimizer'], self.optim_wrapper, filename)
+            keep_own_step(content['optimizer'], self.optim_wrapper)
         # Hooks may change it: the moving average of weights changes places with the others.
         self.call_hook('after_load_checkpoint', checkpoint=content)
         load_fitting(unwrapped(self.model), tensors_of(content['state_dict']))

@@ -3,9 +3,9 @@
     python gradients_worker.py detection FILE.pt
     torchrun --nproc_per_node 2 gradients_worker.py detection FILE.pt
 
-The same four pictures are in one batch, or two in each of two processes. Everything random is taken
-out, and the losses' normalisers are the same for all pictures, as averages of averages are not the
-average otherwise.
+The same four pictures are in one batch, or two in each of two processes, wrapped as our runner
+does. Everything random is taken out, and the losses' normalisers are the same for all pictures, as
+averages of averages are not the average otherwise.
 """
 
 import os
@@ -16,9 +16,10 @@ import torch
 from demo import MODEL
 from mmcv.ops import batched_nms
 from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODEL_WRAPPERS, MODELS, init_default_scope
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+
+from mmconv2former.device_defaults import distributed_wrapper
 
 ROOT = Path(__file__).parents[1]
 SIDE, PICTURES, OBJECTS, ROIS = 64, 4, 4, 32
@@ -137,7 +138,10 @@ def gradients(config, options, make_sample):
         samples.append(make_sample(rng))
     batch = model.data_preprocessor(dict(inputs=inputs, data_samples=samples), training=True)
     batch['inputs'] = batch['inputs'].double()
-    forward = DistributedDataParallel(model) if processes > 1 else model
+    forward = model
+    if processes > 1:
+        settings = distributed_wrapper(None, find_unused_parameters=False)
+        forward = MODEL_WRAPPERS.build(settings, default_args=dict(module=model))
     for _ in range(2):  # an unused parameter would be reported by the second
         model.zero_grad()
         loss, _ = model.parse_losses(forward(**batch, mode='loss'))

@@ -1,5 +1,6 @@
 """The benchmark counts what it says, and its models are what they are called."""
 
+import copy
 import json
 import random
 import re
@@ -35,9 +36,12 @@ from benchmark import (
     count_table,
     count_traffic,
     machine,
+    measure,
     profile_table,
+    ready_to_infer,
     self_time,
     show,
+    split,
     sweep,
     verdict,
 )
@@ -61,6 +65,7 @@ from measuring import (
 )
 from mmengine.utils import digit_version
 from test_backbone import randomized, relative_error
+from test_cuda_graphs import StandIn, simulated  # noqa: F401 (a fixture)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmconv2former import Conv2Former
@@ -133,6 +138,52 @@ def test_options_of_a_model():
     assert build('conv2former_n:deploy=True').is_deployed
     with pytest.raises(SystemExit, match='unknown model resnet; there are conv2former_n'):
         build('resnet')
+
+
+def test_ways_to_run_a_model(simulated, monkeypatch):  # noqa: F811
+    """Each is timed as the model is run, and the network is counted without it."""
+    assert split('convnext_tiny:cuda_graphs=True') == ('convnext_tiny', {'cuda_graphs'})
+    spec = 'conv2former_n:half=True,kernel_size=5,compile=False,cuda_graphs=True'
+    assert split(spec) == ('conv2former_n:kernel_size=5', {'half', 'cuda_graphs'})
+    model = torch.nn.Conv2d(3, 4, 3, bias=False)
+    monkeypatch.setitem(BUILDERS, 'conv2former_n', lambda **options: model)
+    setting = Setting((8, 8), dtype='bfloat16')
+    on_gpu = replace(setting)
+    on_gpu.device = 'cuda'  # after the check that there is one
+    found, images, precision = ready_to_infer(spec, model, setting.images(), on_gpu)
+    with torch.inference_mode(), precision.precision():
+        assert found(images).dtype == torch.bfloat16
+        assert not torch.is_autocast_enabled('cpu')
+    assert StandIn.replays == 1
+    (result,) = measure(['conv2former_n:half=True'], setting, 2, ['training', 'inference'])
+    assert (len(result.training), len(result.inference)) == (0, 2)
+    assert (result.parameters, result.bytes_kept) == (108, None)
+
+
+@pytest.mark.parametrize(
+    ('options', 'setting', 'message'),
+    [
+        ('cuda_graphs=True', SMALL, 'cuda_graphs needs --device cuda'),
+        ('half=True', SMALL, 'half needs --dtype bfloat16 or float16'),
+        ('compile=True,aoti=True', SMALL, 'choose one of cuda_graphs, compile and aoti'),
+    ],
+)
+def test_ways_that_do_not_apply(options, setting, message):
+    spec = f'conv2former_n:{options}'
+    with pytest.raises(SystemExit, match=f'error: {spec}: {message}'):
+        measure([spec], setting, 2, ['inference'])
+    with pytest.raises(SystemExit, match='are for the times of inference only'):
+        count_traffic(spec, setting, False)
+
+
+@pytest.mark.slow
+def test_compiled_models_compute_the_same():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GELU()).eval()
+    images = SMALL.images()
+    for way in ('compile', 'aoti'):
+        found, *_ = ready_to_infer(f'conv2former_n:{way}=True', copy.deepcopy(model), images, SMALL)
+        with torch.inference_mode():
+            torch.testing.assert_close(found(images), model(images))
 
 
 def test_birder_is_asked_for(monkeypatch):

@@ -303,6 +303,10 @@ def test_follows_convnext_s_recipe(name):
     library, path = FOLLOWED[name].split('/', 1)
     theirs = load(Path(find_spec(library).submodule_search_locations[0], path))
     ours = load(recipes()[name])
+    for settings in (ours, theirs):
+        for key in ('train_dataloader', 'test_dataloader'):
+            for of_speed in ('num_workers', 'pin_memory'):  # ours are more
+                settings[key].pop(of_speed, None)
     for key in ('param_scheduler', 'train_dataloader', 'test_dataloader', 'test_evaluator'):
         assert plain(ours[key]) == plain(theirs[key]), key
     assert ours.train_cfg == theirs.train_cfg
@@ -336,6 +340,16 @@ def test_level_says_what_was_shown():
     assert level(dict(steps={})) == 'steps on real data'
     assert level(dict(steps={}, fit=fit)) == 'steps on real data'
     assert level(dict(steps={}, fit=fit | dict(goal=59.0))) == 'fits real data'
+    on_gpu = fit | dict(goal=59.0, images=8, device='cuda', quick=False)
+    for change, expected in (
+        (dict(), 'fits at full size on a GPU'),
+        (dict(goal=60.0), 'steps on real data'),
+        (dict(images=4), 'steps on real data'),
+        (dict(device='cpu'), 'steps on real data'),
+        (dict(quick=True), 'steps on real data'),
+    ):
+        record = dict(steps={}, fit=fit, true_size={'sample': on_gpu | change})
+        assert level(record) == expected, change
 
 
 def test_evidence_is_complete():

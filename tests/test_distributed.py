@@ -43,6 +43,16 @@ def test_gradients_equal_those_of_one_process(gradients, variant):
     assert any('stages.0' in name for name in one) == (variant != 'frozen stages')
 
 
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_gradients_are_views_of_buckets(gradients, variant):
+    """Not copies of them: `gradient_as_bucket_view` is in effect."""
+    one, two = (
+        {gradient.untyped_storage().data_ptr() for gradient in result[variant].values()}
+        for result in gradients
+    )
+    assert len(two) < len(one) / 4
+
+
 def test_checkpointing_changes_no_gradient(gradients):
     one = gradients[0]
     for name, expected in one['plain'].items():

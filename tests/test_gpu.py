@@ -5,6 +5,7 @@ pytest tests/test_gpu.py tests/ops        # on a machine with a CUDA device
 
 import copy
 import itertools
+import threading
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from plain_conv2former import plain_conv2former
 from test_backbone import leaves, loss_of, randomized, relative_error
 from torch import nn
 
-from mmconv2former import Conv2Former
+from mmconv2former import Conv2Former, Conv2FormerIsotropic, cuda_graphs, use_cuda_graphs
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d
 
 pytestmark = pytest.mark.gpu
@@ -168,6 +169,148 @@ def test_cuda_graph():
         torch.testing.assert_close(out, conv(x))
 
 
+def assert_near(value, reference, tolerance, name=''):
+    """As `relative_error`, for what may be zeros, such as gradients of a dropped block."""
+    value, reference = value.double(), reference.double()
+    assert (value - reference).norm() <= tolerance * reference.norm(), name
+
+
+def autocast(dtype):
+    return torch.autocast('cuda', dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+@pytest.mark.parametrize('form', ['for training', 'deployed', 'isotropic', 'half'])
+def test_inference_by_cuda_graphs(form, dtype):
+    """New inputs, in memory that an earlier replay has written, give what the network gives."""
+    if form == 'half' and dtype is None:
+        pytest.skip('is of half precision')
+    torch.manual_seed(0)
+    plain = Conv2FormerIsotropic(dict(channels=16, depth=2)) if form == 'isotropic' else build()
+    plain = randomized(plain).cuda().eval()
+    if form in ('deployed', 'half'):
+        plain.switch_to_deploy()
+    precision = autocast(None if form == 'half' else dtype)
+    model = use_cuda_graphs(copy.deepcopy(plain))
+    if form == 'half':
+        model, plain = model.to(dtype), plain.to(dtype)
+    inputs = torch.randn(4, 2, 3, 96, 75, device='cuda').to(next(plain.parameters()).dtype)
+    tolerance = 1e-5 if dtype is None else 1e-2
+    found = []
+    for x, mode in zip(inputs, [torch.inference_mode, torch.no_grad] * 2):
+        with mode(), precision:
+            found.append(model(x))
+    assert len(model.forward.graphs) == 1
+    with torch.no_grad(), precision:
+        for x, outputs in zip(inputs, found):
+            for value, reference in zip(outputs, plain(x)):
+                assert value.dtype == reference.dtype
+                assert relative_error(value.double(), reference.double()) < tolerance
+
+
+@torch.no_grad()
+def test_cuda_graphs_refuse_sizes_and_follow_weights():
+    model = use_cuda_graphs(build().cuda().eval())
+    x = torch.randn(2, 3, 64, 96, device='cuda')
+    model(x)
+    with pytest.raises(ValueError, match=r'captured for \(2, 3, 64, 96\), got \(2, 3, 96, 64\)'):
+        model(torch.randn(2, 3, 96, 64, device='cuda'))
+    plain = copy.deepcopy(model)
+    for change in (
+        lambda network: None,
+        lambda network: network.stages[1][0].mlp.fc1.weight.mul_(2),
+        lambda network: network.stages[1][0].mlp.fc1.weight.data.mul_(2),  # is seen by the graph
+        lambda network: network.cpu().cuda(),
+        lambda network: network.switch_to_deploy(),
+        lambda network: network.cpu().cuda(),
+    ):
+        for network in (model, plain):
+            change(network)
+        for inputs in (x, torch.randn_like(x), x[:1]):
+            for value, reference in zip(model(inputs), plain(inputs)):
+                assert relative_error(value, reference) < 1e-5
+    model.cpu()
+    with pytest.raises(RuntimeError, match='on cpu'):
+        model(x.cpu())
+
+
+@torch.no_grad()
+def test_cuda_graphs_beside_other_work():
+    """A thread that pins memory during the capture, another stream, a capture around it."""
+    plain = build().cuda().eval()
+    model = use_cuda_graphs(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 64, 96, device='cuda')
+    expected = plain(x)
+    done = threading.Event()
+
+    def pin():
+        while not done.is_set():
+            torch.ones(2**20).pin_memory()
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        found = [model(x)]
+    finally:
+        done.set()
+        thread.join()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found.append(model(x))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found.append(model(x))
+    graph.replay()
+    assert len(model.forward.graphs) == 1
+    for outputs in found:
+        for value, reference in zip(outputs, expected):
+            assert relative_error(value, reference) < 1e-5
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+@pytest.mark.parametrize('options', [{}, dict(recompute='nothing'), dict(frozen_stages=1)])
+def test_training_by_cuda_graphs(options, dtype):
+    """Losses, gradients, statistics and random numbers, with and without accumulation."""
+    plain = build(drop_path_rate=0.5, **options).cuda().train()
+    model = use_cuda_graphs(copy.deepcopy(plain), inference=False, training=True)
+    optimizers = [torch.optim.SGD(network.parameters(), 1e-3) for network in (model, plain)]
+    tolerance = 1e-4 if dtype is None else 3e-2
+    for number in range(4):
+        x = torch.randn(2, 3, 64, 96, device='cuda')
+        found = []
+        for network, optimizer in zip((model, plain), optimizers):
+            torch.cuda.manual_seed(number)
+            with autocast(dtype):
+                outputs = network(x)
+            loss = loss_of([output.double() for output in outputs])
+            loss.backward()
+            grads = {
+                name: parameter.grad.clone()
+                for name, parameter in network.named_parameters()
+                if parameter.grad is not None
+            }
+            found.append((loss.detach(), grads, torch.cuda.get_rng_state()))
+            if number != 1:  # whose gradients are added to those of the next
+                torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        (loss, grads, random), (expected_loss, expected, expected_random) = found
+        assert_near(loss, expected_loss, tolerance)
+        assert grads.keys() == expected.keys()
+        for name, value in grads.items():
+            assert_near(value, expected[name], tolerance, name)
+        assert torch.equal(random, expected_random)
+        for (name, value), reference in zip(model.named_buffers(), plain.buffers()):
+            assert_near(value, reference, tolerance, name)
+    assert len(model.forward.graphs) == 1
+    with pytest.raises(ValueError, match='CUDA graphs need inputs of one size'):
+        model(torch.randn(2, 3, 96, 64, device='cuda'))
+    with torch.no_grad():  # as in a validation
+        model.eval()(torch.randn(1, 3, 96, 64, device='cuda'))
+
+
 def test_more_than_2_to_the_31_elements():
     """The last image of a batch, and the last rows of one image, are computed as if alone."""
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
@@ -217,3 +360,25 @@ def test_a_new_size_compiles_nothing():
                                    atol=1e-4, rtol=1e-4)  # fmt: skip
     assert kernels.forward_launcher.cache_info().misses == 2  # forward and input gradient
     assert kernels.weight_gradient_launchers.cache_info().misses == 1
+
+
+@torch.no_grad()
+def test_cuda_graph_reads_no_memory_that_was_freed():
+    """What a network keeps from call to call stays, though it was called in another precision."""
+    for network in (build(), build().switch_to_deploy()):
+        model = use_cuda_graphs(network.cuda().eval())
+        x = torch.randn(2, 3, 64, 96, device='cuda')
+        with autocast(torch.bfloat16):
+            expected = model(x)
+        model.forward.plain(x)  # in float32, without a graph
+        torch.cuda.synchronize()
+        other = []  # whatever was freed has other values now, on both streams
+        for stream in (torch.cuda.current_stream(), cuda_graphs.side_stream(x.device)):
+            with torch.cuda.stream(stream):
+                other += [torch.full((2**k,), -1, device='cuda') for k in range(4, 20)]
+                other += [torch.full((2**10,), -1, device='cuda') for _ in range(500)]
+        torch.cuda.synchronize()
+        with autocast(torch.bfloat16):
+            for value, reference in zip(model(x), expected):
+                assert relative_error(value.double(), reference.double()) < 1e-2
+        del other

@@ -18,6 +18,7 @@ from mmpretrain.apis import ImageClassificationInferencer
 from mmseg.apis import MMSegInferencer
 from predict import find_sources, main
 from pycocotools import mask as coco_mask
+from test_cuda_graphs import StandIn, simulated  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures('guarded')
 
@@ -171,6 +172,22 @@ def test_classification(checkpoints, folder, tmp_path):
     best = np.sort(expected['pred_scores'])[:-6:-1]
     assert [item['score'] for item in classes] == pytest.approx(best.tolist(), rel=1e-5)
     assert (tmp_path / 'out/pictures/erstes Bild ä.jpg').stat().st_size > 500
+
+
+def test_cuda_graphs_predict_the_same(simulated, checkpoints, folder, tmp_path, monkeypatch):  # noqa: F811
+    """One size as the classifier's pipeline makes it, and pictures of several of a detector."""
+    monkeypatch.setattr('predict.check_cuda_graphs', lambda device: None)
+    plain = predict(CLASSIFICATION, checkpoints, tmp_path / 'plain', folder)
+    found = predict(CLASSIFICATION, checkpoints, tmp_path / 'graphs', folder, '--cuda-graphs')
+    assert (StandIn.made, StandIn.replays) == (1, 2)
+    for name, content in plain.items():
+        for one, other in zip(found[name]['classes'], content['classes']):
+            assert one == dict(other, score=pytest.approx(other['score'], abs=1e-4))
+    cv2.imwrite(str(folder / 'wide.png'), np.zeros((64, 256, 3), np.uint8))
+    with pytest.raises(
+        SystemExit, match=r'wide\.png: CUDA graphs need inputs of one size: captured'
+    ):
+        predict(DETECTION, checkpoints, tmp_path / 'sizes', folder, '--cuda-graphs')
 
 
 def test_form_for_inference_predicts_the_same(checkpoints, folder, tmp_path):

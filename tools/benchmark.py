@@ -5,6 +5,7 @@
     python tools/benchmark.py --device cuda --report DIR   # everything, in 4 minutes on a GPU
     python tools/benchmark.py conv2former_t convnext_tiny swin_tiny --size 800 1280
     python tools/benchmark.py conv2former_t:recompute=elementwise plain_t --dtype bfloat16
+    python tools/benchmark.py conv2former_t convnext_tiny:cuda_graphs=True --only inference
     python tools/benchmark.py conv2former_t --profile
     python tools/benchmark.py --count                # operators launched and bytes moved, counted
     python tools/benchmark.py conv2former_t deit3_small --sweep resolution --plot sweep.png
@@ -18,6 +19,13 @@ A model is a name, with options after a colon:
                                published code; channels_last=True for the other memory layout
     convnext_tiny  swin_tiny  hornet_tiny  ...     any of docs/comparators.md, with four outputs
     birder_t                   birder's Conv2Former, if that package is installed
+
+and of any of them, for inference only, how it is run:
+
+    cuda_graphs=True           as a CUDA graph (--device cuda)
+    compile=True               by torch.compile
+    aoti=True                  compiled ahead of time, by torch.export and AOTInductor
+    half=True                  weights and images in --dtype, without autocast
 
 --report measures the depthwise convolution, models, and whole recipes, and writes what it has after
 each part. MODEL, --size and --dtype are then those of the models; recipes and the convolution have
@@ -43,6 +51,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -57,7 +66,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmconv2former import Comparator, Conv2Former
+from mmconv2former import Comparator, Conv2Former, use_cuda_graphs
 from mmconv2former.comparators import COMPARATORS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
@@ -140,8 +149,10 @@ def build(spec: str) -> nn.Module:
     """The model of a specification such as `conv2former_t:with_cp=True,kernel_size=7`.
 
     Raises:
-        SystemExit: There is no such model.
+        SystemExit: There is no such model, or it says how it is run: see `split`.
     """
+    if split(spec)[1]:
+        raise SystemExit(f'error: {spec}: {", ".join(WAYS)} are for the times of inference only')
     name, options = parse(spec)
     return BUILDERS[name](**options)
 
@@ -154,6 +165,18 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     options = dict(option.split('=') for option in text.split(',') if option)
     values = {'True': True, 'False': False}
     return name, {key: values.get(v, int(v) if v.isdigit() else v) for key, v in options.items()}
+
+
+WAYS = ('cuda_graphs', 'compile', 'aoti', 'half')  # to run a model in inference
+
+
+def split(spec: str) -> tuple[str, set[str]]:
+    """The specification without ways to run the model, and these ways."""
+    name, _, text = spec.partition(':')
+    options = [option.partition('=') for option in text.split(',') if option]
+    ways = {key for key, _, value in options if key in WAYS and value == 'True'}
+    rest = ','.join(''.join(option) for option in options if option[0] not in WAYS)
+    return f'{name}:{rest}' if rest else name, ways
 
 
 # -------------------------------------------------------------------------------------- measuring
@@ -218,29 +241,89 @@ def infer(model: nn.Module, images: Tensor, setting: Setting) -> None:
         model(images)
 
 
+class AheadOfTime(nn.Module):
+    """A model for inference as AOTInductor compiles it, for the size of the images.
+
+    Args:
+        model: In eval mode.
+        images: Its input.
+        setting: Its precision.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, setting: Setting) -> None:
+        super().__init__()
+        with torch.no_grad(), setting.precision():
+            program = torch.export.export(model, (images,))
+        self.folder = TemporaryDirectory()
+        path = f'{self.folder.name}/model.pt2'
+        inductor: Any = torch._inductor
+        self.package = inductor.aoti_load_package(
+            inductor.aoti_compile_and_package(program, package_path=path)
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        return self.package(x)
+
+
+def ready_to_infer(
+    spec: str, model: nn.Module, images: Tensor, setting: Setting
+) -> tuple[nn.Module, Tensor, Setting]:
+    """The arguments of `infer` for a model that is run as its specification says.
+
+    Raises:
+        SystemExit: The setting does not allow it, or two ways exclude each other.
+    """
+    ways = split(spec)[1]
+    if 'cuda_graphs' in ways and setting.device != 'cuda':
+        raise SystemExit(f'error: {spec}: cuda_graphs needs --device cuda')
+    if 'half' in ways and setting.dtype == 'float32':
+        raise SystemExit(f'error: {spec}: half needs --dtype bfloat16 or float16')
+    if len(ways - {'half'}) > 1:
+        raise SystemExit(f'error: {spec}: choose one of cuda_graphs, compile and aoti')
+    model.eval()
+    if 'half' in ways:
+        dtype = DTYPES[setting.dtype]
+        model, images, setting = (
+            model.to(dtype),
+            images.to(dtype),
+            replace(setting, dtype='float32'),
+        )
+    if 'cuda_graphs' in ways:
+        use_cuda_graphs(model)
+    if 'compile' in ways:
+        model.compile()
+    if 'aoti' in ways:
+        model = AheadOfTime(model, images, setting)
+    return model, images, setting
+
+
 def measure(specs: list[str], setting: Setting, rounds: int, kinds: list[str]) -> list[Result]:
     """Times of all models, in turn in each round, after one round to warm up."""
     results = [Result(spec) for spec in specs]
-    models = []
-    for spec, result in zip(specs, results):
-        model = build(spec).to(setting.device)
-        models.append(model)
-        result.parameters = sum(parameter.numel() for parameter in model.parameters())
-        result.gmacs = count_macs(spec, setting) / 1e9
-        if 'training' in kinds and any(p.requires_grad for p in model.parameters()):
-            result.bytes_kept = count_bytes_kept(spec, setting)
+    cases: list[tuple[nn.Module, Tensor, Setting]] = []
     images = setting.images()
+    for spec, result in zip(specs, results):
+        network, ways = split(spec)
+        model = build(network).to(setting.device)
+        result.parameters = sum(parameter.numel() for parameter in model.parameters())
+        result.gmacs = count_macs(network, setting) / 1e9
+        trains = not ways and any(p.requires_grad for p in model.parameters())
+        if 'training' in kinds and trains:
+            result.bytes_kept = count_bytes_kept(network, setting)
+        is_needed = 'inference' in kinds
+        case = (model, images, setting)
+        cases.append(ready_to_infer(spec, *case) if is_needed else case)
     for kind, function in (('training', train_step), ('inference', infer)):
         if kind not in kinds:
             continue
         for number in range(rounds + 1):
-            for model, result in zip(models, results):
+            for (model, *inputs), result in zip(cases, results):
                 if kind == 'training' and result.bytes_kept is None:
                     continue
                 model.train(kind == 'training')
                 if setting.device == 'cuda':
                     torch.cuda.reset_peak_memory_stats()
-                seconds = timed(function, model, images, setting, device=setting.device)
+                seconds = timed(function, model, *inputs, device=setting.device)
                 model.zero_grad(set_to_none=True)
                 if number > 0:
                     getattr(result, kind).append(seconds)

@@ -3,6 +3,7 @@
     python tools/benchmark_recipe.py configs/detection/mask_rcnn_conv2former_t.py
     python tools/benchmark_recipe.py configs/segmentation/upernet_conv2former_t.py --size 512 512
     python tools/benchmark_recipe.py CONFIG --device cuda --dtype bfloat16 --optimizer
+    python tools/benchmark_recipe.py CONFIG --layout --device cuda --dtype bfloat16 --optimizer
     python tools/benchmark_recipe.py CONFIG --data-root DIR       # the training pipeline alone
     python tools/benchmark_recipe.py CONFIG --evaluate 500        # COCO's metrics alone
 
@@ -10,7 +11,9 @@ The first three run training steps (forward and backward of all losses) on made-
 models in turn; detection at 512x512 by default, segmentation at its crop. `published code` is the
 recipe with the plain operators that stand for it (see benchmark.py). In detection nearly every
 batch has a new size, so the first call at some new sizes is timed too. docs/performance.md explains
-the columns.
+the columns. With `--layout` the models are the recipe itself: its backbone's features contiguous
+or in channels_last (`out_channels_last`), with the weights of neck and heads as they are or in
+channels_last too.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -64,6 +67,8 @@ from mmengine.registry import DATASETS, MODELS, init_default_scope
 from pycocotools.mask import frPyObjects
 from torch import Tensor
 
+from mmconv2former.compat.roi_align import guard_roi_align
+
 OBJECTS = 8  # in each made-up image
 
 
@@ -78,6 +83,9 @@ def main() -> None:
     parser.add_argument('--dtype', choices=DTYPES, help='autocast to it (default: float32)')
     parser.add_argument(
         '--optimizer', action='store_true', help="AdamW's step is part of a training step"
+    )
+    parser.add_argument(
+        '--layout', action='store_true', help='compare memory formats of features and of weights'
     )
     parser.add_argument('--rounds', type=int, default=5, help='rounds that count')
     parser.add_argument('--data-root', help='measure the training pipeline on these data')
@@ -104,10 +112,12 @@ def main() -> None:
     setting = replace(default, size=tuple(args.size or default.size), **asked)
     if args.page:
         refuse_page(setting, default)
-    costs = measure_steps(config, setting, args.optimizer, args.rounds, Budget(math.inf))
+    measure = measure_layouts if args.layout else measure_steps
+    costs = measure(config, setting, args.optimizer, args.rounds, Budget(math.inf))
     title = machine(measure_product_rate(setting.device), setting.device)
     title += f'\n\n{args.config}, {setting}, {args.rounds} rounds\n\n'
-    show(f'recipe {Path(args.config).stem}', title + steps_table(costs), args.page)
+    name = f'{"layout" if args.layout else "recipe"} {Path(args.config).stem}'
+    show(name, title + steps_table(costs), args.page)
 
 
 # ------------------------------------------------------------------------------------------ steps
@@ -125,16 +135,68 @@ def measure_steps(
         with_optimizer: Whether AdamW's step is part of a step.
         rounds, budget: See `measure_costs`.
     """
-    init_default_scope(config.default_scope)
-    config = copy.deepcopy(config)
-    if crop_of(config) is not None:
-        config.model.data_preprocessor.size = setting.size
+    config = with_crop(config, setting)
     builders = {
         OURS: lambda: build(config),
         'published code': lambda: with_published_operators(build(config)),
         'ConvNeXt-T': lambda: build(with_comparator(config, 'convnext_tiny')),
         'Swin-T': lambda: build(with_comparator(config, 'swin_tiny')),
     }
+    return measure_models(builders, config, setting, with_optimizer, rounds, budget)
+
+
+def measure_layouts(
+    config: Config, setting: Setting, with_optimizer: bool, rounds: int, budget: Budget
+) -> dict[str, Cost]:
+    """Costs of a training step with each memory format of features and weights; see the above.
+
+    The first is the recipe as it is without the argument `out_channels_last`.
+    """
+    config = with_crop(config, setting)
+    builders = {
+        f'{features} features, {weights} weights': partial(
+            build_layout, config, features == CHANNELS_LAST, weights == CHANNELS_LAST
+        )
+        for features in (CONTIGUOUS, CHANNELS_LAST)
+        for weights in (CONTIGUOUS, CHANNELS_LAST)
+    }
+    return measure_models(builders, config, setting, with_optimizer, rounds, budget)
+
+
+CONTIGUOUS, CHANNELS_LAST = 'contiguous', 'channels_last'
+
+
+def build_layout(config: Config, features: bool, weights: bool) -> BaseModel:
+    """A recipe's model with features, or weights of all but the backbone, in channels_last."""
+    guard_roi_align()
+    config = copy.deepcopy(config)
+    config.model.backbone.out_channels_last = features
+    model = build(config)
+    if weights:
+        for name, part in model.named_children():
+            if name != 'backbone':
+                part.to(memory_format=torch.channels_last)
+    return model
+
+
+def with_crop(config: Config, setting: Setting) -> Config:
+    """A copy of a recipe; if it has a crop, that gets the size of the setting."""
+    init_default_scope(config.default_scope)
+    config = copy.deepcopy(config)
+    if crop_of(config) is not None:
+        config.model.data_preprocessor.size = setting.size
+    return config
+
+
+def measure_models(
+    builders: Mapping[str, Callable[[], BaseModel]],
+    config: Config,
+    setting: Setting,
+    with_optimizer: bool,
+    rounds: int,
+    budget: Budget,
+) -> dict[str, Cost]:
+    """Costs of a training step of some models of a recipe, which run in turn."""
     make_batch = detection_batch if config.default_scope == 'mmdet' else segmentation_batch
     height, width = setting.size
     return measure_costs(
@@ -167,21 +229,22 @@ def make_case(build_model: Callable[[], BaseModel], setting: Setting, with_optim
 
 
 def steps_table(costs: dict[str, Cost]) -> str:
-    """Time and bytes kept with their ratios, then `COLUMNS`."""
+    """Time and bytes kept with the first model's ratio to each, then `COLUMNS`."""
+    first = next(iter(costs.values()))
     rows = []
     for name, cost in costs.items():
         rows.append(
             [
                 name,
                 spread(cost.wall),
-                ratio(median(costs[OURS]), median(cost)),
+                ratio(median(first), median(cost)),
                 mebibytes(cost.bytes_kept),
-                ratio(costs[OURS].bytes_kept, cost.bytes_kept),
+                ratio(first.bytes_kept, cost.bytes_kept),
                 *cells(cost),
             ]
         )
-    header = ['backbone', 'training step, ms', 'ours to it', 'kept for backward, MiB', 'ours to it',
-              *COLUMNS]  # fmt: skip
+    name, ratios = ('backbone', 'ours to it') if OURS in costs else ('layout', 'first to it')
+    header = [name, 'training step, ms', ratios, 'kept for backward, MiB', ratios, *COLUMNS]
     return table(header, rows) + errors_below(costs)
 
 

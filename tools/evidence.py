@@ -3,12 +3,19 @@
     export MMCONV2FORMER_SAMPLES=DIR     # with coco_sample, ade_sample, semantic_sample
     python tools/evidence.py steps       # every recipe: two training iterations, one evaluation
     python tools/evidence.py fit         # one recipe of each kind: fits eight images
+    python tools/evidence.py fit --true-size      # the same at the recipe's own size, on a GPU
     python tools/evidence.py cost        # every recipe: parameters and FLOPs at the paper's size
     python tools/evidence.py backbones   # ours and every comparator's: the same
 
-Each takes names of recipes (or backbones) to do only those. Results go to docs/evidence.json after
-each one, tables are written by tools/make_tables.py. Models are whole, but inputs small: on two CPU
-cores an iteration at the recipes' own sizes takes minutes.
+Each takes names of recipes (or backbones), before options, to do only those. Results go to
+docs/evidence.json after each one, tables are written by tools/make_tables.py. Models are whole, but
+inputs small: on two CPU cores an iteration at the recipes' own sizes takes minutes.
+
+`fit --true-size` trains unchanged models at the recipes' own input size in bfloat16, with 8 and
+with 128 real images (or all that the sample has), for the time that `--budget` gives. To see the
+whole path on a CPU in about a minute, with shrunk images and few proposals:
+
+    python tools/evidence.py fit --true-size --quick --device cpu --out evidence.json
 """
 
 from __future__ import annotations
@@ -18,17 +25,24 @@ import gc
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import mmcv
+import mmengine
 import torch
+import torchvision
+from benchmark import device_name
 from common import set_backbone
 from make_tables import (
     BACKBONES,
@@ -43,6 +57,7 @@ from make_tables import (
     task,
     write_tables,
 )
+from measuring import Budget
 from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config
@@ -238,7 +253,9 @@ def main() -> None:
     parser.add_argument('kind', choices=['steps', 'fit', 'cost', 'backbones'])
     parser.add_argument('recipes', nargs='*', metavar='NAME', help='default: all')
     parser.add_argument('--out', type=Path, default=EVIDENCE, help='default: docs/evidence.json')
+    add_true_size_arguments(parser)
     args = parser.parse_args()
+    check_true_size_arguments(parser, args)
     if args.kind == 'backbones':
         for name in args.recipes or backbone_names():
             result = measure_backbone(name)
@@ -254,9 +271,15 @@ def main() -> None:
             parser.error(f'unknown recipe {name}; there are {", ".join(configs)}')
     names = args.recipes or list(configs)
     if args.kind == 'fit':
-        names = [name for name in names if name in FITS]
+        fits = TRUE_SIZE if args.true_size else FITS
+        names = [name for name in names if name in fits]
     if args.kind != 'cost' and 'MMCONV2FORMER_SAMPLES' not in os.environ:
         parser.error('MMCONV2FORMER_SAMPLES must name the folder with the real samples')
+    if args.true_size:
+        fit_true_size(plan_true_size(names, args.images), configs, args)
+        if args.out == EVIDENCE:
+            write_tables()
+        return
     measure = {'steps': measure_steps, 'fit': measure_fit, 'cost': measure_cost}[args.kind]
     for name in names:
         print(f'\n--- {args.kind}: {name}', flush=True)
@@ -351,16 +374,326 @@ def train_and_evaluate(config: Path, data: Path, folder: str, overrides: list[st
     }
 
 
-def run(tool: str, *args: object) -> None:
+def run(tool: str, *args: object, environment: Mapping[str, str] | None = None) -> None:
     """Runs a tool and shows its output.
+
+    Args:
+        tool: The name of its file.
+        *args: Of its command line.
+        environment: Variables that it has besides those of this process.
 
     Raises:
         SystemExit: The tool failed.
     """
     command = [f'tools/{tool}', *map(str, args)]
     print('$ python', shlex.join(command), flush=True)
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode != 0:
+    variables = os.environ | dict(environment or {})
+    if subprocess.run([sys.executable, *command], cwd=ROOT, env=variables).returncode != 0:
         raise SystemExit(f'error: tools/{tool} failed')
+
+
+# ----------------------------------------------- fitting at the recipe's own size, for a given time
+@dataclass(frozen=True)
+class TrueSizeFit:
+    """A recipe that is fitted at its own input size.
+
+    Args:
+        samples: Folders in MMCONV2FORMER_SAMPLES.
+        lr: Learning rate of AdamW; our choice.
+        least_batch: Batches are not smaller; BatchNorm in the heads of segmentors needs several.
+        metric, goal: As in `FITS`.
+    """
+
+    samples: tuple[str, ...]
+    lr: float
+    least_batch: int
+    metric: str
+    goal: float
+
+
+TRUE_SIZE = {
+    'mask_rcnn_conv2former_t': TrueSizeFit(('coco_sample',), 3e-4, 2, 'coco/bbox_mAP', 0.4),
+    'cascade_mask_rcnn_conv2former_t': TrueSizeFit(('coco_sample',), 3e-4, 2, 'coco/bbox_mAP', 0.4),
+    'upernet_conv2former_t': TrueSizeFit((ADE_SAMPLE, 'semantic_sample'), 5e-4, 8, 'mIoU', 60.0),
+}
+LARGEST_BATCH = 8
+ENDLESS = 1_000_000  # iterations; the time ends before
+CURVE = 25  # at most so many points are kept of a loss curve
+# Seconds of a fit that are not training: the start of Python, the first launches, the evaluation.
+START, EVALUATION = 30, 0.2  # the second for each image
+QUICK_SIDE = 64  # pixels of the short side with --quick
+QUICK_MODEL: dict[str, dict] = {
+    'detection': dict(
+        train_cfg=dict(rpn_proposal=dict(nms_pre=50, max_per_img=32)),
+        test_cfg=dict(rpn=dict(nms_pre=50, max_per_img=32)),
+    ),
+    'segmentation': dict(
+        data_preprocessor=dict(size=(QUICK_SIDE, QUICK_SIDE)),
+        test_cfg=dict(crop_size=(QUICK_SIDE, QUICK_SIDE), stride=(42, 42)),
+        decode_head=dict(channels=32),
+        auxiliary_head=dict(channels=32),
+    ),
+}
+
+
+def add_true_size_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('fit --true-size')
+    group.add_argument('--true-size', action='store_true', help="fit at the recipes' own size")
+    group.add_argument(
+        '--images', type=int, nargs='+', default=[8, 128], metavar='N',
+        help='images to fit, one fit for each number; all where a sample has fewer (8 128)',
+    )  # fmt: skip
+    group.add_argument(
+        '--budget', type=float, default=540, metavar='SECONDS',
+        help='for all fits together, starts and evaluations included (540)',
+    )  # fmt: skip
+    group.add_argument('--device', choices=['cuda', 'cpu'], default='cuda')
+    group.add_argument(
+        '--quick', action='store_true', help='shrink everything, to see that the path works'
+    )
+
+
+def check_true_size_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the program where arguments do not go together."""
+    if args.true_size and args.kind != 'fit':
+        parser.error('--true-size belongs to fit')
+    if not args.true_size:
+        return
+    if min(args.images) < 1 or args.budget <= 0:
+        parser.error('--images and --budget must be positive')
+    if (args.quick or args.device == 'cpu') and args.out == EVIDENCE:
+        parser.error('results of --quick or of a CPU are no evidence: name another file with --out')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('torch finds no CUDA device; --quick --device cpu shows the path without one')
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One fit of the plan: a recipe and the number of images of a sample."""
+
+    name: str
+    sample: str
+    images: int
+
+    @property
+    def label(self) -> str:
+        return f'{self.sample.split("/")[0]}, {self.images} images'
+
+    @property
+    def log(self) -> str:
+        return f'fit_{self.name}_{self.sample.split("/")[0]}_{self.images}.txt'
+
+    @property
+    def weight(self) -> float:
+        """Its share of the time: more images need more iterations, but not in proportion."""
+        return math.sqrt(self.images)
+
+
+def plan_true_size(names: list[str], images: list[int]) -> list[Fit]:
+    """Every recipe with each number of images of each of its samples, or all where it has fewer."""
+    return [
+        Fit(name, sample, count)
+        for name in names
+        for sample in TRUE_SIZE[name].samples
+        for count in sorted({min(count, images_with_objects(sample)) for count in images})
+    ]
+
+
+def images_with_objects(sample: str) -> int:
+    """Training images of a sample; of COCO's those that `subset_data.py` takes."""
+    folder = samples(sample)
+    if (folder / 'images').is_dir():
+        return len(list((folder / 'images/training').glob('*.jpg')))
+    content = json.loads((folder / 'annotations/instances_train2017.json').read_text())
+    return len({a['image_id'] for a in content['annotations'] if not a['iscrowd']})
+
+
+def fit_true_size(plan: list[Fit], configs: dict[str, Path], args: argparse.Namespace) -> None:
+    """Runs a plan, and writes what came of each fit, with its log beside the file of results.
+
+    Raises:
+        SystemExit: A fit failed, and those after it were run all the same; or time was over.
+    """
+    budget = Budget(args.budget)
+    failed = []
+    for index, fit in enumerate(plan):
+        if budget.left == 0:
+            failed += [f'{left.name} ({left.label}): no time left' for left in plan[index:]]
+            break
+        seconds = training_seconds(plan[index:], budget.left)
+        print(f'\n--- fit at true size: {fit.name}, {fit.label}, {seconds:.0f} s', flush=True)
+        try:
+            result = measure_true_size(fit, configs[fit.name], seconds, args)
+        except SystemExit as error:
+            print(error, flush=True)
+            failed.append(f'{fit.name} ({fit.label})')
+            continue
+        print(json.dumps(result, indent=1), flush=True)
+        evidence = read_evidence(args.out)
+        evidence.setdefault(fit.name, {}).setdefault('true_size', {})[fit.label] = result
+        write_evidence(evidence, args.out)
+    if failed:
+        raise SystemExit(f'error: no result: {", ".join(failed)}')
+
+
+def training_seconds(plan: list[Fit], left: float) -> float:
+    """How long the first fit of a plan may train, so that all end in the seconds that are left."""
+    weights = [fit.weight for fit in plan]
+    besides = sum(START + EVALUATION * fit.images for fit in plan)
+    # Not nothing, where there is too little for all.
+    return max(left / 4, left - besides) * weights[0] / sum(weights)
+
+
+def measure_true_size(fit: Fit, config: Path, seconds: float, args: argparse.Namespace) -> dict:
+    """Training from random weights for some seconds, then the evaluation on the same images."""
+    settings = TRUE_SIZE[fit.name]
+    with tempfile.TemporaryDirectory() as folder:
+        data, work_dir = Path(folder, 'data'), Path(folder, 'train')
+        run('subset_data.py', samples(fit.sample), data, '--train', fit.images, '--val-is-train')
+        path = Path(folder, f'{fit.name}_fit.py')
+        write_true_size_config(path, config, fit, seconds, args.quick)
+        options = ['--work-dir', work_dir, '--data-root', data, '--amp', 'bfloat16']
+        environment = {} if args.device == 'cuda' else {'CUDA_VISIBLE_DEVICES': ''}
+        start = time.time()
+        run('train.py', path, *options, environment=environment)
+        wall = time.time() - start
+        (log,) = work_dir.glob('*/*.log')
+        (scalars,) = work_dir.glob('*/vis_data/scalars.json')
+        records = list(map(json.loads, scalars.open()))
+        kept = args.out.with_name(fit.log)
+        kept.write_text(f'# {command_line()}\n{path.read_text()}\n' + ''.join(progress(log)))
+    curve = [record for record in records if 'loss' in record]
+    # CocoMetric says nothing where nothing was predicted.
+    found = {settings.metric: 0.0} | records[-1]
+    return {
+        'images': fit.images,
+        'batch': batch_of(fit),
+        'iterations': found['step'],
+        'seconds': round(wall),
+        'training_seconds': round(seconds),
+        'first_loss': round(curve[0]['loss'], 4),
+        'last_loss': round(curve[-1]['loss'], 4),
+        'curve': {str(record['step']): round(record['loss'], 4) for record in thinned(curve)},
+        'metrics': {key: found[key] for key in METRICS if key in found},
+        'metric': settings.metric,
+        'goal': settings.goal,
+        'quick': args.quick,
+        'device': args.device,
+        'machine': device_name(args.device),
+        'versions': versions(),
+        'date': time.strftime('%Y-%m-%d'),
+        'command': command_line(),
+        'log': kept.name,
+    }
+
+
+def batch_of(fit: Fit) -> int:
+    """The recipe's two images for eight, up to `LARGEST_BATCH` for more."""
+    return max(TRUE_SIZE[fit.name].least_batch, min(LARGEST_BATCH, fit.images // 4))
+
+
+def write_true_size_config(path: Path, recipe: Path, fit: Fit, seconds: float, quick: bool) -> None:
+    """Writes a config that fits some images: the recipe without what hinders learning by heart.
+
+    Model, heads and input size are the recipe's, but for `quick`. Augmentation, drop path, dropout,
+    weight decay and the decay of learning rates are off; the layer scale is 0.1, as there are no
+    pretrained weights.
+    """
+    base = Config.fromfile(recipe)
+    kind = task(recipe)
+    model: dict[str, Any] = dict(
+        backbone=dict(init_cfg=None, drop_path_rate=0.0, layer_scale_init_value=0.1)
+    )
+    loader: dict[str, Any] = {}
+    if kind == 'detection':
+        scale = (
+            (2 * QUICK_SIDE, QUICK_SIDE) if quick else base.val_dataloader.dataset.pipeline[1].scale
+        )
+        resize = dict(type='Resize', scale=scale, keep_ratio=True)
+        labels = dict(type='LoadAnnotations', with_bbox=True, with_mask=True)
+        train = [dict(type='LoadImageFromFile'), labels, resize, dict(type='PackDetInputs')]
+        test = [*train[:1], resize, labels, base.val_dataloader.dataset.pipeline[-1].to_dict()]
+    else:
+        model |= {head: dict(dropout_ratio=0.0) for head in ('decode_head', 'auxiliary_head')}
+        scale = (4 * QUICK_SIDE, QUICK_SIDE) if quick else base.image_scale
+        crop = dict(
+            type='RandomCrop', crop_size=(QUICK_SIDE, QUICK_SIDE) if quick else base.crop_size
+        )
+        resize = dict(type='Resize', scale=scale, keep_ratio=True)
+        labels = base.load_labels.to_dict()
+        pack = dict(type='PackSegInputs')
+        train = [dict(type='LoadImageFromFile'), labels, resize, crop, pack]
+        test = [*train[:1], resize, labels, pack]
+    if quick:
+        model = merged(model, QUICK_MODEL[kind])
+        loader = dict(num_workers=0)
+    tested = {**loader, 'dataset': dict(pipeline=test)}
+    settings: dict[str, Any] = dict(
+        custom_imports=dict(
+            imports=[*base.custom_imports.imports, 'time_budget'], allow_failed_imports=False
+        ),
+        custom_hooks=[dict(type='TimeBudgetHook', seconds=seconds)],
+        model=model,
+        optim_wrapper=dict(
+            optimizer=dict(lr=TRUE_SIZE[fit.name].lr, weight_decay=0.0),
+            paramwise_cfg=dict(decay_rate=1.0),
+            clip_grad=dict(max_norm=10.0),
+        ),
+        param_scheduler=None,
+        train_cfg=dict(
+            _delete_=True, type='IterBasedTrainLoop', max_iters=ENDLESS, val_interval=ENDLESS
+        ),
+        train_dataloader=dict(
+            batch_size=batch_of(fit),
+            sampler=dict(_delete_=True, type='InfiniteSampler', shuffle=True),
+            dataset=dict(pipeline=train),
+            **loader,
+        ),
+        val_dataloader=tested,
+        test_dataloader=tested,
+        default_hooks=dict(
+            logger=dict(interval=1 if quick else 10, log_metric_by_epoch=False), checkpoint=None
+        ),
+        log_processor=dict(by_epoch=False, window_size=10),
+        randomness=dict(seed=0),
+    )
+    lines = [f'{name} = {value!r}\n' for name, value in settings.items()]
+    path.write_text(f'_base_ = {str(recipe)!r}\n' + ''.join(lines))
+
+
+def merged(first: dict, second: dict) -> dict:
+    """Nested dicts in one; where both have a value the second's."""
+    both = {key: merged(first[key], second[key]) for key in first.keys() & second.keys()
+            if isinstance(first[key], dict)}  # fmt: skip
+    return {**first, **second, **both}
+
+
+def progress(log: Path) -> Iterator[str]:
+    """The lines of a log that tell how training went, without an end that it never reaches."""
+    wanted = re.compile(r' Iter\((train|val)\) |Mixed precision|fused')
+    unreached = re.compile(rf'/{ENDLESS}(?=\])|(?<=  )eta: .*?  ')
+    for line in log.read_text().splitlines(keepends=True):
+        if wanted.search(line):
+            yield unreached.sub('', line)
+
+
+def thinned(records: list[dict]) -> list[dict]:
+    """At most `CURVE` of them at even distances, the first and the last included."""
+    count = min(CURVE, len(records))
+    return [records[round(i * (len(records) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def versions() -> dict[str, str | None]:
+    modules = dict(torch=torch, torchvision=torchvision, mmengine=mmengine, mmcv=mmcv)
+    return {
+        'python': '.'.join(map(str, sys.version_info[:3])),
+        **{name: module.__version__ for name, module in modules.items()},
+        'cuda': torch.version.cuda,
+    }
+
+
+def command_line() -> str:
+    return shlex.join(['python', 'tools/evidence.py', *sys.argv[1:]])
 
 
 # ------------------------------------------------------------------------------------------ costs

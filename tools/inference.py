@@ -1,6 +1,6 @@
 """A config and a checkpoint that holds its whole model, for `predict.py` and `export.py`.
 
-`test.py` takes a part of it.
+`test.py` takes a part of it, and the option `--cuda-graphs` of both is here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import Any
 
 from common import add_config_arguments, check_checkpoint, load_config
 from mmengine.config import Config
+from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import nn
+
+from mmconv2former import use_cuda_graphs
 
 BACKBONE = 'backbone.'
 
@@ -80,3 +83,23 @@ def to_deploy(model: nn.Module) -> None:
     switch_to_deploy = getattr(model.backbone, 'switch_to_deploy', None)
     if switch_to_deploy is not None:
         switch_to_deploy()
+
+
+def add_cuda_graphs_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--cuda-graphs',
+        action='store_true',
+        help='replay the backbone as a CUDA graph: faster on a GPU, for images of one size',
+    )
+
+
+def check_cuda_graphs(device: str) -> None:
+    """Raises SystemExit unless the device, such as cuda:1, has what `--cuda-graphs` needs."""
+    if not device.startswith('cuda'):
+        raise SystemExit(f'error: --cuda-graphs needs a CUDA device, the device is {device}')
+
+
+def replay_backbone(model: nn.Module) -> None:
+    """Does what `--cuda-graphs` asks for, to a model or to one in its wrapper for processes."""
+    inner: Any = model.module if is_model_wrapper(model) else model
+    use_cuda_graphs(inner.backbone)

@@ -42,7 +42,14 @@ OURS = {
 DENSE = ('detection', 'segmentation')
 
 # From least to most; what a recipe has shown on a machine of this project.
-LEVELS = ('builds', 'steps on real data', 'fits real data', 'trained to the published number')
+LEVELS = (
+    'builds',
+    'steps on real data',
+    'fits real data',
+    'fits at full size on a GPU',
+    'trained to the published number',
+)
+LEAST_IMAGES = 8  # that a fit at full size must have for its level
 
 
 def main() -> None:
@@ -64,6 +71,7 @@ def write_tables(dry_run: bool = False) -> list[str]:
         'classification': recipe_table(evidence, ['classification']),
         'ablations': ablation_table(evidence),
         'evidence': evidence_table(evidence, DENSE),
+        'true size': true_size_table(evidence, DENSE),
         'classification evidence': evidence_table(evidence, ['classification', 'ablations']),
         'cost': cost_table(evidence),
         'backbones': backbone_table(evidence),
@@ -126,9 +134,26 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def level(record: dict) -> str:
     """The evidence level of a recipe."""
     fit = record.get('fit')
-    if fit and fit['metrics'][fit['metric']] >= fit['goal']:
+    if any(fits(found) and found['images'] >= LEAST_IMAGES for found in on_gpu(record).values()):
+        return LEVELS[3]
+    if fit and fits(fit):
         return LEVELS[2]
     return LEVELS[1] if 'steps' in record else LEVELS[0]
+
+
+def fits(result: dict) -> bool:
+    """Whether a fit has reached the value that counts."""
+    return result['metrics'][result['metric']] >= result['goal']
+
+
+def on_gpu(record: dict) -> dict[str, dict]:
+    """Fits of a recipe at its own size that ran on a GPU, by sample and number of images."""
+    found = record.get('true_size', {})
+    return {
+        label: result
+        for label, result in found.items()
+        if result['device'] == 'cuda' and not result['quick']
+    }
 
 
 def recipe_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
@@ -196,14 +221,30 @@ def evidence_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
             if result is None:
                 continue
             what = f'fits {result["images"]} pictures' if run == 'fit' else run
-            metrics = ', '.join(
-                f'{key.removeprefix("coco/")} {value:g}' for key, value in result['metrics'].items()
-            )
-            losses = f'{result["first_loss"]:.2f} → {result["last_loss"]:.2f}'
-            minutes = f'{result["seconds"] / 60:.1f} min'
-            rows.append([name, what, str(result['iterations']), losses, metrics, minutes])
+            rows.append([name, what, str(result['iterations']), *outcome_cells(result)])
     header = ['recipe', 'data', 'iterations', 'loss', 'evaluation', 'training time']
     return table(header, rows)
+
+
+def outcome_cells(result: dict) -> list[str]:
+    """First and last loss, metrics and minutes of a run."""
+    metrics = ', '.join(
+        f'{key.removeprefix("coco/")} {value:g}' for key, value in result['metrics'].items()
+    )
+    losses = f'{result["first_loss"]:.2f} → {result["last_loss"]:.2f}'
+    return [losses, metrics, f'{result["seconds"] / 60:.1f} min']
+
+
+def true_size_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
+    """Fits at the recipes' own size on a GPU; nothing where there are none."""
+    rows = []
+    for name in recipes(tasks):
+        for label, result in on_gpu(evidence.get(name, {})).items():
+            iterations = f'{result["iterations"]} x {result["batch"]}'
+            log = f'[{result["machine"]}]({result["log"]})'
+            rows.append([name, label, iterations, *outcome_cells(result), log])
+    header = ['recipe', 'data', 'iterations x batch', 'loss', 'evaluation', 'training time', 'log']
+    return table(header, rows) if rows else ''
 
 
 def cost_table(evidence: dict[str, dict]) -> str:

@@ -25,7 +25,16 @@ import mmcv
 import numpy as np
 import torch
 from common import run_errors
-from inference import one_of, parser_of, read_config, read_weights, to_deploy
+from inference import (
+    add_cuda_graphs_argument,
+    check_cuda_graphs,
+    one_of,
+    parser_of,
+    read_config,
+    read_weights,
+    replay_backbone,
+    to_deploy,
+)
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.infer import BaseInferencer
@@ -72,12 +81,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         action='store_true',
         help="keep the backbone's form for training, which is slower",
     )
+    add_cuda_graphs_argument(parser)
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
     if args.score_thr is not None and not 0 <= args.score_thr <= 1:
         parser.error(f'--score-thr must be from 0 to 1, got {args.score_thr}')
     device = find_device(args.device)
+    if args.cuda_graphs:
+        check_cuda_graphs(device)
     sources = find_sources(args.inputs, args.out)
     config = read_config(args)
     predictor_type = one_of(PREDICTORS, config)
@@ -90,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         predictor.score_thr = args.score_thr
     if not args.no_deploy:
         to_deploy(predictor.model)
+    if args.cuda_graphs:
+        replay_backbone(predictor.model)
     writer = Writer(predictor, args.out, not args.no_pictures)
     with Progress() as progress:
         failures = run(predictor, writer, sources, args.batch_size, progress)

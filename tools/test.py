@@ -24,8 +24,15 @@ from common import (
     read_ahead,
     run_errors,
 )
-from inference import drop_pretrained, one_of
+from inference import (
+    add_cuda_graphs_argument,
+    check_cuda_graphs,
+    drop_pretrained,
+    one_of,
+    replay_backbone,
+)
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.fileio import get
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, is_model_wrapper
@@ -33,6 +40,7 @@ from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
 from mmconv2former.checked_data import leaves
+from mmconv2former.cuda_graphs import VaryingSizeError
 
 # The visualizer that draws predictions, and its method for it, by library.
 DRAW = {
@@ -62,7 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--show', action='store_true', help='show the drawings in a window')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds a drawing is shown')
+    add_cuda_graphs_argument(parser)
     args = parser.parse_args(argv)
+    if args.cuda_graphs:
+        check_cuda_graphs(get_device())
+        if args.tta:
+            parser.error('--cuda-graphs needs images of one size, and --tta makes several')
     if args.out is not None and Path(args.out).suffix not in ('.pkl', '.pickle'):
         parser.error(f'--out must end with .pkl or .pickle, got {args.out}')
     config = load_config(args, ('test_dataloader', 'test_cfg', 'test_evaluator'))
@@ -92,7 +105,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         read_ahead(runner, whole=True)
         if args.checkpoint == 'none':
             initialize(runner.model)
-        runner.test()
+        if args.cuda_graphs:
+            replay_backbone(runner.model)
+        try:
+            runner.test()
+        except VaryingSizeError as error:
+            if args.traceback:
+                raise
+            raise SystemExit(f'error: --cuda-graphs: {error}') from None
 
 
 def initialize(model: BaseModel) -> None:

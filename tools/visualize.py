@@ -151,7 +151,9 @@ def load_network(
     elif layer_scale is not None and set_layer_scale(backbone, layer_scale):
         weights += f', layer scale {layer_scale:g}'
     backbone.eval().requires_grad_(False)
-    backbone.training = with_cp  # of this module alone: ours look at it; norms and drop path do not
+    for module in backbone.modules():
+        if hasattr(module, 'with_cp'):  # of itself alone: norms and drop path stay in eval mode
+            module.training = with_cp
     return Network(name or type(backbone).__name__, weights, backbone)
 
 

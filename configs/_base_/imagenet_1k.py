@@ -72,9 +72,12 @@ model = dict(
 # probability 0.25 by noise; in evaluation the short side to 256, centre crop 224. ImageNet's mean
 # and deviation. docs/classification.md says how to evaluate with another crop or normalisation.
 data_root = 'data/imagenet'
-train_dataloader = dict(batch_size=128, num_workers=8, persistent_workers=True)
-val_dataloader = dict(batch_size=128, num_workers=8, persistent_workers=True)
-test_dataloader = dict(batch_size=128, num_workers=8, persistent_workers=True)
+# A GPU takes hundreds of crops a second and RandAugment is expensive: eight workers are the least,
+# more where a node has more cores for each GPU. Without a GPU the runner does not pin memory.
+loader = dict(batch_size=128, num_workers=8, persistent_workers=True, pin_memory=True)
+train_dataloader = loader
+val_dataloader = loader
+test_dataloader = loader
 
 # ---------------------------------------------------------------------------------------- runtime
 # Each process draws its own drop paths; else all GPUs would drop the same blocks at the same time.

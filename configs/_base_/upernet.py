@@ -94,10 +94,13 @@ test_pipeline = [
     load_labels,  # after the resizing: truth keeps its size, and predictions are brought to it
     dict(type='PackSegInputs'),
 ]
+# One worker prepares about 133 training crops a second (docs/performance.md) and a GPU takes up to
+# about 40: four are for slower processors and file systems. Without a GPU the runner does not pin
+# memory.
+workers = dict(num_workers=4, persistent_workers=True, pin_memory=True)
 train_dataloader = dict(
     batch_size=2,
-    num_workers=4,
-    persistent_workers=True,
+    **workers,
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='ADE20KDataset',
@@ -108,8 +111,7 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
+    **workers,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         type='ADE20KDataset',

@@ -22,8 +22,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, overload
 
@@ -31,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from . import depthwise_products
 from .memory_format import (
@@ -87,16 +85,12 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(
             channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=bias
         )
-        # The weight as the kernels want it, while a network runs that prepares all its weights.
-        self.laid_out: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv2d(x, self.weight, self.bias, self.laid_out)
+        return depthwise_conv2d(x, self.weight, self.bias)
 
 
-def depthwise_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, laid_out: Tensor | None = None
-) -> Tensor:
+def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Depthwise convolution with stride 1 and 'same' zero padding.
 
     Differentiable once; under autocast it computes in autocast's dtype. Products are summed in
@@ -106,7 +100,6 @@ def depthwise_conv2d(
         x: Input (N, H, W, C), fastest if contiguous and C a multiple of 8.
         weight: (C, 1, K, K), K odd, as `nn.Conv2d(C, C, K, groups=C)` has it.
         bias: (C,) or None.
-        laid_out: The weight as `prepare_weight` returned it, so that it is not prepared again.
 
     Returns:
         (N, H, W, C), contiguous, of the dtype of x or of autocast's.
@@ -118,53 +111,23 @@ def depthwise_conv2d(
     implementation = choose(x, weight)
     has_own_gradients = implementation in ('triton', 'native', 'products')
     if has_own_gradients and torch.is_grad_enabled():
-        return DepthwiseConvFunction.apply(x, weight, bias, laid_out, implementation)
+        return DepthwiseConvFunction.apply(x, weight, bias, implementation)
     dtype = autocast_dtype(x)  # autocast does not reach the next two
     if implementation == 'operator':
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     elif implementation == 'triton':
-        x, weight = x.to(dtype), ready_weight(weight, dtype, implementation, laid_out)
+        x, weight = x.to(dtype), prepare_weight(weight, dtype, implementation)
     return depthwise_conv(x, weight, bias, implementation)
 
 
-@contextmanager
-def laid_out_together(layers: Iterable[Any], x: Tensor) -> Iterator[None]:
-    """While it lasts, the weights of all layers are prepared: by a few launches, not one by one.
-
-    Does nothing where the implementation takes weights as they are, nor for sharded weights.
-
-    Args:
-        layers: Modules with `weight` and `laid_out` as a `DepthwiseConv` has them, of a network
-            that is about to run once, so that its weights do not change.
-        x: Its input, for the device.
-    """
-    plain = [
-        layer
-        for layer in layers
-        if type(layer.weight) in (Tensor, nn.Parameter)
-        and layer.weight.dim() == 4
-        and device_choice(layer.weight, autocast_dtype(layer.weight)) == 'triton'
-        and not is_intercepted(x)
-    ]
-    if plain:
-        weights = [layer.weight for layer in plain]
-        prepared = triton_kernels().lay_out_together(weights, autocast_dtype(weights[0]))
-        for layer, weight in zip(plain, prepared):
-            layer.laid_out = weight
-    try:
-        yield
-    finally:
-        for layer in plain:
-            layer.laid_out = None
-
-
 # ------------------------------------------------------------------------------------------- choice
-def choose(x: Tensor, weight: Tensor) -> str:
+def choose(x: Tensor, weight: Tensor, is_trained: bool | None = None) -> str:
     """The implementation for an input and a weight: see the table at the top of this file.
 
     Args:
         x: Input (N, H, W, C). Its values do not matter.
         weight: (C, 1, K, K).
+        is_trained: Whether its gradient is wanted; None for what it says itself.
 
     Returns:
         A name of that table, or 'operator': the registered operator, which makes the choice when a
@@ -180,14 +143,17 @@ def choose(x: Tensor, weight: Tensor) -> str:
     # Transforms of `torch.func` know neither autograd functions nor registered derivatives.
     if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return 'stock'
-    return 'operator' if has_operator and is_intercepted(x) else choose_kernel(x, weight)
+    return (
+        'operator' if has_operator and is_intercepted(x) else choose_kernel(x, weight, is_trained)
+    )
 
 
-def choose_kernel(x: Tensor, weight: Tensor) -> str:
+def choose_kernel(x: Tensor, weight: Tensor, is_trained: bool | None = None) -> str:
     """As `choose`, where nothing stands between the operators and the device."""
     implementation = device_choice(weight, autocast_dtype(x))
     if implementation == 'auto':  # on a CPU, where the size of the input counts
-        is_fast = weight.requires_grad and is_cpu_float32(x)
+        is_trained = weight.requires_grad if is_trained is None else is_trained
+        is_fast = is_trained and is_cpu_float32(x)
         is_fast = is_fast and depthwise_products.is_faster(x, weight)
         return 'products' if is_fast else 'stock'
     if implementation == 'triton' and not is_in_reach(*x.shape[:3], *weight.shape[::3]):
@@ -203,6 +169,14 @@ def is_in_reach(batch: int, height: int, width: int, channels: int, kernel_size:
     elements = batch * height * width * channels
     most = 2**28 if torch.version.hip is not None else 2**62
     return 0 < elements < most and width * channels * (kernel_size + 8) < 2**31
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether Triton's kernels other than convolutions run on x, by the same rules."""
+    if x.device.type != 'cuda' and setting != 'triton':
+        return False
+    reach = is_in_reach(*x.shape, kernel_size=3)
+    return reach and not is_intercepted(x) and choice_for(setting, x.device, x.dtype, 3) == 'triton'
 
 
 def implementations(x: Tensor, weight: Tensor) -> list[str]:
@@ -321,15 +295,20 @@ def run_triton(function: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
                 return getattr(kernels, function)(x, *args, **kwargs)
         return getattr(kernels, function)(x, *args, **kwargs)
     except kernels.CompilationError as error:
-        failures.append(f'Triton failed to compile a kernel: {error}')
-        choice_for.cache_clear()
-        print_log(
-            f'{failures[0]}. Continuing without Triton, which is slower. It needs a C compiler and '
-            'a cache folder that it can write to (TRITON_CACHE_DIR).',
-            logger='current',
-            level=logging.WARNING,
-        )
+        stop_using_triton(error)
         return None
+
+
+def stop_using_triton(error: Exception) -> None:
+    """Makes the choice without Triton from here on, and says so."""
+    failures.append(f'Triton failed to compile a kernel: {error}')
+    choice_for.cache_clear()
+    print_log(
+        f'{failures[0]}. Continuing without Triton, which is slower. It needs a C compiler and '
+        'a cache folder that it can write to (TRITON_CACHE_DIR).',
+        logger='current',
+        level=logging.WARNING,
+    )
 
 
 # --------------------------------------------------------------------------------- implementations
@@ -338,15 +317,6 @@ def prepare_weight(weight: Tensor, dtype: torch.dtype, implementation: str) -> T
     if implementation == 'triton':
         return triton_kernels().lay_out(weight, dtype)
     return weight.to(dtype)
-
-
-def ready_weight(
-    weight: Tensor, dtype: torch.dtype, implementation: str, laid_out: Tensor | None
-) -> Tensor:
-    """What `prepare_weight` returns, which `laid_out` already is if it has the dtype."""
-    if laid_out is not None and laid_out.dtype == dtype:
-        return laid_out
-    return prepare_weight(weight, dtype, implementation)
 
 
 def depthwise_conv(
@@ -478,32 +448,30 @@ class DepthwiseConvFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        laid_out: Tensor | None,
-        implementation: str,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str
     ) -> Tensor:
         dtype = autocast_dtype(x)
         ctx.implementation = implementation
         with without_autocast(x):
-            laid_out = ready_weight(weight, dtype, implementation, laid_out)
-            ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
-            x = x.to(dtype)
-            ctx.save_for_backward(x, laid_out)
-            return depthwise_conv(x, laid_out, bias, implementation)
+            prepared = prepare_weight(weight, dtype, implementation)
+            # The inputs themselves are kept, for gradients of gradients; casts where they differ.
+            cast = x.to(dtype)
+            ctx.save_for_backward(x, weight, bias, cast, prepared)
+            return depthwise_conv(cast, prepared, bias, implementation)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, weight, bias, cast, prepared = ctx.saved_tensors
+        implementation = ctx.implementation
         with without_autocast(x):
+            if torch.is_grad_enabled():  # gradients of gradients: by operators that have them
+                implementation, cast, prepared = 'stock', x.to(cast.dtype), weight.to(cast.dtype)
             grads = depthwise_conv_backward(
-                grad.to(x.dtype), x, weight, ctx.needs_input_grad[:3], ctx.implementation
+                grad.to(cast.dtype), cast, prepared, ctx.needs_input_grad[:3], implementation
             )
-        dtypes = zip(grads, ctx.dtypes)
-        return *(None if value is None else value.to(dtype) for value, dtype in dtypes), None, None
+        dtypes = [None if value is None else value.dtype for value in (x, weight, bias)]
+        results = (None if g is None else g.to(dtype) for g, dtype in zip(grads, dtypes))
+        return *results, None
 
 
 # ----------------------------------------------------------------------------- registered operators

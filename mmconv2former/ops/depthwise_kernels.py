@@ -1,5 +1,7 @@
 """Triton kernels for depthwise convolutions: K x K, stride 1, 'same' zero padding, (N, H, W, C).
 
+What follows a convolution in a block is computed while its result is in registers (`EPILOGUE`).
+
 Columns and channels are one flattened axis f = w * C + c: no channel count wastes lanes, every load
 is contiguous, and a shift by a column of the kernel is a shift by C along f. Products are summed in
 float32, whatever the dtype of the tensors (in float64 for float64).
@@ -22,6 +24,8 @@ capitals; as C is one of them, the compiler knows how loads are aligned.
 import triton
 import triton.language as tl
 
+from .activation_kernels import gelu, gelu_slope
+
 
 @triton.jit
 def widen(values, ACC: tl.constexpr, PACKED: tl.constexpr):
@@ -41,12 +45,24 @@ def widen(values, ACC: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit(do_not_specialize=['H', 'W'], do_not_specialize_on_alignment=['bias'])
 def depthwise_forward_kernel(
-    x, weight, bias, y, H, W,
+    x, weight, bias, y, kept, other, before, H, W,
     C: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr, TAPS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, FLIP: tl.constexpr, ACC: tl.constexpr,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, EPILOGUE: tl.constexpr, HAS_KEPT: tl.constexpr, HAS_OTHER: tl.constexpr,
+    Y_STEP: tl.constexpr, OTHER_STEP: tl.constexpr, BEFORE_STEP: tl.constexpr,
 ):  # fmt: skip
-    """x, y (N, H, W, C); weight (K, K, C), STEP elements from one (i, j) to the next; bias (C,)."""
+    """x (N, H, W, C); weight (K, K, C), STEP elements from one (i, j) to the next; bias (C,).
+
+    With the convolution z, which also goes to `kept` if that is wanted, y is, by EPILOGUE,
+
+    - 'none': z
+    - 'times': z * other
+    - 'plus_gelu': x + GELU(z)
+    - 'gelu_backward': (z + other) * GELU'(before), without `other` if there is none
+
+    y, other and before may be parts of wider tensors, with Y_STEP, OTHER_STEP and BEFORE_STEP
+    elements from one position to the next; kept is contiguous.
+    """
     P: tl.constexpr = K // 2
     WC = W * C
     blocks = tl.cdiv(WC, BLOCK)
@@ -55,7 +71,8 @@ def depthwise_forward_kernel(
     f = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     program = program // blocks
     h0 = (program % row_blocks) * ROWS
-    first = ((program // row_blocks).to(tl.int64) * H + h0) * WC  # of the first output row
+    pixel = ((program // row_blocks).to(tl.int64) * H + h0) * W  # the first of these rows
+    first = pixel * C
     c = f % C
     sums = ()
     for _ in tl.static_range(ROWS):
@@ -91,10 +108,31 @@ def depthwise_forward_kernel(
                     else:
                         updated = updated + (sums[t],)
                 sums = updated
-    row = y + first + f
+    w = f // C
     for t in tl.static_range(ROWS):
-        tl.store(row, sums[t].to(y.dtype.element_ty), mask=(f < WC) & (h0 + t < H))
-        row += WC
+        mask = (f < WC) & (h0 + t < H)
+        start = first + t * WC
+        z = sums[t]
+        if EPILOGUE != 'none':
+            # What the backward pass finds in memory is what is computed with here.
+            z = z.to(x.dtype.element_ty).to(ACC)
+        if HAS_KEPT:
+            tl.store(kept + start + f, z.to(kept.dtype.element_ty), mask=mask)
+        if HAS_OTHER:
+            place = pixel * OTHER_STEP + (w * OTHER_STEP + c)
+            factor = tl.load(other + place, mask=mask, other=0).to(ACC)
+        if EPILOGUE == 'times':
+            z = z * factor
+        if EPILOGUE == 'plus_gelu':
+            z = tl.load(x + start + f, mask=mask, other=0).to(ACC) + gelu(z)
+        if EPILOGUE == 'gelu_backward':
+            if HAS_OTHER:
+                z += factor
+            place = pixel * BEFORE_STEP + (w * BEFORE_STEP + c)
+            z = z * gelu_slope(tl.load(before + place, mask=mask, other=0).to(ACC))
+        place = pixel * Y_STEP + (w * Y_STEP + c)
+        tl.store(y + place, z.to(y.dtype.element_ty), mask=mask)
+        pixel += W
 
 
 @triton.jit(do_not_specialize=['H', 'W', 'period_blocks', 'rows', 'rows_per_share'])

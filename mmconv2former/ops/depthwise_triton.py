@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import functools
 import math
-import threading
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .depthwise_kernels import (
@@ -21,6 +18,9 @@ from .depthwise_kernels import (
     depthwise_sum_kernel,
     depthwise_weight_gradient_kernel,
 )
+from .launch import CompilationError, Launcher, is_packed, sums_dtype
+
+__all__ = ['CompilationError', 'Launcher']  # which `depthwise` takes from here
 
 # Rows of a kernel whose weights a forward program keeps in registers, and of whose gradients a
 # program of the weight gradient keeps the sums. With 13 of them it spills.
@@ -68,90 +68,6 @@ def split_evenly(total: int, most: int) -> int:
     return math.ceil(total / math.ceil(total / most))
 
 
-# --------------------------------------------------------------------------------------- launches
-class CompilationError(RuntimeError):
-    """Triton could not make a kernel for this machine."""
-
-
-compiling = threading.Lock()
-
-
-class Launcher:
-    """A kernel with all that it was compiled for, ready to run on one GPU.
-
-    Triton's own way to a kernel that was compiled before costs several times an operator of torch,
-    as it binds and inspects all arguments. This has it compiled once and then calls it directly.
-    Pointers must be multiples of 16 bytes, but for those of biases.
-    """
-
-    def __init__(self, kernel: Any, constants: dict[str, Any], blocks: Blocks) -> None:
-        self.kernel = kernel
-        self.constants = constants
-        self.blocks = blocks
-        self.values = tuple(constants.values())
-        self.run: Any = None
-        self.at_once = 16  # programs that the GPU holds, known when it is compiled
-
-    def compile(self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
-        """Compiles the kernel for a GPU, or loads it from Triton's cache.
-
-        Args:
-            tensors: Tensors of the dtypes with which it will be called.
-            sizes: Any integers, as many as it takes.
-
-        Raises:
-            CompilationError: It did not work.
-        """
-        with compiling:  # as Triton is not made for two threads that load one kernel
-            if self.run is not None:
-                return
-            try:
-                compiled = self.kernel.warmup(
-                    *tensors, *sizes, **self.constants, num_warps=self.blocks.num_warps, grid=(1,)
-                )
-                run = compiled.run  # which loads it on the GPU
-                self.function, self.metadata = compiled.function, compiled.packed_metadata
-                self.get_stream = triton.runtime.driver.active.get_current_stream
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except Exception as error:  # of the compiler, the linker, the cache or the driver
-                raise CompilationError(f'{type(error).__name__}: {error}') from error
-            processors, registers = limits(tensors[0].get_device())  # type: ignore[union-attr]
-            of_thread = 8 * -(-compiled.n_regs // 8)  # they are given in eights
-            of_program = 32 * self.blocks.num_warps * of_thread
-            self.at_once = processors * max(1, registers // of_program)
-            self.run = run
-
-    def __call__(
-        self, programs: int, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]
-    ) -> None:
-        """Runs on the current stream.
-
-        Args:
-            programs: Size of the grid.
-            tensors: The kernel's first arguments, None for those that it does not read.
-            sizes: The arguments that follow, of 32 bits.
-
-        Raises:
-            CompilationError: At the first call.
-        """
-        if self.run is None:
-            if is_on_cpu(tensors):  # Triton's interpreter
-                self.kernel[(programs,)](*tensors, *sizes, **self.constants)
-                return
-            self.compile(tensors, sizes)
-        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        stream = self.get_stream(tensors[0].get_device())  # type: ignore[union-attr]
-        self.run(
-            programs, 1, 1, stream, self.function, self.metadata, None, None, None,
-            *pointers, *sizes, *self.values,
-        )  # fmt: skip
-
-
-def is_on_cpu(tensors: tuple[Tensor | None, ...]) -> bool:
-    return tensors[0].device.type == 'cpu'  # type: ignore[union-attr]
-
-
 @functools.cache
 def forward_launcher(
     device: int,
@@ -161,16 +77,36 @@ def forward_launcher(
     kernel_size: int,
     step: int,
     flip: bool,
-    blocks: Blocks | None,
+    blocks: Blocks,
+    epilogue: str = 'none',
+    keep: bool = False,
+    steps: tuple[int, int | None, int | None] | None = None,
 ) -> Launcher:
-    """`depthwise_forward_kernel` for one kind of input; the arguments are all it depends on."""
-    blocks = blocks or blocks_for(kernel_size)
+    """`depthwise_forward_kernel` for one kind of input; the arguments are all it depends on.
+
+    Args:
+        device: Index of the GPU, -1 for the interpreter.
+        dtype: Of the tensors.
+        bias_dtype: Of the bias, None without one.
+        channels: C.
+        kernel_size: K.
+        step: Elements from one weight of a channel to the next.
+        flip: Whether the weights are taken in reverse order.
+        blocks: The division of the work.
+        epilogue: What is computed of the convolution.
+        keep: Whether the convolution itself is wanted too.
+        steps: Elements from one position to the next of y, other and before, None for a tensor
+            that is missing; None for a contiguous y alone.
+    """
+    y_step, other_step, before_step = steps or (channels, None, None)
     constants = dict(
         C=channels, K=kernel_size, STEP=step, TAPS=blocks.taps, ROWS=blocks.rows,
         BLOCK=blocks.block, HAS_BIAS=bias_dtype is not None, FLIP=flip, ACC=sums_dtype(dtype),
-        PACKED=is_packed(device, dtype),
+        PACKED=is_packed(device, dtype), EPILOGUE=epilogue, HAS_KEPT=keep,
+        HAS_OTHER=other_step is not None, Y_STEP=y_step, OTHER_STEP=other_step or 0,
+        BEFORE_STEP=before_step or 0,
     )  # fmt: skip
-    return Launcher(depthwise_forward_kernel, constants, blocks)
+    return Launcher(depthwise_forward_kernel, constants, blocks.num_warps)
 
 
 @functools.cache
@@ -181,10 +117,9 @@ def weight_gradient_launchers(
     channels: int,
     kernel_size: int,
     has_bias: bool,
-    blocks: Blocks | None,
+    blocks: Blocks,
 ) -> tuple[Launcher, Launcher]:
     """The two kernels of the weight gradient for one kind of input."""
-    blocks = blocks or blocks_for(kernel_size)
     shared = dict(C=channels, K=kernel_size, HAS_BIAS=has_bias, ACC=sums_dtype(dtype))
     constants = dict(
         shared, TAPS=blocks.taps, COLUMNS=blocks.columns, BLOCK=blocks.gradient_block,
@@ -195,33 +130,25 @@ def weight_gradient_launchers(
         shared, PERIOD_BLOCK=blocks.gradient_block, ROWS=2048 // block, BLOCK=block
     )
     return (
-        Launcher(depthwise_weight_gradient_kernel, constants, blocks),
-        Launcher(depthwise_sum_kernel, sum_constants, blocks),
+        Launcher(depthwise_weight_gradient_kernel, constants, blocks.num_warps),
+        Launcher(depthwise_sum_kernel, sum_constants),
     )
-
-
-def sums_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The dtype in which products of tensors of `dtype` are summed."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def is_packed(device: int, dtype: torch.dtype) -> bool:
-    """Whether `widen` may use instructions of NVIDIA's."""
-    return device >= 0 and dtype == torch.bfloat16 and torch.version.hip is None
-
-
-@functools.cache
-def limits(device: int) -> tuple[int, int]:
-    """Multiprocessors of a GPU, and registers of each."""
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, getattr(properties, 'regs_per_multiprocessor', 65536)
 
 
 # ------------------------------------------------------------------------------------------- calls
 def depthwise_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, flip: bool = False, blocks: Blocks | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    flip: bool = False,
+    blocks: Blocks | None = None,
+    epilogue: str = 'none',
+    y: Tensor | None = None,
+    kept: Tensor | None = None,
+    other: Tensor | None = None,
+    before: Tensor | None = None,
 ) -> Tensor:
-    """Depthwise convolution, (N, H, W, C) -> (N, H, W, C).
+    """Depthwise convolution and what follows it, (N, H, W, C) -> (N, H, W, C).
 
     Args:
         x: Contiguous input (N, H, W, C), on the current device.
@@ -229,16 +156,23 @@ def depthwise_forward(
         bias: (C,) of any dtype, or None.
         flip: Takes the weights in reverse order, which makes it the input gradient.
         blocks: The division of the work; None for that of `blocks_for`.
+        epilogue: What the result is of the convolution z: 'none' z, 'times' z * other,
+            'plus_gelu' x + GELU(z), 'gelu_backward' (z + other) * GELU'(before).
+        y: Where the result goes; None for a new tensor.
+        kept: Where the convolution itself goes, contiguous, or None.
+        other, before: (N, H, W, C) as the epilogue needs them. These and y may be parts of
+            contiguous tensors with more channels.
     """
     batch, height, width, channels = x.shape
+    blocks = blocks or blocks_for(weight.shape[-1])
+    y = torch.empty_like(x) if y is None else y
     launcher = forward_launcher(
         x.get_device(), x.dtype, None if bias is None else bias.dtype, channels, weight.shape[-1],
-        weight.stride(3), flip, blocks,
+        weight.stride(3), flip, blocks, epilogue, kept is not None,
+        (y.stride(2), *(None if part is None else part.stride(2) for part in (other, before))),
     )  # fmt: skip
-    blocks = launcher.blocks
-    y = torch.empty_like(x)
     programs = batch * -(-height // blocks.rows) * -(-width * channels // blocks.block)
-    launcher(programs, (x, weight, bias, y), (height, width))
+    launcher(programs, (x, weight, bias, y, kept, other, before), (height, width))
     return y
 
 
@@ -265,10 +199,10 @@ def depthwise_weight_gradient(
     """
     batch, height, width, channels = x.shape
     device = x.get_device()
+    blocks = blocks or blocks_for(kernel_size)
     partial_sums, sum_up = weight_gradient_launchers(
         device, x.dtype, dtype, channels, kernel_size, has_bias, blocks
     )
-    blocks = partial_sums.blocks
     row_blocks = -(-width * channels // blocks.gradient_block)
     # After this many blocks the channels are where they were.
     period_blocks = min(channels // math.gcd(channels, blocks.gradient_block), row_blocks)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mmconv2former import Conv2Former
-from mmconv2former.ops import DepthwiseConv, depthwise
+from mmconv2former.ops import DepthwiseConv, block, depthwise, depthwise_conv2d
 from mmconv2former.ops.depthwise import VARIABLE, choice_for, choose, implementations
 
 CUDA = torch.device('cuda', 0)
@@ -146,6 +146,24 @@ def test_all_implementations_agree(implementation):
         torch.testing.assert_close(value, leaf.grad)
 
 
+@pytest.mark.parametrize(
+    'implementation', ['stock', 'products', pytest.param('triton', marks=needs_triton)]
+)
+def test_gradients_of_gradients(implementation, monkeypatch):
+    monkeypatch.setattr(depthwise, 'setting', implementation)
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 2, 3, 2), (2, 1, 3, 3), (2,)
+    x, weight, bias = (
+        torch.randn(shape, generator=generator, dtype=torch.double, requires_grad=True)
+        for shape in shapes
+    )
+    assert choose(x, weight) == implementation
+    assert torch.autograd.gradgradcheck(depthwise_conv2d, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(depthwise_conv2d, (x, weight))
+    weight.requires_grad_(False)
+    assert torch.autograd.gradgradcheck(lambda x: depthwise_conv2d(x, weight, bias), (x,))
+
+
 @needs_triton
 @pytest.mark.parametrize('function', ['depthwise_forward', 'depthwise_weight_gradient'])
 def test_a_failure_of_the_compiler_does_not_end_a_run(function, monkeypatch, log):
@@ -183,32 +201,61 @@ def test_a_network_prepares_its_weights_once_a_pass(monkeypatch):
     prepared, alone = [], []
     together, one = kernels.lay_out_together, kernels.lay_out
     monkeypatch.setattr(
-        kernels, 'lay_out_together', lambda *args: prepared.append(together(*args)) or prepared[-1]
-    )
-    monkeypatch.setattr(
-        depthwise, 'prepare_weight',
-        lambda weight, dtype, name: alone.append(one(weight, dtype) is not weight)
-        or one(weight, dtype),
+        block.block_triton(), 'lay_out_together',
+        lambda *args: prepared.append(together(*args)) or prepared[-1],
     )  # fmt: skip
+
+    def lay_out(weight, dtype):
+        alone.append(one(weight, dtype) is not weight)
+        return one(weight, dtype)
+
+    monkeypatch.setattr(kernels, 'lay_out', lay_out)
     arch = dict(channels=(8, 16), depths=(1, 1), kernel_size=3)
+    x = torch.randn(1, 3, 16, 16)
     for recompute in ('nothing', 'elementwise'):
         model = Conv2Former(arch, out_indices=(0, 1), recompute=recompute)
-        for form in (model, model.switch_to_deploy):
-            network = form if form is model else form()
-            prepared.clear()
-            outputs = network(torch.randn(1, 3, 16, 16))
-            assert len(prepared) == 1
-            assert len(prepared[0]) == 4
-            assert not any(alone), 'a weight was laid out again'
-            layers = [layer for layer in network.modules() if hasattr(layer, 'laid_out')]
-            assert len(layers) == 4
-            assert all(layer.laid_out is None for layer in layers)
-            if form is model:
-                sum(output.sum() for output in outputs).backward()
-    monkeypatch.setattr(network, '_forward', lambda x: 1 / 0)
+        blocks = [part for stage in model.stages for part in stage]
+        prepared.clear()
+        with torch.autocast('cpu', torch.bfloat16):
+            outputs = model(x)
+        assert len(prepared) == 1
+        assert len(prepared[0]) == 4
+        assert all(part.ready is None for part in blocks)
+        alone.clear()  # those that made the four
+        sum(output.sum() for output in outputs).backward()
+        assert len(prepared) == 1, 'weights were prepared again for the backward pass'
+        assert not any(alone), 'a weight was laid out again'
+    monkeypatch.setattr(model, '_forward', lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        network(torch.randn(1, 3, 16, 16))
-    assert all(layer.laid_out is None for layer in layers)
+        model(x)
+    assert all(part.ready is None for part in blocks)
+
+
+@needs_triton
+def test_a_deployed_network_prepares_its_weights_once(monkeypatch):
+    """They do not change any more: for each dtype at the first pass alone."""
+    monkeypatch.setattr(depthwise, 'setting', 'triton')
+    kernels = depthwise.triton_kernels()
+    made = []
+    one = kernels.lay_out
+
+    def lay_out(weight, dtype):
+        ready = one(weight, dtype)
+        made.extend([dtype] * (ready is not weight))
+        return ready
+
+    monkeypatch.setattr(kernels, 'lay_out', lay_out)
+    arch = dict(channels=(8, 16), depths=(1, 1), kernel_size=3)
+    model = Conv2Former(arch, out_indices=(0, 1)).switch_to_deploy()
+    x = torch.randn(1, 3, 16, 16)
+    with torch.autocast('cpu', torch.bfloat16):
+        for _ in range(2):
+            model(x)
+    assert made == [torch.bfloat16] * 4
+    model.double()
+    for _ in range(2):
+        model(x.double())
+    assert made == [torch.bfloat16] * 4 + [torch.float64] * 4
 
 
 @pytest.mark.parametrize('name', ['stock', pytest.param('triton', marks=needs_triton)])

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
 
 # ruff: noqa: E402
-from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d
+from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d, launch
 from mmconv2former.ops import depthwise_triton as kernels
 from mmconv2former.ops.depthwise_triton import (
     Blocks,
@@ -184,17 +184,19 @@ class Array:
 
 def test_launches_go_to_the_compiled_kernel(monkeypatch):
     """With addresses and constants in the order of the kernel's arguments, on the right stream."""
-    monkeypatch.setattr(kernels, 'limits', lambda device: (100, 65536))
+    monkeypatch.setattr(launch, 'limits', lambda device: (100, 65536))
     streams = SimpleNamespace(get_current_stream=lambda device: 100 + device)
     monkeypatch.setattr(triton.runtime, 'driver', SimpleNamespace(active=streams))
     compiled, first = CompiledKernel(), []
 
     class Kernel:
+        arg_names = ('x', 'bias', 'y', 'H', 'W', 'C', 'K')
+
         def warmup(self, *args, **kwargs):
             first.append((args, kwargs))
             return compiled
 
-    launcher = Launcher(Kernel(), dict(C=8, K=3), Blocks(3, 8, 512, 3, 512, num_warps=2))
+    launcher = Launcher(Kernel(), dict(K=3, C=8), num_warps=2)
     tensors = (Array(16), None, Array(32))
     launcher(7, tensors, (5, 6))
     launcher(9, tensors, (1, 2))
@@ -207,11 +209,13 @@ def test_launches_go_to_the_compiled_kernel(monkeypatch):
 
 def test_failures_of_the_compiler_are_told_apart():
     class Kernel:
+        arg_names = ('x',)
+
         def warmup(self, *args, **kwargs):
             raise FileNotFoundError('gcc')
 
     with pytest.raises(CompilationError, match='FileNotFoundError: gcc'):
-        Launcher(Kernel(), {}, Blocks(3, 8, 512, 3, 512))(1, (Array(16),), ())
+        Launcher(Kernel(), {})(1, (Array(16),), ())
 
 
 def test_results_are_the_same_in_every_run():

@@ -6,8 +6,13 @@ import torch.nn.functional as F
 from test_backbone import SMALL_ARCHS, loss_of, randomized
 
 from mmconv2former import Conv2Former
-from mmconv2former import product as module
-from mmconv2former.product import is_convolution, product, product_backward
+from mmconv2former.ops import pointwise as module
+from mmconv2former.ops.pointwise import (
+    is_convolution,
+    product,
+    product_gradient,
+    product_input_gradient,
+)
 
 
 def operands(shape, channels_out, dtype=torch.float32):
@@ -31,7 +36,8 @@ def test_values_and_gradients(method, shape, channels_out, monkeypatch):
     torch.testing.assert_close(output, expected)
     grad = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, (weight, bias, x), grad)
-    (grad_weight, grad_bias), grad_x = product_backward(grad, x.detach(), weight.detach())
+    grad_weight, grad_bias = product_gradient(grad, x.detach())
+    grad_x = product_input_gradient(grad, weight.detach())
     torch.testing.assert_close((grad_weight, grad_bias, grad_x), wanted)
     torch.testing.assert_close(torch.autograd.grad(output, (weight, bias, x), grad), wanted)
 

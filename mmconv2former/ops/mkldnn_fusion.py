@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .ops.depthwise import depthwise_conv2d
-from .ops.memory_format import is_captured, is_cpu_float32, to_channels_first, to_channels_last
-from .product import product
+from .depthwise import depthwise_conv2d
+from .memory_format import is_captured, is_cpu_float32, to_channels_first, to_channels_last
+from .pointwise import product
 
 HAS_FUSED_OPERATORS = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
@@ -49,13 +49,15 @@ class FusedConv(nn.Module):
         self.register_buffer('bias', bias)
         self.is_depthwise = weight.dim() == 4
         self.packed_weight: Tensor | None = None
-        if self.is_depthwise:
-            self.laid_out: Tensor | None = None  # as of a `DepthwiseConv`
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_depthwise:
             return product(x, self.weight, self.bias)
-        return depthwise_conv2d(x, self.weight, self.bias, self.laid_out)
+        return depthwise_conv2d(x, self.weight, self.bias)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias."""
+        return self.weight, self.bias
 
     def gelu(self, x: Tensor) -> Tensor:
         """GELU of the convolution."""

@@ -1,0 +1,106 @@
+"""Triton kernels for GELU and what stands beside it in a block, forward and backward.
+
+Tensors are (positions, channels) with the channels next to each other in memory; a part of a wider
+tensor has more than `channels` elements from one position to the next. Arithmetic is in float32,
+whatever the dtype of the tensors (in float64 for float64).
+"""
+
+# mypy: ignore-errors
+# These functions are Triton's, whose arguments have no types in Python.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def normal_distribution(x):
+    """The share of a standard normal distribution below x."""
+    return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def gelu(x):
+    return x * normal_distribution(x)
+
+
+@triton.jit
+def gelu_slope(x):
+    """The derivative of GELU."""
+    return normal_distribution(x) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def places(positions, C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """This program's elements of tensors of so many positions.
+
+    Returns:
+        Their places in a contiguous tensor and in one with STEP elements from position to
+        position, and which of them exist.
+    """
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    first = start // C  # position, from which the others are counted in 32 bits
+    # The compiler does not see that the rest is a multiple of what C and BLOCK have in common.
+    rest = tl.multiple_of((start % C).to(tl.int32), min(C & -C, BLOCK))
+    offset = rest + tl.arange(0, BLOCK)
+    position = offset // C
+    dense = first * C + offset
+    wide = first * STEP + (position * STEP + offset % C)
+    return dense, wide, position < (positions - first).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=['positions'])
+def gelu_kernel(
+    x, y, positions,
+    C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """y (positions, C) contiguous = GELU(x), x with STEP elements from position to position."""
+    dense, wide, mask = places(positions, C, STEP, BLOCK)
+    values = tl.load(x + wide, mask=mask, other=0).to(ACC)
+    tl.store(y + dense, gelu(values).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=['positions'])
+def modulation_backward_kernel(
+    grad, a, gate, value, grad_a, grad_value, product, active, positions,
+    C: tl.constexpr, STEP: tl.constexpr, HAS_ACTIVATIONS: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a * value, and the activations that the backward pass needs.
+
+    gate, value and grad_value have STEP elements from position to position, all others C:
+    grad_a = grad * value, grad_value = grad * a, product = a * value, active = GELU(gate).
+    """
+    dense, wide, mask = places(positions, C, STEP, BLOCK)
+    dtype = a.dtype.element_ty
+    g = tl.load(grad + dense, mask=mask, other=0).to(ACC)
+    m = tl.load(a + dense, mask=mask, other=0).to(ACC)
+    v = tl.load(value + wide, mask=mask, other=0).to(ACC)
+    tl.store(grad_a + dense, (g * v).to(dtype), mask=mask)
+    tl.store(grad_value + wide, (g * m).to(dtype), mask=mask)
+    if HAS_ACTIVATIONS:
+        tl.store(product + dense, (m * v).to(dtype), mask=mask)
+        before = tl.load(gate + wide, mask=mask, other=0).to(ACC)
+        tl.store(active + dense, gelu(before).to(dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=['positions'])
+def feed_forward_backward_kernel(
+    grad, hidden, mixed, grad_mixed, active, total, positions,
+    C: tl.constexpr, HAS_ACTIVATIONS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradient for `mixed` of active + GELU(mixed), and the activations.
+
+    All are contiguous: grad_mixed = grad * GELU'(mixed), active = GELU(hidden),
+    total = active + GELU(mixed).
+    """
+    place, _, mask = places(positions, C, C, BLOCK)
+    dtype = mixed.dtype.element_ty
+    g = tl.load(grad + place, mask=mask, other=0).to(ACC)
+    m = tl.load(mixed + place, mask=mask, other=0).to(ACC)
+    share = normal_distribution(m)
+    slope = share + m * 0.3989422804014327 * tl.exp(-0.5 * m * m)
+    tl.store(grad_mixed + place, (g * slope).to(dtype), mask=mask)
+    if HAS_ACTIVATIONS:
+        h = gelu(tl.load(hidden + place, mask=mask, other=0).to(ACC)).to(dtype)
+        tl.store(active + place, h, mask=mask)
+        tl.store(total + place, (h.to(ACC) + m * share).to(dtype), mask=mask)

@@ -1,0 +1,185 @@
+"""Triton kernels that fold the affine parts around a product into its weight, and their gradients.
+
+A product's weight (rows, columns) and bias (rows,), with `scale_in`, `shift_in` (columns,) of the
+LayerNorm before it and `scale_out` (rows,) of the layer scale behind it:
+
+    folded weight = scale_out * weight * scale_in
+    folded bias = scale_out * (bias + weight @ shift_in)
+"""
+
+# mypy: ignore-errors
+# These functions are Triton's, whose arguments have no types in Python.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def fold_kernel(
+    tasks, units, folded,
+    TASK: tl.constexpr, HAS_UNITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DTYPE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Folds ROWS rows of one of many products; `tasks` (programs, TASK) says what of which.
+
+    A task is: addresses of weight, bias, scale_in, shift_in, scale_out (0 for none), first row,
+    rows, columns, the places of folded weight and bias in `folded`, and that of the unit in
+    `units` by which scale_out is divided.
+    """
+    task = tasks + tl.program_id(0) * TASK
+    weight = tl.load(task).to(tl.pointer_type(DTYPE))
+    bias = tl.load(task + 1).to(tl.pointer_type(DTYPE))
+    scale_in = tl.load(task + 2).to(tl.pointer_type(DTYPE))
+    shift_in = tl.load(task + 3).to(tl.pointer_type(DTYPE))
+    has_in = tl.load(task + 2) != 0
+    scale_out = tl.load(task + 4).to(tl.pointer_type(DTYPE))
+    has_out = tl.load(task + 4) != 0
+    first = tl.load(task + 5).to(tl.int32)
+    rows = tl.load(task + 6).to(tl.int32)
+    columns = tl.load(task + 7).to(tl.int32)
+    folded_weight = folded + tl.load(task + 8)
+    folded_bias = folded + tl.load(task + 9)
+    row = first + tl.arange(0, ROWS)
+    in_rows = row < rows
+    factor = tl.load(scale_out + row, mask=in_rows & has_out, other=1).to(ACC)
+    if HAS_UNITS:
+        factor = factor / tl.load(units + tl.load(task + 10), mask=has_out, other=1).to(ACC)
+    shift = tl.zeros((ROWS,), ACC)
+    for start in range(0, columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        in_columns = column < columns
+        mask = in_rows[:, None] & in_columns[None, :]
+        place = row[:, None] * columns + column[None, :]
+        values = tl.load(weight + place, mask=mask, other=0).to(ACC)
+        beta = tl.load(shift_in + column, mask=in_columns & has_in, other=0).to(ACC)
+        gamma = tl.load(scale_in + column, mask=in_columns & has_in, other=1).to(ACC)
+        shift += tl.sum(values * beta[None, :], 1)
+        values = values * gamma[None, :] * factor[:, None]
+        tl.store(folded_weight + place, values.to(folded.dtype.element_ty), mask=mask)
+    values = (tl.load(bias + row, mask=in_rows, other=0).to(ACC) + shift) * factor
+    tl.store(folded_bias + row, values.to(folded.dtype.element_ty), mask=in_rows)
+
+
+@triton.jit
+def unfold_rows(
+    program, grad, grad_folded_bias, weight, bias, scale, grad_weight, grad_bias, grad_scale,
+    N: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a product with a scale behind it, from those of the folded ones.
+
+    grad, weight, grad_weight (N, COLUMNS); the others (N,). A program owns ROWS rows.
+    """
+    row = program * ROWS + tl.arange(0, ROWS)
+    in_rows = row < N
+    factor = tl.load(scale + row, mask=in_rows, other=0).to(ACC)
+    total = tl.zeros((ROWS, BLOCK), ACC)
+    for start in range(0, COLUMNS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = in_rows[:, None] & (column < COLUMNS)[None, :]
+        place = row[:, None] * COLUMNS + column[None, :]
+        values = tl.load(grad + place, mask=mask, other=0).to(ACC)
+        total += values * tl.load(weight + place, mask=mask, other=0).to(ACC)
+        values = values * factor[:, None]
+        tl.store(grad_weight + place, values.to(grad_weight.dtype.element_ty), mask=mask)
+    of_bias = tl.load(grad_folded_bias + row, mask=in_rows, other=0).to(ACC)
+    of_scale = tl.sum(total, 1) + of_bias * tl.load(bias + row, mask=in_rows, other=0).to(ACC)
+    tl.store(grad_scale + row, of_scale.to(grad_scale.dtype.element_ty), mask=in_rows)
+    values = of_bias * factor
+    tl.store(grad_bias + row, values.to(grad_bias.dtype.element_ty), mask=in_rows)
+
+
+@triton.jit
+def unfold_columns(
+    program, grad, grad_bias, weight, scale, shift, grad_weight, partial,
+    N: tl.constexpr, C: tl.constexpr, SHARE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a product behind a LayerNorm's scale and shift, from those of the folded ones.
+
+    grad, weight, grad_weight (N, C), grad_bias (N,). A program owns BLOCK columns of SHARE rows;
+    its sums for scale and shift go to its row of `partial`, STEP elements a row.
+    """
+    COLUMN_BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
+    column = program % COLUMN_BLOCKS * BLOCK + tl.arange(0, BLOCK)
+    in_columns = column < C
+    share = program // COLUMN_BLOCKS
+    gamma = tl.load(scale + column, mask=in_columns, other=0).to(ACC)
+    beta = tl.load(shift + column, mask=in_columns, other=0).to(ACC)
+    of_scale = tl.zeros((ROWS, BLOCK), ACC)
+    of_shift = tl.zeros((ROWS, BLOCK), ACC)
+    first = share * SHARE
+    for start in range(0, SHARE, ROWS):
+        local = start + tl.arange(0, ROWS)
+        row = first + local
+        in_rows = (row < N) & (local < SHARE)
+        mask = in_rows[:, None] & in_columns[None, :]
+        place = row[:, None] * C + column[None, :]
+        values = tl.load(grad + place, mask=mask, other=0).to(ACC)
+        of_bias = tl.load(grad_bias + row, mask=in_rows, other=0).to(ACC)[:, None]
+        plain = tl.load(weight + place, mask=mask, other=0).to(ACC)
+        of_scale += values * plain
+        of_shift += of_bias * plain
+        values = values * gamma[None, :] + of_bias * beta[None, :]
+        tl.store(grad_weight + place, values.to(grad_weight.dtype.element_ty), mask=mask)
+    sums = partial + share * STEP + column
+    tl.store(sums, tl.sum(of_scale, 0), mask=in_columns)
+    tl.store(sums + C, tl.sum(of_shift, 0), mask=in_columns)
+
+
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        'pair_bias', 'proj_folded_bias', 'fc1_bias', 'fc2_folded_bias', 'gate_weight',
+        'value_weight', 'proj_weight', 'proj_bias', 'scale_1', 'fc1_weight', 'fc2_weight',
+        'fc2_bias', 'scale_2', 'norm_1_weight', 'norm_1_bias', 'norm_2_weight', 'norm_2_bias',
+        'proj_bias_grad', 'scale_1_grad', 'fc2_bias_grad', 'scale_2_grad',
+    ]
+)  # fmt: skip
+def unfold_kernel(
+    pair, pair_bias, proj, proj_folded_bias, fc1, fc1_bias, fc2, fc2_folded_bias,
+    gate_weight, value_weight, proj_weight, proj_bias, scale_1, fc1_weight, fc2_weight, fc2_bias,
+    scale_2, norm_1_weight, norm_1_bias, norm_2_weight, norm_2_bias,
+    gate_weight_grad, value_weight_grad, proj_weight_grad, proj_bias_grad, scale_1_grad,
+    fc1_weight_grad, fc2_weight_grad, fc2_bias_grad, scale_2_grad, partial,
+    C: tl.constexpr, E: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, SHARE_ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Gradients of all that is folded in a block, from those of the folded weights and biases.
+
+    The first tensors are the gradients of the folded ones, then come the parameters, then their
+    gradients, and for those of the LayerNorms `partial` (SHARES, 4 C): of scale and shift of the
+    first, then of the second.
+    """
+    ROW_BLOCKS: tl.constexpr = (C + ROWS - 1) // ROWS
+    COLUMN_BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    HALF: tl.constexpr = COLUMN_BLOCKS * (SHARES // 2)
+    OF_C: tl.constexpr = (C + SHARES // 2 - 1) // (SHARES // 2)
+    OF_E: tl.constexpr = (E + SHARES - 1) // SHARES
+    STEP: tl.constexpr = 4 * C
+    program = tl.program_id(0)  # the longest work comes first
+    if program < ROW_BLOCKS:
+        unfold_rows(
+            program, fc2, fc2_folded_bias, fc2_weight, fc2_bias, scale_2, fc2_weight_grad,
+            fc2_bias_grad, scale_2_grad, C, E, ROWS, BLOCK, ACC,
+        )  # fmt: skip
+    elif program < ROW_BLOCKS + 2 * HALF:
+        unfold_columns(
+            program - ROW_BLOCKS, fc1, fc1_bias, fc1_weight, norm_2_weight, norm_2_bias,
+            fc1_weight_grad, partial + 2 * C, E, C, OF_E, STEP, SHARE_ROWS, COLUMNS, ACC,
+        )  # fmt: skip
+    elif program < ROW_BLOCKS + 3 * HALF:
+        unfold_columns(
+            program - ROW_BLOCKS - 2 * HALF, pair, pair_bias, gate_weight, norm_1_weight,
+            norm_1_bias, gate_weight_grad, partial, C, C, OF_C, STEP, SHARE_ROWS, COLUMNS, ACC,
+        )  # fmt: skip
+    elif program < ROW_BLOCKS + 4 * HALF:
+        unfold_columns(
+            program - ROW_BLOCKS - 3 * HALF, pair + C * C, pair_bias + C, value_weight,
+            norm_1_weight, norm_1_bias, value_weight_grad, partial + (SHARES // 2) * STEP, C, C,
+            OF_C, STEP, SHARE_ROWS, COLUMNS, ACC,
+        )  # fmt: skip
+    else:
+        unfold_rows(
+            program - ROW_BLOCKS - 4 * HALF, proj, proj_folded_bias, proj_weight, proj_bias,
+            scale_1, proj_weight_grad, proj_bias_grad, scale_1_grad, C, C, ROWS, BLOCK, ACC,
+        )  # fmt: skip

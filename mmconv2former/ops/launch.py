@@ -1,0 +1,112 @@
+"""Compiles Triton kernels once for each kind of input, and launches them at little cost."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class CompilationError(RuntimeError):
+    """Triton could not make a kernel for this machine."""
+
+
+compiling = threading.Lock()
+
+
+class Launcher:
+    """A kernel with all that it was compiled for, ready to run on one GPU.
+
+    Triton's own way to a kernel that was compiled before costs several times an operator of torch,
+    as it binds and inspects all arguments. This has it compiled once and then calls it directly.
+    Pointers must be multiples of 16 bytes, but for those that a kernel's decorator excepts.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], num_warps: int = 4) -> None:
+        self.kernel = kernel
+        self.constants = constants
+        self.num_warps = num_warps
+        self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.run: Any = None
+        self.at_once = 16  # programs that the GPU holds, known when it is compiled
+
+    def compile(self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
+        """Compiles the kernel for a GPU, or loads it from Triton's cache.
+
+        Args:
+            tensors: Tensors of the dtypes with which it will be called.
+            sizes: Any integers, as many as it takes.
+
+        Raises:
+            CompilationError: It did not work.
+        """
+        with compiling:  # as Triton is not made for two threads that load one kernel
+            if self.run is not None:
+                return
+            try:
+                compiled = self.kernel.warmup(
+                    *tensors, *sizes, **self.constants, num_warps=self.num_warps, grid=(1,)
+                )
+                run = compiled.run  # which loads it on the GPU
+                self.function, self.metadata = compiled.function, compiled.packed_metadata
+                self.get_stream = triton.runtime.driver.active.get_current_stream
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:  # of the compiler, the linker, the cache or the driver
+                raise CompilationError(f'{type(error).__name__}: {error}') from error
+            processors, registers = limits(tensors[0].get_device())  # type: ignore[union-attr]
+            of_thread = 8 * -(-compiled.n_regs // 8)  # they are given in eights
+            of_program = 32 * self.num_warps * of_thread
+            self.at_once = processors * max(1, registers // of_program)
+            self.run = run
+
+    def __call__(
+        self, programs: int, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]
+    ) -> None:
+        """Runs on the current stream.
+
+        Args:
+            programs: Size of the grid.
+            tensors: The kernel's first arguments, None for those that it does not read.
+            sizes: The arguments that follow, of 32 bits.
+
+        Raises:
+            CompilationError: At the first call.
+        """
+        if self.run is None:
+            if is_on_cpu(tensors):  # Triton's interpreter
+                self.kernel[(programs,)](*tensors, *sizes, **self.constants)
+                return
+            self.compile(tensors, sizes)
+        pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        stream = self.get_stream(tensors[0].get_device())  # type: ignore[union-attr]
+        self.run(
+            programs, 1, 1, stream, self.function, self.metadata, None, None, None,
+            *pointers, *sizes, *self.values,
+        )  # fmt: skip
+
+
+def is_on_cpu(tensors: tuple[Tensor | None, ...]) -> bool:
+    return tensors[0].device.type == 'cpu'  # type: ignore[union-attr]
+
+
+def sums_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which products of tensors of `dtype` are summed."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def is_packed(device: int, dtype: torch.dtype) -> bool:
+    """Whether `widen` may use instructions of NVIDIA's."""
+    return device >= 0 and dtype == torch.bfloat16 and torch.version.hip is None
+
+
+@functools.cache
+def limits(device: int) -> tuple[int, int]:
+    """Multiprocessors of a GPU, and registers of each."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, getattr(properties, 'regs_per_multiprocessor', 65536)

@@ -1,0 +1,252 @@
+"""A block by Triton's kernels against the same by stock operators, on a GPU or in the interpreter."""
+
+import itertools
+
+import pytest
+import torch
+from test_backbone import relative_error
+
+triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
+
+# ruff: noqa: E402
+from mmconv2former import Conv2Former
+from mmconv2former.ops import block, block_stock, block_triton, depthwise
+from mmconv2former.ops.block import RECOMPUTE, BlockParameters, Kept, fold, run_block
+from mmconv2former.ops.norm import layer_norm
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = 'cuda' if ON_GPU else 'cpu'
+# Of results in the dtype; the interpreter rounds bfloat16 towards zero.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+# N, H, W, C, hidden channels, K
+SHAPES = [(2, 5, 7, 8, 32, 3), (3, 4, 1, 12, 20, 5), (1, 1, 3, 7, 9, 3), (1, 9, 6, 72, 16, 3)]
+if ON_GPU:
+    SHAPES += [(2, 50, 80, 288, 1152, 11), (2, 25, 40, 576, 2304, 11), (1, 60, 44, 72, 288, 7)]
+
+
+@pytest.fixture(autouse=True)
+def by_triton(monkeypatch):
+    monkeypatch.setattr(depthwise, 'setting', 'triton')
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
+    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+
+
+def normal(*shape, dtype=torch.float64, scale=1.0):
+    return scale * torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
+
+
+def make(n, h, w, c, hidden, k, dtype):
+    """Input, gradient, factors and parameters."""
+    torch.manual_seed(0)
+    sizes = dict(
+        norm_1_weight=(c,), norm_1_bias=(c,), gate_weight=(c, c, 1, 1), gate_bias=(c,),
+        value_weight=(c, c, 1, 1), value_bias=(c,), depthwise_weight=(c, 1, k, k),
+        depthwise_bias=(c,), proj_weight=(c, c, 1, 1), proj_bias=(c,), scale_1=(c,),
+        norm_2_weight=(c,), norm_2_bias=(c,), fc1_weight=(hidden, c, 1, 1), fc1_bias=(hidden,),
+        pos_weight=(hidden, 1, 3, 3), pos_bias=(hidden,), fc2_weight=(c, hidden, 1, 1),
+        fc2_bias=(c,), scale_2=(c,),
+    )  # fmt: skip
+    parameters = BlockParameters(
+        **{
+            name: normal(*size, dtype=dtype, scale=max(1, size[-1] * size[-2], size[1]) ** -0.5)
+            if len(size) == 4
+            else normal(*size, dtype=dtype)
+            for name, size in sizes.items()
+        }
+    )
+    factors = torch.rand(2, n, dtype=torch.float64).to(DEVICE, dtype)
+    return normal(n, h, w, c, dtype=dtype), normal(n, h, w, c, dtype=dtype), factors, parameters
+
+
+def values_and_gradients(steps, x, grad, factors, parameters, recompute, dtype):
+    if steps is block_stock:
+        folded = fold(parameters, dtype)
+    else:
+        (folded,) = block_triton.fold([parameters], dtype, None)
+    out, kept = run_block(x, factors, folded, 1e-6, recompute, steps)
+    grad_x, grads = block.run_block_backward(grad, kept, factors, folded, parameters, steps)
+    return {'out': out, 'x': grad_x, **grads._asdict()}
+
+
+@pytest.mark.parametrize('recompute', RECOMPUTE)
+@pytest.mark.parametrize('has_factors', [False, True])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_values_and_gradients(shape, has_factors, recompute, dtype):
+    x, grad, factors, parameters = make(*shape, torch.float64)
+    factors = factors if has_factors else None
+    arguments = x, grad, factors, parameters
+    expected = values_and_gradients(block_stock, *arguments, recompute, torch.float64)
+    cast = [None if t is None else t.to(dtype) for t in arguments[:3]]
+    own = BlockParameters(*(parameter.to(dtype) for parameter in parameters))
+    found = values_and_gradients(block_triton, *cast, own, recompute, dtype)
+    for name, value in found.items():
+        assert value.dtype == dtype
+        assert value.shape == expected[name].shape
+        assert relative_error(value.double(), expected[name]) < TOLERANCE[dtype] * 5, name
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_mixed_precision(shape, dtype):
+    """Residuals and parameters in float32, products in half precision: as near as stock steps."""
+    x, grad, factors, parameters = make(*shape, torch.float32)
+    exact = [t.double() for t in (x, grad, factors)]
+    wide = BlockParameters(*(parameter.double() for parameter in parameters))
+    expected = values_and_gradients(block_stock, *exact, wide, 'elementwise', torch.float64)
+    arguments = x, grad, factors, parameters, 'elementwise', dtype
+    stock = values_and_gradients(block_stock, *arguments)
+    found = values_and_gradients(block_triton, *arguments)
+    for name, value in found.items():
+        assert value.dtype == torch.float32
+        allowed = 2 * relative_error(stock[name].double(), expected[name]) + 5e-3
+        if not ON_GPU:  # the interpreter truncates where a GPU rounds
+            allowed = 3 * allowed + 2e-2
+        found_error = relative_error(value.double(), expected[name])
+        assert found_error < allowed, name
+
+
+def test_the_network(monkeypatch):
+    """Blocks of several shapes, folded together: by Triton and without."""
+    torch.manual_seed(0)
+    arch = dict(channels=(8, 12), depths=(2, 1), kernel_size=(3, 5))
+    model = Conv2Former(arch, out_indices=(0, 1), layer_scale_init_value=0.5).to(DEVICE).double()
+    x = torch.randn(2, 3, 24, 16, device=DEVICE, dtype=torch.float64)
+    calls = []
+    real = block_triton.fold
+    monkeypatch.setattr(block_triton, 'fold', lambda *a: calls.append(len(a[0])) or real(*a))
+    results = []
+    for setting in ('triton', 'native' if ON_GPU else 'stock'):
+        monkeypatch.setattr(depthwise, 'setting', setting)
+        model.zero_grad()
+        outputs = model(x)
+        sum(output.square().sum() for output in outputs).backward()
+        results.append([*outputs, *(parameter.grad for parameter in model.parameters())])
+    # In the parameters' own dtype the weights are not kept, but folded again by each block.
+    assert calls == [3, 1, 1, 1]
+    for value, reference in zip(*results):
+        assert relative_error(value, reference) < 1e-10
+
+
+def test_addresses_are_copied_once():
+    torch.manual_seed(0)
+    arch = dict(channels=(8,), depths=(2,), kernel_size=3)
+    model = Conv2Former(arch, out_indices=0).to(DEVICE)
+    x = torch.randn(1, 3, 16, 16, device=DEVICE)
+    with torch.no_grad():
+        model(x)
+        plan = block_triton.plans[model][1]
+        before = model(x)[0]
+        assert block_triton.plans[model][1] is plan
+        model.stages[0][0].mlp.fc1.weight.mul_(2)  # in place: the address stays, the value counts
+        model.stages[0][0].layer_scale_2.fill_(1)
+        changed = model(x)[0]
+        assert block_triton.plans[model][1] is plan
+        assert relative_error(changed, before) > 1e-3
+        model.stages[0][0].mlp.fc1.weight = torch.nn.Parameter(
+            model.stages[0][0].mlp.fc1.weight / 2
+        )
+        model.stages[0][0].layer_scale_2.fill_(1e-6)
+        torch.testing.assert_close(model(x)[0], before)
+        assert block_triton.plans[model][1] is not plan
+
+
+def test_results_are_the_same_in_every_run():
+    x, grad, factors, parameters = make(*SHAPES[0], torch.float32)
+    first, second = (
+        values_and_gradients(block_triton, x, grad, factors, parameters, 'elementwise', x.dtype)
+        for _ in range(2)
+    )
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_nothing_is_written_where_nothing_belongs():
+    """Every element of a result is written: memory that was there before does not matter."""
+    x, grad, factors, parameters = make(*SHAPES[1], torch.float32)
+    results = []
+    real = torch.empty_like
+    for filling in (float('nan'), 1e9):
+
+        def poisoned(*args, _filling=filling, **kwargs):
+            return real(*args, **kwargs).fill_(_filling)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, 'empty_like', poisoned)
+            results.append(
+                values_and_gradients(
+                    block_triton, x, grad, factors, parameters, 'expansion', x.dtype
+                )
+            )
+    for name, value in results[0].items():
+        assert torch.isfinite(value).all(), name
+        assert torch.equal(value, results[1][name]), name
+
+
+@pytest.mark.parametrize('step', ['normalize', 'modulation_gradients'])
+def test_falls_back_if_a_kernel_does_not_compile(step, monkeypatch):
+    def fail(*args):
+        raise block_triton.CompilationError('no compiler')
+
+    torch.manual_seed(0)
+    model = Conv2Former(dict(channels=(8,), depths=(1,), kernel_size=3), out_indices=0).to(DEVICE)
+    model, x = model.double(), torch.randn(1, 3, 16, 16, device=DEVICE, dtype=torch.float64)
+    model(x)[0].square().sum().backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(block_triton, step, fail)
+    monkeypatch.setattr(depthwise, 'failures', [])
+    try:
+        model(x)[0].square().sum().backward()
+        assert 'no compiler' in depthwise.failures[0]
+    finally:
+        depthwise.failures.clear()
+        depthwise.choice_for.cache_clear()
+    for parameter, reference in zip(model.parameters(), expected):
+        assert relative_error(parameter.grad, reference) < 1e-10
+
+
+def test_names_are_the_same_in_both():
+    names = [
+        name for name, value in vars(block_stock).items()
+        if getattr(value, '__module__', '') == block_stock.__name__
+        and name not in ('unfold_columns', 'unfold_rows')
+    ]  # fmt: skip
+    assert len(names) > 10
+    assert all(hasattr(block_triton, name) for name in names)
+    assert len(Kept._fields) == 12
+
+
+@pytest.mark.parametrize('channels_first', [False, True])
+@pytest.mark.parametrize('grad_first', [False, True])
+@pytest.mark.parametrize('shape', [(2, 3, 5, 8), (1, 7, 1, 12), (3, 2, 9, 72)])
+def test_layer_norm(shape, channels_first, grad_first):
+    """Values, memory layout and gradients of the norms outside of blocks."""
+    x, grad = normal(*shape).requires_grad_(), normal(*shape)
+    weight, bias = normal(shape[-1]).requires_grad_(), normal(shape[-1]).requires_grad_()
+    if grad_first:
+        grad = grad.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    y = layer_norm(x, weight, bias, 1e-6, x.dtype, channels_first)
+    assert y.shape == x.shape
+    assert (y.permute(0, 3, 1, 2) if channels_first else y).is_contiguous()
+    assert 'LayerNormFunction' in type(y.grad_fn).__name__
+    found = torch.autograd.grad(y, (x, weight, bias), grad)
+    reference = torch.nn.functional.layer_norm(x, shape[-1:], weight, bias, 1e-6)
+    torch.testing.assert_close(y, reference)
+    expected = torch.autograd.grad(reference, (x, weight, bias), grad)
+    torch.testing.assert_close(found, expected)
+
+
+def test_layer_norm_in_half_precision():
+    x = normal(2, 3, 5, 8, dtype=torch.float32).requires_grad_()
+    weight, bias = (normal(8, dtype=torch.float32).requires_grad_() for _ in range(2))
+    y = layer_norm(x, weight, bias, 1e-6, torch.bfloat16)
+    assert y.dtype == torch.bfloat16
+    reference = torch.nn.functional.layer_norm(x, (8,), weight, bias, 1e-6)
+    assert relative_error(y, reference) < 1e-2
+    grad = normal(2, 3, 5, 8, dtype=torch.bfloat16)
+    found = torch.autograd.grad(y, (x, weight, bias), grad)
+    expected = torch.autograd.grad(reference, (x, weight, bias), grad.float())
+    for value, exact in zip(found, expected):
+        assert value.dtype == torch.float32
+        assert relative_error(value, exact) < 1e-2

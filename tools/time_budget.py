@@ -1,0 +1,77 @@
+"""A hook that trains for a given time instead of a given number of iterations.
+
+    custom_imports = dict(imports=['mmconv2former', 'time_budget'], allow_failed_imports=False)
+    custom_hooks = [dict(type='TimeBudgetHook', seconds=120)]
+    param_scheduler = None
+
+For `tools/evidence.py fit --true-size`, where the speed of the GPU is not known in advance.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from mmengine.dist import get_world_size
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import IterBasedTrainLoop
+
+
+@HOOKS.register_module()
+class TimeBudgetHook(Hook):
+    """Ends training after `seconds`; the learning rate reaches zero by then.
+
+    The rate rises linearly over the first `warmup` iterations, stays until half of the time has
+    passed and then falls linearly. The loop validates after the last iteration as usual.
+
+    Args:
+        seconds: Training time, from the first iteration on, without the validation.
+        warmup: Iterations.
+
+    Raises:
+        ValueError: `seconds` or `warmup` is not positive.
+        RuntimeError: The training loop counts epochs, or there are several processes, whose
+            clocks would end the training at different iterations (when training starts).
+    """
+
+    priority = 'HIGHEST'  # mmengine logs the learning rate at the next one
+
+    def __init__(self, seconds: float, warmup: int = 40) -> None:
+        for name, value in (('seconds', seconds), ('warmup', warmup)):
+            if value <= 0:
+                raise ValueError(f'{name} must be positive, got {value}')
+        self.seconds, self.warmup = seconds, warmup
+        self.start: float | None = None
+        self.rates: list[float] = []
+
+    def before_train(self, runner: Any) -> None:
+        if not isinstance(runner.train_loop, IterBasedTrainLoop):
+            name = type(runner.train_loop).__name__
+            raise RuntimeError(f'TimeBudgetHook needs an IterBasedTrainLoop, got {name}')
+        if get_world_size() > 1:
+            raise RuntimeError(f'TimeBudgetHook is for one process, there are {get_world_size()}')
+        self.rates = [group['lr'] for group in runner.optim_wrapper.param_groups]
+
+    def factor(self, iteration: int, passed: float) -> float:
+        """What the learning rates are multiplied by, from 0 to 1.
+
+        Args:
+            iteration: Counted from 0.
+            passed: Seconds since the first iteration began.
+        """
+        return max(0.0, min(1.0, (iteration + 1) / self.warmup, 2 * (1 - passed / self.seconds)))
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if self.start is None:
+            self.start = time.monotonic()
+        factor = self.factor(runner.iter, time.monotonic() - self.start)
+        for group, rate in zip(runner.optim_wrapper.param_groups, self.rates):
+            group['lr'] = rate * factor
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        assert self.start is not None
+        if time.monotonic() - self.start >= self.seconds:
+            runner.train_loop._max_iters = runner.iter + 1  # this was the last one
