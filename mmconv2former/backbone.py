@@ -138,16 +138,24 @@ class Stem(nn.Sequential):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (N, H, W, C), for what is no part of a block."""
+    """LayerNorm over the channels of (N, H, W, C), for what is no part of a block.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: C.
+        before_convolution: Whether the result is wanted in the dtype of products.
+        channels_first: Whether the result is wanted as contiguous (N, C, H, W) in memory.
+    """
+
+    def __init__(
+        self, channels: int, before_convolution: bool = False, channels_first: bool = False
+    ) -> None:
         super().__init__(channels, eps=LAYER_NORM_EPS)
+        self.before_convolution = before_convolution
+        self.channels_first = channels_first
 
-    def forward(
-        self, x: Tensor, dtype: torch.dtype | None = None, channels_first: bool = False
-    ) -> Tensor:
-        dtype = x.dtype if dtype is None else dtype
-        return layer_norm(x, self.weight, self.bias, self.eps, dtype, channels_first)
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = autocast_dtype(x) if self.before_convolution else x.dtype
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype, self.channels_first)
 
 
 class PointwiseConv(nn.Conv2d):
@@ -262,54 +270,47 @@ class Block(nn.Module):
         # Under autocast the branches are of half precision, their sum is not.
         x = x.to(self.layer_scale_1.dtype)
         parameters, folded = self.ready or (None, None)
-        if parameters is None and self.is_plain():
-            own = self.function_parameters()
-            parameters = own if is_supported(x, own) else None
-        if parameters is not None:
+        parameters = self.plain_parameters() if parameters is None else parameters
+        if parameters is not None and (folded is not None or is_supported(x, parameters)):
             factors = self.drop_path.factors(2, x)
             return compute_block(x, factors, parameters, folded, LAYER_NORM_EPS, self.recompute)
         x = x + self.drop_path(self.layer_scale_1 * self.attn(x))
         return x + self.drop_path(self.layer_scale_2 * self.mlp(x))
 
-    def is_plain(self) -> bool:
-        """Whether nothing but the parameters matters of the layers, so that one function does."""
-        attn, mlp = self.attn, self.mlp
+    def plain_parameters(self) -> BlockParameters | None:
+        """The parameters, if nothing else of the layers matters, so that one function does."""
+        # By name: attributes cost more, and this runs every time.
+        children: Any = self._modules
+        attn, mlp = children['attn'], children['mlp']
         if type(attn) is not Modulation or type(mlp) is not FeedForward or _has_any_global_hook():
-            return False
-        layers = (attn, mlp, self.drop_path, attn.norm, attn.att, *attn.att, attn.v, attn.proj,
-                  mlp.norm, mlp.fc1, mlp.act, mlp.pos, mlp.fc2)  # fmt: skip
-        types = tuple([type(layer) for layer in layers])
-        return (
-            types == PLAIN_TYPES
-            and attn.fusion == 'hadamard'
-            and attn.norm.eps == mlp.norm.eps == LAYER_NORM_EPS
-            and attn.att[1].approximate == mlp.act.approximate == 'none'
-            and not any(map(is_watched, layers))
-            and '_is_replica' not in vars(self)  # of nn.DataParallel, which has no parameters
+            return None
+        a: Any = attn._modules
+        m: Any = mlp._modules
+        norm_1, att, v, proj = a['norm'], a['att'], a['v'], a['proj']
+        norm_2, fc1, act, pos, fc2 = m['norm'], m['fc1'], m['act'], m['pos'], m['fc2']
+        layers: Any = (attn, mlp, children['drop_path'], norm_1, att, *att._modules.values(), v,
+                       proj, norm_2, fc1, act, pos, fc2)  # fmt: skip
+        if tuple([type(layer) for layer in layers]) != PLAIN_TYPES or any(map(is_watched, layers)):
+            return None
+        gate, gate_act, depthwise = layers[5:8]
+        is_plain = (
+            attn.fusion == 'hadamard'
+            and norm_1.eps == norm_2.eps == LAYER_NORM_EPS
+            and gate_act.approximate == act.approximate == 'none'
         )
-
-    def function_parameters(self) -> BlockParameters:
-        """The parameters as `mmconv2former.ops.block` takes them."""
-        attn, mlp = self.attn, self.mlp
-        gate, _, depthwise = attn.att
-        layers = (
-            attn.norm,
-            gate,
-            attn.v,
-            depthwise,
-            attn.proj,
-            mlp.norm,
-            mlp.fc1,
-            mlp.pos,
-            mlp.fc2,
-        )
-        norm_1, gate, v, depthwise, proj, norm_2, fc1, pos, fc2 = (
-            (layer._parameters['weight'], layer._parameters['bias']) for layer in layers
-        )
-        return BlockParameters(
-            *norm_1, *gate, *v, *depthwise, *proj, self.layer_scale_1,
-            *norm_2, *fc1, *pos, *fc2, self.layer_scale_2,
-        )  # fmt: skip
+        if not is_plain:
+            return None
+        own = self._parameters
+        parameters: list[Any] = []
+        for layer in (norm_1, gate, v, depthwise, proj, norm_2, fc1, pos, fc2):
+            of_layer = layer._parameters
+            parameters += (of_layer.get('weight'), of_layer.get('bias'))
+            if layer is proj:
+                parameters.append(own.get('layer_scale_1'))
+        parameters.append(own.get('layer_scale_2'))
+        # Some are missing where they are parametrized, and in replicas of nn.DataParallel.
+        has_all = all(parameter is not None for parameter in parameters)
+        return BlockParameters._make(parameters) if has_all else None
 
 
 # Of the layers of a block in which nothing was replaced or parametrized.
@@ -339,13 +340,13 @@ class Downsample(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(
-            LayerNorm(in_channels),
+            LayerNorm(in_channels, before_convolution=True),
             nn.Conv2d(in_channels, out_channels, 2, stride=2),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         norm, conv = self[0], self[1]  # torch 2.1 cannot compile the unpacking of a module
-        return to_channels_last(conv(to_channels_first(norm(x, dtype=autocast_dtype(x)))))
+        return to_channels_last(conv(to_channels_first(norm(x))))
 
 
 class Conv2FormerBase(LoadsPretrained):
@@ -447,8 +448,7 @@ class Conv2FormerBase(LoadsPretrained):
         if is_captured():
             return self._forward(x)
         blocks = self._own_blocks()  # not those in wrappers, which may hand out their weights later
-        plain = [block for block in blocks if isinstance(block, Block) and block.is_plain()]
-        with folded_together(plain, x, self):
+        with folded_together([b for b in blocks if isinstance(b, Block)], x, self):
             return self._forward(x)
 
     def _check_input(self, x: Tensor) -> None:
@@ -467,11 +467,9 @@ class Conv2FormerBase(LoadsPretrained):
 
     def _output(self, x: Tensor, index: int) -> Tensor:
         """The returned feature map of index `index`, (N, H, W, C) -> (N, C, H, W)."""
-        channels_last = self.out_channels_last and x.is_cuda
-        if self.out_norm:
-            x = getattr(self, f'norm{index}')(x, channels_first=not channels_last)
+        x = getattr(self, f'norm{index}')(x) if self.out_norm else x
         x = to_channels_first(x)
-        return x if channels_last else x.contiguous()
+        return x if self.out_channels_last and x.is_cuda else x.contiguous()
 
 
 def embed(stem: nn.Module, x: Tensor) -> Tensor:
@@ -598,7 +596,8 @@ class Conv2Former(Conv2FormerBase):
 
         if out_norm:
             for i in self.out_indices:
-                self.add_module(f'norm{i}', LayerNorm(channels[i]))
+                norm = LayerNorm(channels[i], channels_first=not out_channels_last)
+                self.add_module(f'norm{i}', norm)
         self._start()
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:

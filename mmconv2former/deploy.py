@@ -17,7 +17,7 @@ from .fusion import FUSIONS
 from .ops import block_stock
 from .ops.block import FoldedWeights, run, run_block, steps_for
 from .ops.depthwise import DepthwiseConv, prepare_weight
-from .ops.memory_format import autocast_dtype, is_captured, without_autocast
+from .ops.memory_format import autocast_dtype, is_captured, is_transformed, without_autocast
 from .ops.mkldnn_fusion import FusedConv, is_fusible
 
 if TYPE_CHECKING:  # which imports this file
@@ -57,7 +57,9 @@ class DeployedBlock(nn.Module):
         self.folded: FoldedWeights | None = None  # the weights in the dtype of products
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_plain and not is_fusible(x) and not is_captured():
+        is_differentiated = torch.is_grad_enabled() and x.requires_grad
+        is_stock = is_differentiated or is_captured() or is_transformed()
+        if self.is_plain and not is_fusible(x) and not is_stock:
             return self._by_function(x)
         y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         mixed = self.depthwise(self.gate.gelu(y))
@@ -78,21 +80,23 @@ class DeployedBlock(nn.Module):
         dtype = autocast_dtype(x)
         steps = steps_for(x, (self.depthwise.weight, self.pos.weight))
         if self.folded is None or self.folded.pair_weight.dtype != dtype:
-            self.folded = self._cast(dtype, 'triton' if steps is not block_stock else 'stock')
+            with torch.inference_mode(False), torch.no_grad():  # for any mode that comes later
+                self.folded = self._cast(dtype, 'triton' if steps is not block_stock else 'stock')
         with without_autocast(x):
             return run(run_block, steps, x, None, self.folded, self.eps, None)[0]
 
     def _cast(self, dtype: torch.dtype, implementation: str) -> FoldedWeights:
         """The weights in a dtype; they do not change, so this is done once."""
         pair = [torch.cat(parts) for parts in zip(self.gate.pair(), self.value.pair())]
-        products = [[t.to(dtype) for t in p] for p in (pair, self.proj.pair(), self.fc1.pair(),
-                                                       self.fc2.pair())]  # fmt: skip
-        convolutions = [
+        pair, proj, fc1, fc2 = (
+            [tensor.to(dtype) for tensor in tensors]
+            for tensors in (pair, self.proj.pair(), self.fc1.pair(), self.fc2.pair())
+        )
+        depthwise, pos = (
             (prepare_weight(layer.weight.detach(), dtype, implementation), layer.bias.detach())
             for layer in (self.depthwise, self.pos)
-        ]
-        pair, proj, fc1, fc2 = products
-        return FoldedWeights(*pair, *convolutions[0], *proj, *fc1, *convolutions[1], *fc2)
+        )
+        return FoldedWeights._make((*pair, *depthwise, *proj, *fc1, *pos, *fc2, None, None))
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
         self.folded = None  # of other values, another dtype or device from here on

@@ -94,7 +94,8 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         kernel_size: Odd size of the depthwise convolutions of the modulation, None for the arch's.
         in_channels, fusion, mlp_ratio, drop_path_rate, layer_scale_init_value, out_norm, norm_eval,
             with_cp, recompute, depthwise_conv, out_channels_last, init_cfg: See
-            `mmconv2former.Conv2Former`; `norm_eval` is of the BatchNorms of the convolutional patch embedding.
+            `mmconv2former.Conv2Former`; `norm_eval` is of the BatchNorms of the convolutional
+            patch embedding.
 
     Attributes:
         channels: Channels of each returned feature map.
@@ -161,7 +162,8 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         )
         if out_norm:
             for i in self.out_indices:
-                self.add_module(f'norm{i}', LayerNorm(channels))
+                norm = LayerNorm(channels, channels_first=not out_channels_last)
+                self.add_module(f'norm{i}', norm)
         self._start()
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:

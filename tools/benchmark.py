@@ -431,9 +431,11 @@ def count_traffic(spec: str, setting: Setting, training: bool) -> tuple[int, int
     model.train(training)
     with mode:
         images = torch.empty(setting.batch, 3, *setting.size, device=setting.device)
+        run = train_step if training else infer
+        run(model, images, setting)  # what is done once, such as casting weights, does not count
         counter = TrafficCounter()
         with counter:
-            (train_step if training else infer)(model, images, setting)
+            run(model, images, setting)
     return counter.launches, counter.bytes
 
 

@@ -3,10 +3,16 @@
     python tools/kernel_resources.py                      # what runs by default, A100 and H100
     python tools/kernel_resources.py --capability 90 --kernel-sizes 11 --dtype float32
     python tools/kernel_resources.py --kernel-sizes 11 --rows 16   # another division of the work
+    python tools/kernel_resources.py --network --channels 72 576   # all kernels of a network
 
-Prints for each kernel the registers of a thread, the bytes it spills, and for its innermost loop
-the number of instructions and how many of them are the multiply-adds that the convolution needs.
-Triton brings the assembler and disassembler along: neither a GPU nor a CUDA toolkit is needed.
+Prints for each kernel the registers of a thread, the bytes it spills, for its innermost loop the
+number of instructions and how many of them are the multiply-adds that the convolution needs, and
+its loads and stores of global memory by their bits: of half precision with a channel count that is
+a multiple of 8, those of 16 bits are elements that are not read together. Triton brings the
+assembler and disassembler along: neither a GPU nor a CUDA toolkit is needed.
+
+What is launched tells which kernels there are: a step of training and one of inference run on the
+CPU, on a small image, with launches that are noted and compute nothing.
 """
 
 from __future__ import annotations
@@ -16,28 +22,61 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import triton
 from make_tables import table, with_table
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mmconv2former.ops.depthwise_triton import (
-    Launcher,
-    blocks_for,
-    forward_launcher,
-    weight_gradient_launchers,
-)
+from mmconv2former import Conv2Former
+from mmconv2former.backbone import Block
+from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_triton
+from mmconv2former.ops.block import RECOMPUTE
+from mmconv2former.ops.launch import Launcher
 
-TYPES = {'bfloat16': 'bf16', 'float16': 'fp16', 'float32': 'fp32'}
-OF_INPUT_DTYPE = ('x', 'weight', 'y', 'grad')  # pointers; the others are of float32
-FLOAT32 = ('bias', 'partial', 'weight_grad', 'bias_grad')
+TYPES = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32',
+         torch.float64: 'fp64', torch.int64: 'i64', torch.int32: 'i32'}  # fmt: skip
+DTYPES = ('bfloat16', 'float16', 'float32')
+HALF = ('bfloat16', 'float16')
+# Of constants that tell apart what one kernel is compiled for; the rest are sizes.
+SWITCHES = re.compile(r'HAS_\w+|FLIP')
 PAGE = Path(__file__).resolve().parents[1] / 'docs/depthwise.md'
 DISASSEMBLER = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+HEADER = ['GPU', 'dtype', 'kernel', 'K', 'C', 'registers', 'bytes spilled',
+          'instructions of the loop', 'multiply-adds', 'loads and stores by bits']  # fmt: skip
+
+
+class Launch(NamedTuple):
+    """A kernel, and what of a launch it is compiled for.
+
+    Fields:
+        launcher: With the kernel and its constants.
+        dtypes: Of the tensors, None for one that is missing.
+        sizes: Number of integers.
+    """
+
+    launcher: Launcher
+    dtypes: tuple[torch.dtype | None, ...]
+    sizes: int
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel needs: see the table's header."""
+
+    registers: int
+    spilled: int
+    instructions: int
+    multiply_adds: int
+    accesses: str
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,66 +86,146 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--capability', type=int, nargs='+', default=[80, 90])
     parser.add_argument('--kernel-sizes', type=int, nargs='+', default=[3, 5, 7, 11, 21, 31])
     parser.add_argument('--channels', type=int, nargs='+', default=[72])
-    parser.add_argument('--dtype', choices=TYPES, nargs='+', default=['bfloat16'])
+    parser.add_argument('--dtype', choices=DTYPES, nargs='+', default=['bfloat16'])
     parser.add_argument('--rows', type=int, help='output rows of a forward program')
+    parser.add_argument(
+        '--network', action='store_true',
+        help='all kernels of a network with float32 weights under autocast, not those of a '
+        'depthwise convolution alone',
+    )  # fmt: skip
     parser.add_argument(
         '--page', action='store_true', help='keep what is printed in docs/depthwise.md'
     )
     args = parser.parse_args(argv)
     if os.environ.get('TRITON_INTERPRET') == '1':
         raise SystemExit('error: TRITON_INTERPRET=1: there is nothing to compile; unset it')
-    rows = []
+    run = run_network if args.network else run_convolution
+    rows: list[list[str]] = []
     for capability in args.capability:
         for dtype in args.dtype:
             for kernel_size in args.kernel_sizes:
                 for channels in args.channels:
-                    launchers = launchers_of(channels, kernel_size, dtype, args.rows)
-                    for name, launcher in launchers.items():
-                        numbers = resources(launcher, dtype, capability)
-                        rows.append([f'sm_{capability}', dtype, name, str(kernel_size),
-                                     str(channels), *map(str, numbers)])  # fmt: skip
-    header = ['GPU', 'dtype', 'kernel', 'K', 'C', 'registers', 'bytes spilled',
-              'instructions of the loop', 'multiply-adds']  # fmt: skip
-    text = table(header, rows)
+                    with noted_launches(args.rows) as launches:
+                        run(channels, kernel_size, getattr(torch, dtype))
+                    for launch in launches:
+                        constants = launch.launcher.constants
+                        sizes = (constants.get('K', ''), constants.get('C', ''))
+                        row = [f'sm_{capability}', dtype, name_of(launch), *map(str, sizes),
+                               *map(str, resources(launch, capability))]  # fmt: skip
+                        if row not in rows:  # some do not depend on K or C
+                            rows.append(row)
+    text = table(HEADER, rows)
     print(text, end='')
     if args.page:
-        PAGE.write_text(with_table(PAGE.read_text(), 'resources', text))
+        name = 'network resources' if args.network else 'resources'
+        PAGE.write_text(with_table(PAGE.read_text(), name, text))
     spilling = [row for row in rows if row[6] != '0']
     if spilling:
         raise SystemExit(f'error: {len(spilling)} of {len(rows)} kernels spill registers')
 
 
-def launchers_of(
-    channels: int, kernel_size: int, name: str, rows: int | None
-) -> dict[str, Launcher]:
-    """All kernels of a convolution with bias, as they run on GPU 0."""
-    dtype = getattr(torch, name)
-    blocks = blocks_for(kernel_size)
-    blocks = blocks if rows is None else replace(blocks, rows=rows)
-    forward = forward_launcher(
-        0, dtype, torch.float32, channels, kernel_size, channels, False, blocks
-    )
-    weight_gradient, sum_up = weight_gradient_launchers(
-        0, dtype, torch.float32, channels, kernel_size, True, blocks
-    )
-    return {'forward': forward, 'weight gradient': weight_gradient, 'sum': sum_up}
+# ------------------------------------------------------------------------------ what is launched
+@contextmanager
+def noted_launches(rows: int | None) -> Iterator[list[Launch]]:
+    """While it lasts, kernels are noted, each once, and not run: results are of any values.
+
+    Args:
+        rows: Output rows of a forward program of depthwise convolutions; None for the default.
+    """
+    found: dict[tuple, Launch] = {}
+    default = depthwise_triton.blocks_for
+
+    def note(
+        launcher: Launcher, programs: int, tensors: tuple[Tensor | None, ...], sizes: tuple
+    ) -> None:
+        dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
+        constants = tuple(sorted((name, str(v)) for name, v in launcher.constants.items()))
+        key = (launcher.kernel.__name__, constants, dtypes)
+        found.setdefault(key, Launch(launcher, dtypes, len(sizes)))
+
+    def blocks_for(kernel_size: int) -> depthwise_triton.Blocks:
+        blocks = default(kernel_size)
+        return blocks if rows is None else replace(blocks, rows=rows)
+
+    launches: list[Launch] = []
+    with (
+        patch.object(Launcher, '__call__', note),
+        patch.object(depthwise, 'setting', 'triton'),
+        patch.object(depthwise, 'choice_for', lambda *_: 'triton'),
+        patch.object(depthwise_triton, 'blocks_for', blocks_for),
+        # As on an NVIDIA GPU; launchers are kept by what they depend on, of which this is no part.
+        patch.object(depthwise_triton, 'is_packed', lambda _, dtype: dtype == torch.bfloat16),
+    ):
+        yield launches
+    launches.extend(found.values())
 
 
-def resources(launcher: Launcher, dtype: str, capability: int) -> tuple[int, int, int, int]:
-    """Registers, bytes spilled, instructions and multiply-adds of the innermost loop."""
-    kernel, constants = launcher.kernel, launcher.constants
-    pointers = dict.fromkeys(OF_INPUT_DTYPE, f'*{TYPES[dtype]}') | dict.fromkeys(FLOAT32, '*fp32')
-    signature = {
-        name: 'constexpr' if name in constants else pointers.get(name, 'i32')
-        for name in kernel.arg_names
-    }
-    aligned = {
-        (index,): [['tt.divisibility', 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if name in pointers and name != 'bias'
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = dict(num_warps=launcher.blocks.num_warps)
+def run_convolution(channels: int, kernel_size: int, dtype: torch.dtype) -> None:
+    """A step of training of a depthwise convolution with a bias in float32."""
+    conv = DepthwiseConv(channels, kernel_size)
+    x = torch.randn(1, 4, 4, channels, requires_grad=True)
+    with autocast(dtype):
+        y = conv(x)
+    y.sum().backward()
+
+
+def run_network(channels: int, kernel_size: int, dtype: torch.dtype) -> None:
+    """Training with and without drop path in all its forms, and inference, of two short stages."""
+    arch = dict(channels=(channels, channels), depths=(1, 1), kernel_size=kernel_size)
+    x = torch.randn(2, 3, 16, 16)
+    for recompute in RECOMPUTE:
+        model = Conv2Former(arch, out_indices=(0, 1), recompute=recompute)
+        for rate in (0.0, 0.5):
+            for block in model.modules():
+                if isinstance(block, Block):
+                    block.drop_path.rate = rate
+            with autocast(dtype):
+                outputs = model(x)
+            sum(output.sum() for output in outputs).backward()
+    for form in (model.eval(), model.switch_to_deploy()):
+        with torch.no_grad(), autocast(dtype):
+            form(x)
+
+
+def autocast(dtype: torch.dtype) -> Any:
+    return nullcontext() if dtype == torch.float32 else torch.autocast('cpu', dtype)
+
+
+def name_of(launch: Launch) -> str:
+    """A kernel's name and what it is compiled with."""
+    constants = launch.launcher.constants
+    name = launch.launcher.kernel.__name__.removesuffix('_kernel').replace('_', ' ')
+    name = name.removeprefix('depthwise ')
+    parts = [str(constants['EPILOGUE']).replace('_', ' ')] if 'EPILOGUE' in constants else []
+    parts += [
+        key.removeprefix('HAS_').lower().replace('_', ' ')
+        for key, value in constants.items()
+        if SWITCHES.fullmatch(key) and value
+    ]
+    parts = [part for part in parts if part != 'none']
+    return f'{name} ({", ".join(parts)})' if parts else name
+
+
+# ------------------------------------------------------------------------------ what it needs
+def resources(launch: Launch, capability: int) -> Resources:
+    """Compiles a kernel as `Launcher.compile` does on a GPU."""
+    kernel, constants = launch.launcher.kernel, dict(launch.launcher.constants)
+    tensors = kernel.params[: len(launch.dtypes)]
+    sizes = kernel.params[len(tensors) : len(tensors) + launch.sizes]
+    fixed = [p.name for p in sizes if not p.do_not_specialize]
+    if fixed:
+        raise SystemExit(f'error: {kernel.__name__} would be compiled for values of {fixed}')
+    signature = dict.fromkeys(kernel.arg_names, 'constexpr') | {p.name: 'i32' for p in sizes}
+    attributes = {}
+    for parameter, dtype in zip(tensors, launch.dtypes):
+        if dtype is None:
+            constants[parameter.name] = None
+        else:
+            signature[parameter.name] = f'*{TYPES[dtype]}'
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(parameter.num,)] = [['tt.divisibility', 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = dict(num_warps=launch.launcher.num_warps)
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
         Path(file.name).write_bytes(compiled.asm['cubin'])
@@ -115,7 +234,7 @@ def resources(launcher: Launcher, dtype: str, capability: int) -> tuple[int, int
     found = re.search(r'REG:(\d+) STACK:(\d+)', usage)
     if found is None:
         raise SystemExit(f'error: {DISASSEMBLER} printed no resource usage: {usage}')
-    return int(found[1]), int(found[2]), *innermost_loop(program)
+    return Resources(int(found[1]), int(found[2]), *innermost_loop(program), accesses(program))
 
 
 def disassemble(option: str, file: str) -> str:
@@ -137,6 +256,16 @@ def innermost_loop(program: str) -> tuple[int, int]:
             if best == (0, 0) or adds * best[0] > best[1] * len(body):
                 best = len(body), adds
     return best
+
+
+def accesses(program: str) -> str:
+    """Loads and stores of global memory by their bits, such as `12 x 128, 1 x 16`."""
+    instructions = re.findall(r'\b(?:LDG|STG)\.E\S*', program)
+    bits = Counter(
+        int(width[1]) if (width := re.search(r'\.[US]?(8|16|64|128)\b', text)) else 32
+        for text in instructions
+    )
+    return ', '.join(f'{bits[width]} x {width}' for width in sorted(bits, reverse=True))
 
 
 if __name__ == '__main__':

@@ -160,8 +160,7 @@ def load_network(
 def conv2former_options(fusion: str, with_cp: bool) -> dict:
     """Arguments for which the last output is the deepest feature map.
 
-    With stock autograd, which leaves out gradients of parameters that nobody wants; the functions
-    of `mmconv2former.lean` compute them all the same.
+    With `recompute='nothing'`, as nothing but time matters on a CPU.
     """
     return dict(out_indices=-1, fusion=fusion, with_cp=with_cp, recompute='nothing')
 

@@ -23,14 +23,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from . import block_stock
 from .depthwise import choose, device_choice, stop_using_triton
-from .memory_format import autocast_dtype, is_captured, is_intercepted, without_autocast
-from .pointwise import product, product_input_gradient
+from .memory_format import (
+    autocast_dtype,
+    is_captured,
+    is_intercepted,
+    is_transformed,
+    without_autocast,
+)
 
 # What the backward pass computes again rather than keeps from the forward pass.
 RECOMPUTE = ('nothing', 'elementwise', 'expansion')
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # what is counted with the last is what runs
 NO_SECOND_GRADIENTS = (
     'a block that runs as one function has no gradients of gradients (create_graph=True). Let its '
     'layers run one by one: give them a hook, such as '
@@ -134,10 +141,10 @@ def is_supported(x: Tensor, parameters: BlockParameters) -> bool:
     It is not for graphs that are captured, for transforms of `torch.func`, nor for parameters of
     several dtypes or of types other than plain tensors (sharded or quantized ones).
     """
-    if is_captured() or torch._C._are_functorch_transforms_active():
+    if is_captured() or is_transformed():
         return False
     dtype = parameters.scale_1.dtype
-    return all(type(p) in (Tensor, nn.Parameter) and p.dtype == dtype for p in parameters)
+    return all(type(p) in PLAIN_TENSORS and p.dtype == dtype for p in parameters)
 
 
 @functools.cache
@@ -167,10 +174,10 @@ def run(function: Callable[..., Any], steps: Any, x: Tensor, *args: Any) -> Any:
 def fold(parameters: BlockParameters, dtype: torch.dtype) -> FoldedWeights:
     """The weights of a block in a dtype, by stock operators."""
     p = parameters
-    scales, units = [p.scale_1, p.scale_2], (None, None)
+    scales, units = [p.scale_1, p.scale_2], []
     if dtype == torch.float16:
         tiny = torch.finfo(p.scale_1.dtype).tiny
-        units = tuple(scale.abs().amax().clamp_min(tiny) for scale in scales)
+        units = [scale.abs().amax().clamp_min(tiny) for scale in scales]
         scales = [scale / unit for scale, unit in zip(scales, units)]
     pair_weight = torch.cat([p.gate_weight, p.value_weight]).flatten(1)
     pair_bias = torch.cat([p.gate_bias, p.value_bias])
@@ -221,20 +228,21 @@ def folded_together(blocks: Sequence[Any], x: Tensor, owner: nn.Module) -> Itera
     Does nothing where stock operators compute the blocks.
 
     Args:
-        blocks: Modules with `ready` and `function_parameters()`, of a network that is about to run
-            once, so that its weights do not change. `ready` becomes both kinds of weights.
+        blocks: Modules of a network that is about to run once, so that its weights do not change,
+            with `plain_parameters()` and `ready`, which becomes both kinds of weights.
         x: Its input, for the device and the dtype of products.
         owner: The network, for which the places of the weights are remembered.
     """
-    parameters = [block.function_parameters() for block in blocks]
-    if parameters and all(is_supported(x, p) for p in parameters) and not is_intercepted(x):
+    found = [(block, block.plain_parameters()) for block in blocks]
+    plain = [(block, p) for block, p in found if p is not None and is_supported(x, p)]
+    if plain and not is_intercepted(x):
+        parameters = [p for _, p in plain]
         dtype = autocast_dtype(parameters[0].scale_1)
         weights = [weight for p in parameters for weight in (p.depthwise_weight, p.pos_weight)]
         if all(device_choice(weight, dtype) == 'triton' for weight in weights):
-            steps = block_triton()
-            folded = run(fold_blocks, steps, x, parameters, dtype, owner)
-            for block, ready in zip(blocks, zip(parameters, folded)):
-                block.ready = ready
+            folded = run(fold_blocks, block_triton(), x, parameters, dtype, owner)
+            for (block, p), weights_of_block in zip(plain, folded):
+                block.ready = p, weights_of_block
     try:
         yield
     finally:
@@ -266,27 +274,27 @@ def run_block(
     keep, keep_activations = recompute is not None, recompute == 'nothing'
     factor_1, factor_2 = branch_factors(x, factors, w)
     y_1, rstd_1 = steps.normalize(x, eps, dtype, keep)
-    pair = product(y_1, w.pair_weight, w.pair_bias)  # (N, H, W, 2 C)
+    pair = steps.product(y_1, w.pair_weight, w.pair_bias)  # (N, H, W, 2 C)
     gate, value = pair.chunk(2, -1)
     active_1 = steps.gelu(gate)
     a, weighted = steps.depthwise_times(active_1, w.depthwise_weight, w.depthwise_bias, value, keep)
-    branch = product(weighted, w.proj_weight, w.proj_bias)
+    branch = steps.product(weighted, w.proj_weight, w.proj_bias)
     if not keep_activations:
         active_1 = weighted = None
     x, y_2, rstd_2 = steps.add_normalize(x, branch, factor_1, eps, dtype, keep)
-    hidden = product(y_2, w.fc1_weight, w.fc1_bias)  # (N, H, W, mlp_ratio * C)
+    hidden = steps.product(y_2, w.fc1_weight, w.fc1_bias)  # (N, H, W, mlp_ratio * C)
     active_2 = steps.gelu(hidden)
-    if recompute in (None, 'expansion'):
-        hidden = None
+    kept_hidden = hidden if recompute in ('nothing', 'elementwise') else None
+    del hidden
     mixed, total = steps.depthwise_plus_gelu(active_2, w.pos_weight, w.pos_bias, keep)
-    branch = product(total, w.fc2_weight, w.fc2_bias)
+    branch = steps.product(total, w.fc2_weight, w.fc2_bias)
     x = steps.add(x, branch, factor_2)
     if not keep:
         return x, None
     if not keep_activations:
         active_2 = total = None
     return x, Kept(
-        y_1, rstd_1, pair, a, active_1, weighted, y_2, rstd_2, hidden, active_2, mixed, total
+        y_1, rstd_1, pair, a, active_1, weighted, y_2, rstd_2, kept_hidden, active_2, mixed, total
     )
 
 
@@ -322,8 +330,8 @@ def run_block_backward(
 
     # feed-forward
     grad_branch, sums = steps.branch_gradient(grad, factor_2, dtype)
-    hidden = product(k.y_2, w.fc1_weight, w.fc1_bias) if k.hidden is None else k.hidden
-    grad_total = product_input_gradient(grad_branch, w.fc2_weight)
+    hidden = steps.product(k.y_2, w.fc1_weight, w.fc1_bias) if k.hidden is None else k.hidden
+    grad_total = steps.product_input_gradient(grad_branch, w.fc2_weight)
     grad_mixed, active, total = steps.feed_forward_gradients(
         grad_total, hidden, k.mixed, has_activations
     )
@@ -337,7 +345,7 @@ def run_block_backward(
     )
     del grad_mixed, grad_total, hidden
     of_fc1 = steps.product_gradients(grad_hidden, k.y_2, None)
-    grad_y = product_input_gradient(grad_hidden, w.fc1_weight)
+    grad_y = steps.product_input_gradient(grad_hidden, w.fc1_weight)
     del grad_hidden
     rstd_2 = k.rstd_2 if w.unit_2 is None else k.rstd_2 * w.unit_2
     grad, grad_branch, sums = steps.add_normalize_gradients(grad_y, k.y_2, rstd_2, grad, factor_1)
@@ -346,7 +354,7 @@ def run_block_backward(
     gate, value = k.pair.chunk(2, -1)
     grad_pair = torch.empty_like(k.pair)
     grad_gate, grad_value = grad_pair.chunk(2, -1)
-    grad_weighted = product_input_gradient(grad_branch, w.proj_weight)
+    grad_weighted = steps.product_input_gradient(grad_branch, w.proj_weight)
     grad_a, active, weighted = steps.modulation_gradients(
         grad_weighted, k.a, gate, value, grad_value, has_activations
     )
@@ -355,7 +363,7 @@ def run_block_backward(
     of_depthwise = steps.depthwise_weight_gradients(grad_a, active, w.depthwise_weight)
     steps.depthwise_gelu_gradient(grad_a, w.depthwise_weight, gate, None, out=grad_gate)
     of_pair = steps.product_gradients(grad_pair, k.y_1, None)
-    grad_y = product_input_gradient(grad_pair, w.pair_weight)
+    grad_y = steps.product_input_gradient(grad_pair, w.pair_weight)
     rstd_1 = k.rstd_1 if w.unit_1 is None else k.rstd_1 * w.unit_1
     grad = steps.normalize_gradient(grad_y, k.y_1, rstd_1, grad)
 

@@ -1,8 +1,9 @@
 """The steps of a block by torch's own operators, for any device.
 
-`block_triton` has the same functions by kernels. Tensors are contiguous (N, H, W, C) but for parts of the pair
-(N, H, W, 2 C) that the modulation's first product gives. `dtype` is that of products: autocast's,
-where that is on. The residual stream keeps its own. Sums over positions are of float32 at least.
+`block_triton` has the same functions by kernels. Tensors are contiguous (N, H, W, C) but for parts
+of the pair (N, H, W, 2 C) that the modulation's first product gives. `dtype` is that of products:
+autocast's, where that is on. The residual stream keeps its own. Sums over positions are of float32
+at least.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .depthwise import choose, depthwise_conv, depthwise_conv_backward
-from .pointwise import product_gradient
+from .pointwise import product, product_gradient, product_input_gradient
+
+__all__ = ['product', 'product_input_gradient']  # which are steps too
 
 if TYPE_CHECKING:  # which imports this file
     from .block import BlockParameters

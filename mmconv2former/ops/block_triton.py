@@ -54,10 +54,10 @@ def positions_of(x: Tensor) -> int:
     return x.shape[0] * x.shape[1] * x.shape[2]
 
 
-def shares_of(x: Tensor) -> int:
-    """In how many shares the positions of a tensor (N, H, W, C) are summed."""
-    programs = 4 * limits(x.get_device())[0] if x.is_cuda else 3
-    return min(programs, max(1, positions_of(x) // 4))
+@functools.cache
+def programs_at_once(device: int) -> int:
+    """About as many as a GPU keeps busy with."""
+    return 4 * limits(device)[0] if device >= 0 else 3
 
 
 def tile(channels: int, elements: int) -> dict[str, int]:
@@ -166,14 +166,14 @@ def run_residual_norm_backward(
     # Where the gradient of the branch is the gradient itself, only sums are missing.
     has_branch = has_sums and (dtype != grad.dtype or factor is not None)
     grad_branch = torch.empty_like(grad, dtype=dtype) if has_branch else None
-    shares = shares_of(grad)
-    sums = grad.new_empty((shares, grad.shape[-1]), dtype=wide(grad.dtype)) if has_sums else None
     launcher = residual_norm_backward(
         grad.get_device(), (grad.dtype, dtype or grad.dtype, grad.dtype if y is None else y.dtype),
         grad.shape[-1], norm is not None, has_branch, has_sums, has_factor=factor is not None,
     )  # fmt: skip
     positions = positions_of(grad)
     tiles = -(-positions // launcher.constants['ROWS'])
+    shares = min(tiles, programs_at_once(grad.get_device()))
+    sums = grad.new_empty((shares, grad.shape[-1]), dtype=wide(grad.dtype)) if has_sums else None
     launcher(
         shares, (grad, grad_y, y, rstd, factor, grad_x, grad_branch, sums),
         (positions, grad.shape[1] * grad.shape[2], tiles),
@@ -252,11 +252,11 @@ def layer_norm_gradients(
     grad_x = torch.empty_like(x)
     dtypes = (x.dtype, weight.dtype, grad.dtype)
     _, launcher = layer_normalizer(x.get_device(), dtypes, channels, eps, channels_first)
-    shares = shares_of(x)
-    sums = x.new_empty((shares, 2 * channels), dtype=wide(x.dtype))
     tiles = batch * -(-height * width // launcher.constants['ROWS'])
+    shares = min(tiles, programs_at_once(x.get_device()))
+    sums = x.new_empty((shares, 2 * channels), dtype=wide(x.dtype))
     launcher(shares, (grad, x, weight, grad_x, sums), (height * width, tiles))
-    of_weight, of_bias = finish_sums(sums)[0].split(channels)
+    of_weight, of_bias = finish_sums(sums)[0].view(2, channels).unbind()
     return grad_x, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
 
 
@@ -356,6 +356,13 @@ def depthwise_weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple
     return of_weight, of_bias
 
 
+product = F.linear
+
+
+def product_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad @ weight
+
+
 @functools.cache
 def column_sums(device: int, dtype: torch.dtype, channels: int) -> Launcher:
     constants = dict(C=channels, ROWS=64, BLOCK=64, ACC=sums_dtype(dtype))
@@ -365,34 +372,43 @@ def column_sums(device: int, dtype: torch.dtype, channels: int) -> Launcher:
 def product_gradients(grad: Tensor, x: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
     channels = grad.shape[-1]
     if sums is None:
-        shares = shares_of(grad)
-        sums = grad.new_empty((shares, channels), dtype=wide(grad.dtype))
-        launcher = column_sums(grad.get_device(), grad.dtype, channels)
+        device = grad.get_device()
+        launcher = column_sums(device, grad.dtype, channels)
         blocks = -(-channels // launcher.constants['BLOCK'])
         positions = positions_of(grad)
         tiles = -(-positions // launcher.constants['ROWS'])
+        shares = min(tiles, -(-programs_at_once(device) // blocks))
+        sums = grad.new_empty((shares, channels), dtype=wide(grad.dtype))
         launcher(shares * blocks, (grad, sums), (positions, tiles, shares))
     return torch.mm(grad.view(-1, channels).t(), x.view(-1, x.shape[-1])), sums
 
 
+SUMS_BLOCK = 32  # columns of a program of `add_shares`
+
+
 @functools.cache
-def add_shares(device: int, dtype: torch.dtype, columns: tuple[int, ...]) -> Launcher:
-    constants = dict(ROWS=64, BLOCK=32, ACC=sums_dtype(dtype))
+def add_shares(
+    device: int, dtype: torch.dtype, columns: tuple[int, ...]
+) -> tuple[Launcher, list[int]]:
+    """The kernel, and the sizes of results: of each tensor, and what fills up its last block."""
+    constants = dict(ROWS=64, BLOCK=SUMS_BLOCK, ACC=sums_dtype(dtype))
     padded = (*columns, *(0,) * (4 - len(columns)))
     constants.update({f'N{index}': number for index, number in enumerate(padded)})
-    return Launcher(add_shares_kernel, constants)
+    sizes = [size for number in columns for size in (number, -number % SUMS_BLOCK)]
+    return Launcher(add_shares_kernel, constants), sizes
 
 
-def finish_sums(*sums: Tensor) -> tuple[Tensor, ...]:
-    """At most four, of equally many shares."""
-    columns = tuple(part.shape[1] for part in sums)
-    launcher = add_shares(sums[0].get_device(), sums[0].dtype, columns)
-    block = launcher.constants['BLOCK']
-    total = sums[0].new_empty(sum(-(-number // block) * block for number in columns))
-    parts = total.split([-(-number // block) * block for number in columns])
-    missing = (sums[0],) * (4 - len(sums))
-    launcher(total.shape[0] // block, (*sums, *missing, total), (sums[0].shape[0],))
-    return tuple(part[:number] for part, number in zip(parts, columns))
+def finish_sums(*sums: Tensor) -> Sequence[Tensor]:
+    """Adds the shares of at most four tensors (shares, columns): (columns,) of each."""
+    first = sums[0]
+    columns = tuple([part.shape[1] for part in sums])
+    launcher, sizes = add_shares(first.get_device(), first.dtype, columns)
+    size = sum(sizes)
+    total = first.new_empty(size)
+    filled = (*sums, *(first,) * (4 - len(sums)))
+    shares = tuple([part.shape[0] for part in filled])
+    launcher(size // SUMS_BLOCK, (*filled, total), shares)
+    return torch.split_with_sizes(total, sizes)[::2]
 
 
 # --------------------------------------------------------------------------------------- folding
@@ -578,7 +594,7 @@ def unfold(
     pair_bias, proj_bias, fc1_bias, fc2_bias = finish_sums(*sums)
     names = 'gate_weight', 'value_weight', 'proj_weight', 'fc1_weight', 'fc2_weight'
     grads = {name: torch.empty_like(getattr(p, name)) for name in names}
-    small = p.scale_1.new_empty(4 * channels).split(channels)
+    small = p.scale_1.new_empty(4, channels).unbind()
     grads.update(zip(('proj_bias', 'scale_1', 'fc2_bias', 'scale_2'), small))
     partial = fc1_bias.new_empty(UNFOLD_SHARES, 4 * channels)
     launcher, programs = unfolder(
@@ -596,7 +612,7 @@ def unfold(
         ),
         (),
     )  # fmt: skip
-    norms = finish_sums(partial)[0].split(channels)
+    norms = finish_sums(partial)[0].view(4, channels).unbind()
     grads.update(zip(('norm_1_weight', 'norm_1_bias', 'norm_2_weight', 'norm_2_bias'), norms))
-    gate_bias, value_bias = pair_bias.split(channels)
+    gate_bias, value_bias = pair_bias.view(2, channels).unbind()
     return grads | dict(gate_bias=gate_bias, value_bias=value_bias, fc1_bias=fc1_bias)

@@ -38,6 +38,7 @@ from .memory_format import (
     is_compiling,
     is_cpu_float32,
     is_intercepted,
+    is_transformed,
     to_channels_first,
     to_channels_last,
     without_autocast,
@@ -141,7 +142,7 @@ def choose(x: Tensor, weight: Tensor, is_trained: bool | None = None) -> str:
     if is_compiling():
         return 'operator' if has_operator and not torch.onnx.is_in_onnx_export() else 'stock'
     # Transforms of `torch.func` know neither autograd functions nor registered derivatives.
-    if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.jit.is_tracing() or is_transformed():
         return 'stock'
     return (
         'operator' if has_operator and is_intercepted(x) else choose_kernel(x, weight, is_trained)
@@ -175,7 +176,8 @@ def runs_triton(x: Tensor) -> bool:
     """Whether Triton's kernels other than convolutions run on x, by the same rules."""
     if x.device.type != 'cuda' and setting != 'triton':
         return False
-    reach = is_in_reach(*x.shape, kernel_size=3)
+    batch, height, width, channels = x.shape
+    reach = is_in_reach(batch, height, width, channels, kernel_size=3)
     return reach and not is_intercepted(x) and choice_for(setting, x.device, x.dtype, 3) == 'triton'
 
 

@@ -29,6 +29,11 @@ def is_captured() -> bool:
     return torch.jit.is_tracing() or is_compiling()
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is active, which knows differentiable operators only."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_cpu_float32(x: Tensor) -> bool:
     """Whether operators on `x` run in float32 on a CPU, for which alternatives were measured."""
     is_plain = x.device.type == 'cpu' and x.dtype == torch.float32

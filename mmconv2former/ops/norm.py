@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from . import block_stock
 from .block import MOST_CHANNELS, block_triton, run
 from .depthwise import runs_triton
-from .memory_format import is_captured, without_autocast
+from .memory_format import is_captured, is_transformed, without_autocast
 
 
 def layer_norm(
@@ -40,14 +40,15 @@ def layer_norm(
     Returns:
         (N, H, W, C), contiguous unless `channels_first`.
     """
-    plain = not is_captured() and not torch._C._are_functorch_transforms_active()
+    plain = not is_captured() and not is_transformed()
     if plain and runs_triton(x) and x.shape[-1] <= MOST_CHANNELS:
         with without_autocast(x):
             if weight is not None and bias is not None:
                 return LayerNormFunction.apply(x, weight, bias, eps, dtype, channels_first)
             if not torch.is_grad_enabled() and not channels_first:
                 return run(normalize, block_triton(), x, eps, dtype)
-    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+    channels = int(x.shape[-1])  # in a trace it is a tensor
+    return F.layer_norm(x, (channels,), weight, bias, eps)
 
 
 def normalize(x: Tensor, eps: float, dtype: torch.dtype, steps: Any) -> Tensor:
@@ -72,11 +73,12 @@ class LayerNormFunction(torch.autograd.Function):
         return run(forward, block_triton(), x, weight, bias, eps, dtype, channels_first)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        # Stock operators have gradients of gradients.
+        steps = block_stock if torch.is_grad_enabled() else block_triton()
         with without_autocast(x):
-            grads = run(backward, block_triton(), x, grad, weight, ctx.eps)
+            grads = run(backward, steps, x, grad, weight, ctx.eps)
         return *grads, None, None, None
 
 

@@ -110,9 +110,9 @@ def column_sums_kernel(
     tl.store(sums + share * C + c, tl.sum(sum_of_rows, 0), mask=c < C)
 
 
-@triton.jit(do_not_specialize=['shares'])
+@triton.jit(do_not_specialize=['shares_0', 'shares_1', 'shares_2', 'shares_3'])
 def add_shares_kernel(
-    partial_0, partial_1, partial_2, partial_3, sums, shares,
+    partial_0, partial_1, partial_2, partial_3, sums, shares_0, shares_1, shares_2, shares_3,
     N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -124,19 +124,19 @@ def add_shares_kernel(
     END_1: tl.constexpr = END_0 + (N1 + BLOCK - 1) // BLOCK
     END_2: tl.constexpr = END_1 + (N2 + BLOCK - 1) // BLOCK
     block = tl.program_id(0)
-    partial = partial_0
+    partial, shares = partial_0, shares_0
     first = block * 0
     n = first + N0
     if block >= END_0:
-        partial = partial_1
+        partial, shares = partial_1, shares_1
         first = block * 0 + END_0
         n = block * 0 + N1
     if block >= END_1:
-        partial = partial_2
+        partial, shares = partial_2, shares_2
         first = block * 0 + END_1
         n = block * 0 + N2
     if block >= END_2:
-        partial = partial_3
+        partial, shares = partial_3, shares_3
         first = block * 0 + END_2
         n = block * 0 + N3
     c = (block - first) * BLOCK + tl.arange(0, BLOCK)

@@ -8,8 +8,8 @@ from test_backbone import SMALL_ARCHS, compare_with_plain, loss_of, randomized, 
 from torch import nn
 
 from mmconv2former import Conv2Former
-from mmconv2former.ops.block import RECOMPUTE
 from mmconv2former.ops import depthwise, depthwise_products
+from mmconv2former.ops.block import RECOMPUTE
 from mmconv2former.registry import MODELS
 
 ARCH = SMALL_ARCHS['kernels']

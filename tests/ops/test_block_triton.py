@@ -1,6 +1,4 @@
-"""A block by Triton's kernels against the same by stock operators, on a GPU or in the interpreter."""
-
-import itertools
+"""A block by Triton's kernels against the same by stock operators: on a GPU or interpreted."""
 
 import pytest
 import torch

@@ -11,7 +11,6 @@ triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 
 
 # ruff: noqa: E402
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d, launch
-from mmconv2former.ops import depthwise_triton as kernels
 from mmconv2former.ops.depthwise_triton import (
     Blocks,
     CompilationError,
