@@ -1,8 +1,10 @@
 """A block by Triton's kernels against the same by stock operators: on a GPU or interpreted."""
 
+import copy
+
 import pytest
 import torch
-from test_backbone import relative_error
+from test_backbone import compare_with_plain, randomized, relative_error
 
 triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
 
@@ -124,6 +126,41 @@ def test_the_network(monkeypatch):
     assert calls == [3, 1, 1, 1]
     for value, reference in zip(*results):
         assert relative_error(value, reference) < 1e-10
+
+
+@pytest.mark.parametrize('recompute', RECOMPUTE)
+def test_the_network_equals_the_plain_implementation(recompute):
+    torch.manual_seed(0)
+    arch = dict(channels=(8, 12), depths=(1, 2), kernel_size=(5, 3))
+    model = randomized(Conv2Former(arch, out_indices=(0, 1), recompute=recompute).double())
+    x = torch.randn(2, 3, 24, 21, dtype=torch.float64, device=DEVICE)
+    compare_with_plain(model.to(DEVICE), x, 1e-12, 1e-10)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_the_network_in_mixed_precision(dtype, monkeypatch):
+    """As near to float64 as stock operators under the same autocast."""
+    torch.manual_seed(0)
+    arch = dict(channels=(8, 12), depths=(1, 1), kernel_size=3)
+    model = randomized(Conv2Former(arch, out_indices=(0, 1))).to(DEVICE)
+    x = torch.randn(2, 3, 24, 16, device=DEVICE)
+    results = []
+    for setting, network, autocast in [
+        ('triton', model, True),
+        ('native' if ON_GPU else 'stock', model, True),
+        ('triton', copy.deepcopy(model).double(), False),
+    ]:
+        monkeypatch.setattr(depthwise, 'setting', setting)
+        network.zero_grad()
+        with torch.autocast(DEVICE, dtype, enabled=autocast):
+            outputs = network(x if autocast else x.double())
+        sum(output.double().square().sum() for output in outputs).backward()
+        results.append([*outputs, *(parameter.grad for parameter in network.parameters())])
+    for found, stock, exact in zip(*results):
+        allowed = 2 * relative_error(stock.double(), exact) + 5e-3
+        if not ON_GPU:  # the interpreter truncates where a GPU rounds
+            allowed = 3 * allowed + 2e-2
+        assert relative_error(found.double(), exact) < allowed
 
 
 def test_addresses_are_copied_once():
@@ -248,3 +285,23 @@ def test_layer_norm_in_half_precision():
     for value, exact in zip(found, expected):
         assert value.dtype == torch.float32
         assert relative_error(value, exact) < 1e-2
+
+
+def test_sums_of_many_shares():
+    """Different numbers of shares and of columns, more and less than a program handles at once."""
+    torch.manual_seed(0)
+    sizes = [(1, 5), (150, 32), (65, 72), (64, 1)]
+    for number in (1, 2, 4):
+        parts = [normal(*size) for size in sizes[:number]]
+        for found, part in zip(block_triton.finish_sums(*parts), parts):
+            torch.testing.assert_close(found, part.sum(0))
+
+
+@pytest.mark.parametrize('channels', [3, 72, 200])
+@pytest.mark.parametrize('programs', [1, 2, 7, 100])
+def test_column_sums_in_any_number_of_shares(channels, programs, monkeypatch):
+    monkeypatch.setattr(block_triton, 'programs_at_once', lambda device: programs)
+    grad, x = normal(2, 9, 10, channels), normal(2, 9, 10, 4)
+    of_weight, shares = block_triton.product_gradients(grad, x, None)
+    torch.testing.assert_close(shares.sum(0), grad.sum((0, 1, 2)))
+    torch.testing.assert_close(of_weight, torch.einsum('nhwo,nhwi->oi', grad, x))
