@@ -208,6 +208,8 @@ def test_training_moves_less_than_the_published_code():
     plain, ours = (count_traffic(spec, setting, True) for spec in ('plain_t', LEAST))
     assert ours[0] <= 0.60 * plain[0]
     assert ours[1] <= 0.70 * plain[1]
+    # Triton's kernels are counted, without which there would be more launches.
+    assert ours[0] <= 0.35 * plain[0]
     setting = Setting((256, 256))
     plain = count_bytes_kept('plain_t', setting)
     for _, model, kind, must, _ in GOALS:

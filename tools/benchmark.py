@@ -46,13 +46,14 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmconv2former import Comparator, Conv2Former, use_cuda_graphs
 from mmconv2former.comparators import COMPARATORS
+from mmconv2former.ops import block, depthwise
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
 import plain_conv2former
@@ -418,24 +420,50 @@ class TrafficCounter(TorchDispatchMode):
         is_free = is_view or function._schema.name in FREE or not is_ours
         if not is_free:
             leaves, _ = tree_flatten((args, kwargs, result))
-            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            self.launches += 1
-            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            self.note([leaf for leaf in leaves if isinstance(leaf, Tensor)])
         return result
+
+    def note(self, tensors: Iterable[Tensor | None]) -> None:
+        """A launch that reads or writes each tensor once."""
+        self.launches += 1
+        self.bytes += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+@contextmanager
+def counted_kernels(counter: TrafficCounter) -> Iterator[None]:
+    """While it lasts, tensors without values take the way through Triton's kernels of a GPU."""
+    if depthwise.installation_problem() is not None:
+        yield
+        return
+    from mmconv2former.ops.launch import Launcher  # which needs Triton
+
+    with (
+        patch.object(depthwise, 'setting', 'triton'),
+        patch.object(depthwise, 'choice_for', lambda *_: 'triton'),
+        patch.object(depthwise, 'is_intercepted', lambda _: False),
+        patch.object(block, 'is_intercepted', lambda _: False),
+        patch.object(Launcher, '__call__', lambda _self, _n, tensors, _: counter.note(tensors)),
+    ):
+        yield
 
 
 def count_traffic(spec: str, setting: Setting, training: bool) -> tuple[int, int]:
-    """Operators launched, and bytes read and written, of a training step or an inference."""
+    """Operators and kernels launched on a GPU, and bytes read and written.
+
+    Of a training step, or of an inference.
+    """
     mode = FakeTensorMode()
     model = build_fake(spec, mode, setting.device)
     model.train(training)
     with mode:
         images = torch.empty(setting.batch, 3, *setting.size, device=setting.device)
         run = train_step if training else infer
-        run(model, images, setting)  # what is done once, such as casting weights, does not count
         counter = TrafficCounter()
-        with counter:
-            run(model, images, setting)
+        with counted_kernels(counter):
+            run(model, images, setting)  # what is done once, as casting weights, does not count
+            counter = TrafficCounter()
+            with counted_kernels(counter), counter:
+                run(model, images, setting)
     return counter.launches, counter.bytes
 
 
