@@ -277,6 +277,26 @@ class Block(nn.Module):
         x = x + self.drop_path(self.layer_scale_1 * self.attn(x))
         return x + self.drop_path(self.layer_scale_2 * self.mlp(x))
 
+    def check_foldable(self, name: str) -> None:
+        """Raises RuntimeError unless the form for inference does what the layers do.
+
+        Args:
+            name: Of the block, for the message.
+        """
+        for of_layer, plain in PLAIN_LAYERS.items():
+            layer = self.get_submodule(of_layer)
+            is_free = of_layer == 'attn.att.2'  # the depthwise convolution is called as it is
+            activation = getattr(layer, 'approximate', 'none')
+            if (
+                (type(layer) is not plain and not is_free)
+                or (is_watched(layer) and not is_free)
+                or activation != 'none'
+            ):
+                raise RuntimeError(
+                    f'switch_to_deploy folds the layers of {name}, but {of_layer} was replaced, is '
+                    f'parametrized or has hooks: {layer}. Merge or remove what was attached first'
+                )
+
     def plain_parameters(self) -> BlockParameters | None:
         """The parameters, if nothing else of the layers matters, so that one function does."""
         # By name: attributes cost more, and this runs every time.
@@ -314,11 +334,14 @@ class Block(nn.Module):
 
 
 # Of the layers of a block in which nothing was replaced or parametrized.
-PLAIN_TYPES = (
-    Modulation, FeedForward, DropPath, nn.LayerNorm, nn.Sequential, PointwiseConv, nn.GELU,
-    DepthwiseConv, PointwiseConv, PointwiseConv, nn.LayerNorm, PointwiseConv, nn.GELU,
-    DepthwiseConv, PointwiseConv,
-)  # fmt: skip
+PLAIN_LAYERS = {
+    'attn': Modulation, 'mlp': FeedForward, 'drop_path': DropPath, 'attn.norm': nn.LayerNorm,
+    'attn.att': nn.Sequential, 'attn.att.0': PointwiseConv, 'attn.att.1': nn.GELU,
+    'attn.att.2': DepthwiseConv, 'attn.v': PointwiseConv, 'attn.proj': PointwiseConv,
+    'mlp.norm': nn.LayerNorm, 'mlp.fc1': PointwiseConv, 'mlp.act': nn.GELU,
+    'mlp.pos': DepthwiseConv, 'mlp.fc2': PointwiseConv,
+}  # fmt: skip
+PLAIN_TYPES = tuple(PLAIN_LAYERS.values())
 
 
 def is_watched(layer: nn.Module) -> bool:
@@ -437,8 +460,15 @@ class Conv2FormerBase(LoadsPretrained):
 
         Returns:
             The module, in eval mode, without parameters that need a gradient.
+
+        Raises:
+            RuntimeError: A layer of a block was replaced, is parametrized or has hooks, which would
+                be lost.
         """
         if not self.is_deployed:
+            for name, module in self.named_modules():
+                if isinstance(module, Block):
+                    module.check_foldable(name)
             self.is_deployed = True
             self._deploy()
         return self.eval().requires_grad_(False)

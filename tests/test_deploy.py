@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from test_backbone import SMALL_ARCHS, randomized, relative_error
+from torch import nn
 
 from mmconv2former import Conv2Former
 
@@ -54,6 +55,39 @@ def test_checkpoint_of_the_training_form_stays_loadable(tmp_path):
         other.init_weights()
         for output, reference in zip(other.switch_to_deploy()(x), expected):
             torch.testing.assert_close(output, reference)
+
+
+def fold_a_hook(model):
+    model.stages[1][0].mlp.fc2.register_forward_hook(lambda *_: None)
+
+
+def fold_another_layer(model):
+    model.stages[1][0].mlp.fc1 = nn.Sequential(model.stages[1][0].mlp.fc1)
+
+
+def fold_another_activation(model):
+    model.stages[1][0].mlp.act = nn.GELU('tanh')
+
+
+@pytest.mark.parametrize('attach', [fold_a_hook, fold_another_layer, fold_another_activation])
+def test_what_would_be_lost_is_refused(attach):
+    model = randomized(Conv2Former(SMALL_ARCHS['narrow'])).eval()
+    attach(model)
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)[0]
+    with pytest.raises(RuntimeError, match=r'switch_to_deploy .* stages\.1\.0, but mlp\.(fc|act)'):
+        model.switch_to_deploy()
+    assert not model.is_deployed
+    assert torch.equal(model(x)[0], expected)  # nothing was changed
+
+
+def test_gradients_of_the_input():
+    """Without an operator that lacks them, as attribution methods need."""
+    model = randomized(Conv2Former(SMALL_ARCHS['narrow']).double()).eval()
+    x = torch.randn(1, 3, 64, 64, dtype=torch.double, requires_grad=True)
+    expected = torch.autograd.grad(model(x)[-1].square().sum(), x)[0]
+    found = torch.autograd.grad(model.switch_to_deploy()(x)[-1].square().sum(), x)[0]
+    assert relative_error(found, expected) < 1e-10
 
 
 def test_half_precision_and_tracing():
