@@ -14,6 +14,7 @@ downsampling, network. Inside the stages, tensors are contiguous (N, H, W, C): t
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -146,6 +147,9 @@ class LayerNorm(nn.LayerNorm):
         channels_first: Whether the result is wanted as contiguous (N, C, H, W) in memory.
     """
 
+    before_convolution = False
+    channels_first = False
+
     def __init__(
         self, channels: int, before_convolution: bool = False, channels_first: bool = False
     ) -> None:
@@ -246,6 +250,9 @@ class Block(nn.Module):
     with less memory. What has a hook, is replaced or parametrized runs layer by layer.
     """
 
+    # The thread in which a network runs, and its weights as they are and folded, while it runs.
+    ready: tuple[int, BlockParameters, FoldedWeights] | None = None
+
     def __init__(
         self, channels: int, kernel_size: int, drop_path_rate: float, options: BlockOptions
     ) -> None:
@@ -258,8 +265,6 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
         self.recompute = options.recompute
         self.with_cp = options.with_cp
-        # Its weights, as they are and folded, while a network runs.
-        self.ready: tuple[BlockParameters, FoldedWeights] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C)
         if self.with_cp and self.training and torch.is_grad_enabled():
@@ -269,13 +274,18 @@ class Block(nn.Module):
     def _compute(self, x: Tensor) -> Tensor:
         # Under autocast the branches are of half precision, their sum is not.
         x = x.to(self.layer_scale_1.dtype)
-        parameters, folded = self.ready or (None, None)
+        thread, parameters, folded = self.ready or (0, None, None)
+        if thread != threading.get_ident():
+            parameters = folded = None
         parameters = self.plain_parameters() if parameters is None else parameters
         if parameters is not None and (folded is not None or is_supported(x, parameters)):
             factors = self.drop_path.factors(2, x)
             return compute_block(x, factors, parameters, folded, LAYER_NORM_EPS, self.recompute)
         x = x + self.drop_path(self.layer_scale_1 * self.attn(x))
         return x + self.drop_path(self.layer_scale_2 * self.mlp(x))
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != 'ready'}
 
     def check_foldable(self, name: str) -> None:
         """Raises RuntimeError unless the form for inference does what the layers do.

@@ -55,6 +55,7 @@ class DeployedBlock(nn.Module):
         self.fusion = attn.fusion
         self.is_plain = self.fusion == 'hadamard' and type(self.depthwise) is DepthwiseConv
         self.folded: FoldedWeights | None = None  # the weights in the dtype of products
+        self.is_laid_out = False  # those of convolutions as Triton's kernels take them
 
     def forward(self, x: Tensor) -> Tensor:
         is_differentiated = torch.is_grad_enabled() and x.requires_grad
@@ -79,9 +80,12 @@ class DeployedBlock(nn.Module):
             x = x.to(weight.dtype)
         dtype = autocast_dtype(x)
         steps = steps_for(x, (self.depthwise.weight, self.pos.weight))
-        if self.folded is None or self.folded.pair_weight.dtype != dtype:
+        by_triton = steps is not block_stock
+        is_ready = self.folded is not None and self.folded.pair_weight.dtype == dtype
+        if not is_ready or (by_triton and not self.is_laid_out):
             with torch.inference_mode(False), torch.no_grad():  # for any mode that comes later
-                self.folded = self._cast(dtype, 'triton' if steps is not block_stock else 'stock')
+                self.folded = self._cast(dtype, 'triton' if by_triton else 'stock')
+            self.is_laid_out = by_triton
         with without_autocast(x):
             return run(run_block, steps, x, None, self.folded, self.eps, None)[0]
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from . import block_stock
+from . import block_stock, depthwise
 from .depthwise import choose, device_choice, stop_using_triton
 from .memory_format import (
     autocast_dtype,
@@ -138,13 +139,15 @@ def steps_for(x: Tensor, weights: Sequence[Tensor]) -> Any:
 def is_supported(x: Tensor, parameters: BlockParameters) -> bool:
     """Whether `compute_block` takes an input and parameters; stock layers take any.
 
-    It is not for graphs that are captured, for transforms of `torch.func`, nor for parameters of
-    several dtypes or of types other than plain tensors (sharded or quantized ones).
+    It is not for graphs that are captured, for transforms of `torch.func`, nor for parameters that
+    have several dtypes, are not contiguous, or are no plain tensors (sharded or quantized ones).
     """
     if is_captured() or is_transformed():
         return False
     dtype = parameters.scale_1.dtype
-    return all(type(p) in PLAIN_TENSORS and p.dtype == dtype for p in parameters)
+    return all(
+        type(p) in PLAIN_TENSORS and p.dtype == dtype and p.is_contiguous() for p in parameters
+    )
 
 
 @functools.cache
@@ -158,8 +161,8 @@ def run(function: Callable[..., Any], steps: Any, x: Tensor, *args: Any) -> Any:
 
     If Triton fails to compile one of its kernels, the function is called again with stock steps.
     """
-    if steps is block_stock:
-        return function(x, *args, steps)
+    if steps is block_stock or depthwise.failures:
+        return function(x, *args, block_stock)
     try:
         if x.is_cuda and x.get_device() != torch.cuda.current_device():
             with torch.cuda.device(x.device):
@@ -229,20 +232,25 @@ def folded_together(blocks: Sequence[Any], x: Tensor, owner: nn.Module) -> Itera
 
     Args:
         blocks: Modules of a network that is about to run once, so that its weights do not change,
-            with `plain_parameters()` and `ready`, which becomes both kinds of weights.
+            with `plain_parameters()` and `ready`, which becomes this thread (others may run the
+            same network on other streams) and both kinds of weights.
         x: Its input, for the device and the dtype of products.
         owner: The network, for which the places of the weights are remembered.
     """
     found = [(block, block.plain_parameters()) for block in blocks]
     plain = [(block, p) for block, p in found if p is not None and is_supported(x, p)]
+    if plain:  # one launch is of one dtype and device
+        kind = plain[0][1].scale_1.dtype, x.device
+        plain = [(b, p) for b, p in plain if (p.scale_1.dtype, p.scale_1.device) == kind]
     if plain and not is_intercepted(x):
         parameters = [p for _, p in plain]
         dtype = autocast_dtype(parameters[0].scale_1)
         weights = [weight for p in parameters for weight in (p.depthwise_weight, p.pos_weight)]
         if all(device_choice(weight, dtype) == 'triton' for weight in weights):
-            folded = run(fold_blocks, block_triton(), x, parameters, dtype, owner)
+            with without_autocast(x):
+                folded = run(fold_blocks, block_triton(), x, parameters, dtype, owner)
             for (block, p), weights_of_block in zip(plain, folded):
-                block.ready = p, weights_of_block
+                block.ready = threading.get_ident(), p, weights_of_block
     try:
         yield
     finally:
@@ -437,9 +445,9 @@ class BlockFunction(torch.autograd.Function):
         if folded is None or folded.pair_weight.dtype != dtype:
             (folded,) = run(fold_blocks, steps, x, [own], dtype, None)
         out, kept = run(run_block, steps, x, factors, folded, eps, recompute)
-        # Of the parameters' dtype they would cost as much memory as these: they are folded again.
-        is_cast = dtype != own.fc1_weight.dtype
-        ctx.save_for_backward(factors, *kept, *(folded if is_cast else ()), *parameters)
+        # On a CPU they would cost as much memory as the parameters: they are folded again.
+        is_kept = dtype != own.fc1_weight.dtype or steps is not block_stock
+        ctx.save_for_backward(factors, *kept, *(folded if is_kept else ()), *parameters)
         ctx.steps = steps
         return out
 

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from . import block
 from .activation_kernels import (
     feed_forward_backward_kernel,
     gelu_kernel,
@@ -26,7 +27,12 @@ from .activation_kernels import (
 )
 from .block import BlockParameters, FoldedWeights
 from .depthwise import aligned
-from .depthwise_triton import depthwise_forward, depthwise_weight_gradient, lay_out_together
+from .depthwise_triton import (
+    depthwise_forward,
+    depthwise_weight_gradient,
+    lay_out,
+    lay_out_together,
+)
 from .folding_kernels import fold_kernel, unfold_kernel
 from .launch import CompilationError, Launcher, limits, sums_dtype
 from .memory_format import to_channels_first
@@ -449,7 +455,11 @@ class Plan(NamedTuple):
 
 
 # Of the owners of blocks, with what they depend on.
-plans: WeakKeyDictionary[nn.Module, tuple[tuple, Plan]] = WeakKeyDictionary()
+plans: WeakKeyDictionary[nn.Module, tuple[tuple, Plan | None]] = WeakKeyDictionary()
+# Of blocks that are computed again in the backward pass (activation checkpointing) or alone.
+lone_plans: dict[tuple, Plan] = {}
+MOST_LONE_PLANS = 256
+captured: list[Tensor] = []  # what CUDA graphs read, of at most 0.5 MB each
 
 
 def make_plan(blocks: Sequence[BlockParameters]) -> Plan:
@@ -490,7 +500,7 @@ def make_plan(blocks: Sequence[BlockParameters]) -> Plan:
                 ]  # fmt: skip
             number += 1
     device = blocks[0].scale_1.device
-    return Plan(torch.tensor(tasks, dtype=torch.int64).to(device, non_blocking=True), segments)
+    return Plan(torch.tensor(tasks, dtype=torch.int64).to(device), segments)
 
 
 def groups(
@@ -499,6 +509,15 @@ def groups(
     """Channels and hidden channels, and the blocks that have these, one after the other."""
     for shape, group in itertools.groupby(blocks, lambda p: tuple(p.fc2_weight.shape[:2])):
         yield shape, list(group)
+
+
+def fold_by_operators(parameters: BlockParameters, dtype: torch.dtype) -> FoldedWeights:
+    """`fold` of one block, with many launches and without a plan."""
+    folded = block.fold(parameters, dtype)
+    return folded._replace(
+        depthwise_weight=lay_out(folded.depthwise_weight, dtype),
+        pos_weight=lay_out(folded.pos_weight, dtype),
+    )
 
 
 def fold(
@@ -510,17 +529,33 @@ def fold(
         blocks: Parameters of one dtype on one device.
         dtype: Of the results.
         owner: Where the blocks come from. For it the addresses of the parameters are remembered,
-            so that nothing is copied to the GPU as long as they stay where they are, whatever
-            the dtype: a captured graph goes on reading that copy.
+            so that nothing is copied to the GPU as long as they stay where they are.
     """
     first = blocks[0].scale_1
-    key = tuple([parameter.data_ptr() for parameters in blocks for parameter in parameters])
-    known = None if owner is None else plans.get(owner)
-    if known is None or known[0] != key:
+    is_capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
+    key: tuple[Any, ...] = tuple(
+        [parameter.data_ptr() for parameters in blocks for parameter in parameters]
+    )
+    if owner is None:
+        key = (first.device, *key, *(p.fc2_weight.shape for p in blocks))
+        known = key, lone_plans.get(key)
+    else:
+        known = plans.get(owner, ((), None))
+    if known[1] is None or known[0] != key:
+        if is_capturing:  # nothing may be copied from the host
+            return [fold_by_operators(parameters, dtype) for parameters in blocks]
         known = key, make_plan(blocks)
         if owner is not None:
             plans[owner] = known
-    tasks, segments = known[1]
+        else:
+            if len(lone_plans) >= MOST_LONE_PLANS:
+                lone_plans.clear()
+            lone_plans[key] = known[1]
+    plan = known[1]
+    assert plan is not None
+    tasks, segments = plan
+    if is_capturing:  # the graph goes on reading it
+        captured.append(tasks)
     folded = first.new_empty(sum(size for size, _ in segments), dtype=dtype)
     units = None
     if dtype == torch.float16:

@@ -176,8 +176,11 @@ def runs_triton(x: Tensor) -> bool:
     """Whether Triton's kernels other than convolutions run on x, by the same rules."""
     if x.device.type != 'cuda' and setting != 'triton':
         return False
+    if x.dim() != 4:
+        return False
     batch, height, width, channels = x.shape
     reach = is_in_reach(batch, height, width, channels, kernel_size=3)
+    reach = reach and height * width * channels < 2**31  # offsets within an image have 32 bits
     return reach and not is_intercepted(x) and choice_for(setting, x.device, x.dtype, 3) == 'triton'
 
 
@@ -459,7 +462,8 @@ class DepthwiseConvFunction(torch.autograd.Function):
             # The inputs themselves are kept, for gradients of gradients; casts where they differ.
             cast = x.to(dtype)
             ctx.save_for_backward(x, weight, bias, cast, prepared)
-            return depthwise_conv(cast, prepared, bias, implementation)
+            out = depthwise_conv(cast, prepared, bias, implementation)
+        return out.data  # no view, so that it may be modified in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -41,7 +41,8 @@ def fold_kernel(
     folded_bias = folded + tl.load(task + 9)
     row = first + tl.arange(0, ROWS)
     in_rows = row < rows
-    factor = tl.load(scale_out + row, mask=in_rows & has_out, other=1).to(ACC)
+    scaled_rows = in_rows & has_out
+    factor = tl.where(scaled_rows, tl.load(scale_out + row, mask=scaled_rows, other=0).to(ACC), 1)
     if HAS_UNITS:
         factor = factor / tl.load(units + tl.load(task + 10), mask=has_out, other=1).to(ACC)
     shift = tl.zeros((ROWS,), ACC)
@@ -52,7 +53,8 @@ def fold_kernel(
         place = row[:, None] * columns + column[None, :]
         values = tl.load(weight + place, mask=mask, other=0).to(ACC)
         beta = tl.load(shift_in + column, mask=in_columns & has_in, other=0).to(ACC)
-        gamma = tl.load(scale_in + column, mask=in_columns & has_in, other=1).to(ACC)
+        gamma = tl.load(scale_in + column, mask=in_columns & has_in, other=0).to(ACC)
+        gamma = tl.where(in_columns & has_in, gamma, 1)
         shift += tl.sum(values * beta[None, :], 1)
         values = values * gamma[None, :] * factor[:, None]
         tl.store(folded_weight + place, values.to(folded.dtype.element_ty), mask=mask)

@@ -17,6 +17,7 @@ class CompilationError(RuntimeError):
 
 
 compiling = threading.Lock()
+AcceleratorError = getattr(torch, 'AcceleratorError', torch.cuda.OutOfMemoryError)  # torch >= 2.8
 
 
 class Launcher:
@@ -55,8 +56,8 @@ class Launcher:
                 run = compiled.run  # which loads it on the GPU
                 self.function, self.metadata = compiled.function, compiled.packed_metadata
                 self.get_stream = triton.runtime.driver.active.get_current_stream
-            except torch.cuda.OutOfMemoryError:
-                raise
+            except (torch.cuda.OutOfMemoryError, AcceleratorError):
+                raise  # of what ran before
             except Exception as error:  # of the compiler, the linker, the cache or the driver
                 raise CompilationError(f'{type(error).__name__}: {error}') from error
             processors, registers = limits(tensors[0].get_device())  # type: ignore[union-attr]

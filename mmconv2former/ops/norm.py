@@ -70,7 +70,8 @@ class LayerNormFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return run(forward, block_triton(), x, weight, bias, eps, dtype, channels_first)
+        y = run(forward, block_triton(), x, weight, bias, eps, dtype, channels_first)
+        return y.data  # no view, so that it may be modified in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
