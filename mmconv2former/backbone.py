@@ -274,9 +274,9 @@ class Block(nn.Module):
     def _compute(self, x: Tensor) -> Tensor:
         # Under autocast the branches are of half precision, their sum is not.
         x = x.to(self.layer_scale_1.dtype)
-        thread, parameters, folded = self.ready or (0, None, None)
-        if thread != threading.get_ident():
-            parameters = folded = None
+        parameters = folded = None
+        if self.ready is not None and self.ready[0] == threading.get_ident():
+            _, parameters, folded = self.ready
         parameters = self.plain_parameters() if parameters is None else parameters
         if parameters is not None and (folded is not None or is_supported(x, parameters)):
             factors = self.drop_path.factors(2, x)

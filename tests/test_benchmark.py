@@ -394,7 +394,7 @@ def test_models_go_to_the_device(monkeypatch):
     )
     count_traffic('conv2former_n', setting, True)
     profile_table('conv2former_n', setting)
-    assert len(counted) == 4
+    assert len(counted) == 5  # counting and profiling warm up
     for model, images in counted:
         assert images.device.type == 'meta'
         assert {parameter.device.type for parameter in model.parameters()} == {'meta'}

@@ -28,6 +28,8 @@ from mmconv2former.cuda_graphs import VaryingSizeError
 
 ARCH = dict(channels=(8, 12), depths=(1, 2), kernel_size=5)
 
+pytestmark = pytest.mark.usefixtures('in_process')  # some call a tool's `main`
+
 
 def alias(value):
     return value.detach() if isinstance(value, torch.Tensor) else value
