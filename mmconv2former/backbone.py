@@ -38,6 +38,7 @@ from .ops.block import (
     compute_block,
     folded_together,
     is_supported,
+    is_worth_it,
 )
 from .ops.depthwise import DepthwiseConv
 from .ops.memory_format import autocast_dtype, is_captured, to_channels_first, to_channels_last
@@ -277,7 +278,8 @@ class Block(nn.Module):
         parameters = folded = None
         if self.ready is not None and self.ready[0] == threading.get_ident():
             _, parameters, folded = self.ready
-        parameters = self.plain_parameters() if parameters is None else parameters
+        if parameters is None and is_worth_it(x, self.recompute):
+            parameters = self.plain_parameters()
         if parameters is not None and (folded is not None or is_supported(x, parameters)):
             factors = self.drop_path.factors(2, x)
             return compute_block(x, factors, parameters, folded, LAYER_NORM_EPS, self.recompute)

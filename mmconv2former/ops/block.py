@@ -31,6 +31,7 @@ from .depthwise import choose, device_choice, stop_using_triton
 from .memory_format import (
     autocast_dtype,
     is_captured,
+    is_cpu_float32,
     is_intercepted,
     is_transformed,
     without_autocast,
@@ -150,6 +151,16 @@ def is_supported(x: Tensor, parameters: BlockParameters) -> bool:
     )
 
 
+def is_worth_it(x: Tensor, recompute: str) -> bool:
+    """Whether `compute_block` is faster or keeps less than stock layers.
+
+    On a CPU in float32, where nothing is recomputed, folding the weights costs more than the passes
+    that it saves (measured).
+    """
+    keeps_less = torch.is_grad_enabled() and recompute != 'nothing'
+    return keeps_less or not is_cpu_float32(x) or depthwise.setting == 'triton'
+
+
 @functools.cache
 def block_triton() -> Any:
     """`mmconv2former.ops.block_triton`, imported when it is needed: Triton may be missing."""
@@ -200,7 +211,8 @@ def fold_columns(
     weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Weight (C_out, C_in) and bias of a product with scale and shift (C_in,) before it in them."""
-    return (weight * scale).to(dtype), torch.addmv(bias, weight, shift).to(dtype)
+    folded_bias = torch.addmv(bias, weight, shift).to(dtype)
+    return (weight * scale).to(dtype), folded_bias
 
 
 def fold_rows(

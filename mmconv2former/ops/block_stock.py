@@ -197,7 +197,7 @@ def unfold(
     """Gradients of what is folded, from those of the folded weights and biases.
 
     Args:
-        of_pair, of_proj, of_fc1, of_fc2: What `product_gradients` returned.
+        of_pair, of_proj, of_fc1, of_fc2: What `product_gradients` returned, which is used up.
         p: The parameters.
 
     Returns:
@@ -234,8 +234,9 @@ def unfold_columns(
     """
     weight = weight.flatten(1)
     grad, grad_bias = grad.to(weight.dtype), grad_bias.to(weight.dtype)
-    of_weight = torch.addr(grad * scale, grad_bias, shift)
-    return of_weight, (grad * weight).sum(0), grad_bias @ weight
+    of_scale = (grad * weight).sum(0)
+    # In place: new memory costs as much as the arithmetic.
+    return grad.mul_(scale).addr_(grad_bias, shift), of_scale, grad_bias @ weight
 
 
 def unfold_rows(
@@ -245,4 +246,4 @@ def unfold_rows(
     weight = weight.flatten(1)
     grad, grad_bias = grad.to(weight.dtype), grad_bias.to(bias.dtype)
     of_scale = (grad * weight).sum(1).addcmul_(grad_bias, bias)
-    return grad * scale[:, None], grad_bias * scale, of_scale
+    return grad.mul_(scale[:, None]), grad_bias * scale, of_scale
