@@ -1,1 +1,1 @@
-"""Faults of other libraries, worked round."""
+"""Workarounds for faults of other libraries."""

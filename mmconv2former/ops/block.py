@@ -45,7 +45,7 @@ NO_SECOND_GRADIENTS = (
     'layers run one by one: give them a hook, such as '
     'torch.nn.modules.module.register_module_forward_hook(lambda *_: None)'
 )
-MOST_CHANNELS = 8192  # of Triton's kernels, of which a program holds all channels of a position
+MOST_CHANNELS = 8192  # for Triton's kernels: a program holds all channels of a position
 
 
 class BlockParameters(NamedTuple):

@@ -229,7 +229,7 @@ def unfold_columns(
     """Gradients of `block.fold_columns` for weight, scale and shift.
 
     Args:
-        grad, grad_bias: Gradients of the results, of which that of the bias is its own.
+        grad, grad_bias: Gradients of the results.
         weight, scale, shift: As folded, but the weight as (C_out, C_in, 1, 1).
     """
     weight = weight.flatten(1)

@@ -446,8 +446,9 @@ class Plan(NamedTuple):
 
     Fields:
         tasks: Of `fold_kernel`, on the device.
-        segments: Elements, padded, and shape of each segment, of which the first axis is that of
-            blocks of one shape: for each such group weights and biases of the products.
+        segments: Padded number of elements, and shape, of each segment. Blocks of one shape form a
+            group, whose products have a segment for weights and one for biases; its first axis is
+            the block.
     """
 
     tasks: Tensor
@@ -554,7 +555,7 @@ def fold(
     plan = known[1]
     assert plan is not None
     tasks, segments = plan
-    if is_capturing:  # the graph goes on reading it
+    if is_capturing:  # the graph will read it again
         captured.append(tasks)
     folded = first.new_empty(sum(size for size, _ in segments), dtype=dtype)
     units = None

@@ -20,7 +20,7 @@ def fold_kernel(
     TASK: tl.constexpr, HAS_UNITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Folds ROWS rows of one of many products; `tasks` (programs, TASK) says what of which.
+    """Folds ROWS rows of a product; `tasks` (programs, TASK) tells each program which rows.
 
     A task is: addresses of weight, bias, scale_in, shift_in, scale_out (0 for none), first row,
     rows, columns, the places of folded weight and bias in `folded`, and that of the unit in

@@ -1,4 +1,4 @@
-"""LayerNorm over the channels of (N, H, W, C) whose result goes on in another dtype or layout.
+"""LayerNorm over the channels of (N, H, W, C) with a result in another dtype or layout.
 
 In a network of mixed precision the norms outside of blocks read the residual stream in float32.
 What follows wants half precision (a convolution) or (N, C, H, W) (the necks of detectors). Here
