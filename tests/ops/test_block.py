@@ -7,7 +7,7 @@ from plain_conv2former import plain_conv2former
 from test_backbone import SMALL_ARCHS, compare_with_plain, loss_of, randomized, relative_error
 from torch import nn
 
-from mmconv2former import Conv2Former
+from mmconv2former import Conv2Former, backbone
 from mmconv2former.ops import depthwise, depthwise_products
 from mmconv2former.ops.block import RECOMPUTE
 from mmconv2former.registry import MODELS
@@ -208,3 +208,22 @@ def test_mixed_precision_has_no_matrix_products_of_float32(monkeypatch):
     assert not calls
     gradients(model, torch.randn(1, 3, 64, 64))
     assert len(calls) == 2 * sum(model.depths)
+
+
+def test_where_the_function_is_worth_it(monkeypatch):
+    """On a CPU in float32 only where less is kept; otherwise always."""
+    calls = []
+    real = backbone.compute_block
+    monkeypatch.setattr(backbone, 'compute_block', lambda *args: calls.append(1) or real(*args))
+    x, blocks = torch.randn(1, 3, 64, 64), sum(Conv2Former(ARCH).depths)
+    for recompute, grad, half, expected in [
+        ('elementwise', True, False, blocks),
+        ('elementwise', False, False, 0),
+        ('nothing', True, False, 0),
+        ('nothing', True, True, blocks),
+        ('elementwise', False, True, blocks),
+    ]:
+        calls.clear()
+        with torch.set_grad_enabled(grad), torch.autocast('cpu', torch.bfloat16, enabled=half):
+            Conv2Former(ARCH, recompute=recompute)(x)
+        assert len(calls) == expected, (recompute, grad, half)
