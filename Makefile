@@ -8,7 +8,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist 
 COVERED_BY := tests/ops $(patsubst %,tests/test_%.py,backbone cls_head comparators compile convert_weights deploy \
     fusion instance_tta isotropic layer_decay lean product registry runner weights) \
     $(patsubst %,tests/reliability/test_%.py,bad_checkpoints bad_data fuzz numbers) \
-    --deselect tests/test_convert_weights.py::test_full_disk_leaves_nothing
+    --deselect tests/tools/test_convert_weights.py::test_full_disk_leaves_nothing
 
 .PHONY: help setup demo test lint bench reliability coverage audit compatibility
 

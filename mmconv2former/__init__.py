@@ -15,12 +15,12 @@ except ModuleNotFoundError as error:
         name='mmengine',
     ) from error
 
-from .backbone import Conv2Former
-from .comparators import Comparator
-from .cuda_graphs import CudaGraphsHook, use_cuda_graphs
-from .isotropic import Conv2FormerIsotropic
-from .layer_decay import LayerDecayOptimWrapperConstructor
-from .runner import ReliableRunner
+from .engine.cuda_graphs import CudaGraphsHook, use_cuda_graphs
+from .engine.layer_decay import LayerDecayOptimWrapperConstructor
+from .engine.runner import ReliableRunner
+from .models.baselines import Comparator
+from .models.conv2former import Conv2Former
+from .models.isotropic import Conv2FormerIsotropic
 from .version import __version__
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
 
 def __getattr__(name: str) -> type:
     if name == 'Conv2FormerClsHead':  # imports mmpretrain, which users of a detector may not have
-        from .cls_head import Conv2FormerClsHead
+        from .models.cls_head import Conv2FormerClsHead
 
         return Conv2FormerClsHead
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

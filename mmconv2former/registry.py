@@ -25,38 +25,42 @@ MODELS = Registry(
     'model',
     parent=ROOT_MODELS,
     scope='mmconv2former',
-    locations=['mmconv2former.backbone', 'mmconv2former.isotropic', 'mmconv2former.comparators'],
+    locations=[
+        'mmconv2former.models.conv2former',
+        'mmconv2former.models.isotropic',
+        'mmconv2former.models.baselines',
+    ],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
     scope='mmconv2former',
-    locations=['mmconv2former.layer_decay'],
+    locations=['mmconv2former.engine.layer_decay'],
 )
 RUNNERS = Registry(
     'runner',
     parent=ROOT_RUNNERS,
     scope='mmconv2former',
-    locations=['mmconv2former.runner'],
+    locations=['mmconv2former.engine.runner'],
     build_func=build_runner_from_cfg,
 )
 HOOKS = Registry(
     'hook',
     parent=ROOT_HOOKS,
     scope='mmconv2former',
-    locations=['mmconv2former.hooks', 'mmconv2former.finite_loss'],
+    locations=['mmconv2former.engine.hooks', 'mmconv2former.engine.finite'],
 )
 DATASETS = Registry(
     'dataset',
     parent=ROOT_DATASETS,
     scope='mmconv2former',
-    locations=['mmconv2former.checked_data'],
+    locations=['mmconv2former.datasets.checked'],
 )
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper',
     parent=ROOT_OPTIM_WRAPPERS,
     scope='mmconv2former',
-    locations=['mmconv2former.amp'],
+    locations=['mmconv2former.engine.amp'],
 )
 
 

@@ -6,27 +6,21 @@ pytest tests/reliability --slow --reliability-page docs/reliability.md
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 if not any(Path(device).exists() for device in ('/dev/nvidiactl', '/dev/kfd')):
     os.environ['TRITON_INTERPRET'] = '1'  # Triton, which torch imports, reads it at import
 
-import cv2
-import numpy as np
 import pytest
 import torch
-from make_tables import with_table
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
+from common.tables import with_table
+from helpers.simulated_graphs import simulated  # noqa: F401 (a fixture)
+from helpers.tools import forget_visualizers, run_tool
+from helpers.training_server import TrainingServer
 from mmengine.runner import CheckpointLoader
-from mmengine.visualization import Visualizer
-from training_server import TrainingServer
 
-from mmconv2former.weights import TRUST_VARIABLE, admit_only_data
+from mmconv2former.checkpoint.reading import TRUST_VARIABLE, admit_only_data
 
-ROOT = Path(__file__).parents[1]
 # Of the table of faults, in this order.
 AREAS = ['Killed', 'Disk', 'Data', 'Numbers', 'Checkpoints', 'Configs', 'Processes', 'Long runs',
          'Supply chain']  # fmt: skip
@@ -104,20 +98,6 @@ def own_downloads(tmp_path_factory):
 def own_visualizers():
     """Without those of earlier tests, into whose work dirs a run would log."""
     forget_visualizers()
-
-
-def forget_visualizers():
-    """What mmengine keeps by name, of each class and of their base, for the whole process."""
-    classes = {type(visualizer) for visualizer in Visualizer._instance_dict.values()}
-    for cls in (Visualizer, *classes):
-        cls._instance_dict.clear()
-
-
-def forget_instances():
-    """The same, and all loggers and scopes: for a second run in one test."""
-    forget_visualizers()
-    for manager in (MMLogger, MessageHub, DefaultScope):
-        manager._instance_dict.clear()
 
 
 @pytest.fixture
@@ -198,27 +178,3 @@ def no_data(monkeypatch):
         pytest.fail('data were loaded before the refusal')
 
     monkeypatch.setattr('mmconv2former.ReliableRunner.build_dataloader', build_dataloader)
-
-
-def run_tool(name, *args, succeeds=True):
-    """Runs a tool from the root of the project and returns what it printed, errors included."""
-    result = subprocess.run(
-        [sys.executable, f'tools/{name}', *map(str, args)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert (result.returncode == 0) == succeeds, result.stdout
-    return result.stdout
-
-
-def assert_drawn_beside(drawing, picture):
-    """A drawing has truth and prediction side by side, and something is drawn on both."""
-    picture, drawing = cv2.imread(str(picture)), cv2.imread(str(drawing))
-    height, width = picture.shape[:2]
-    assert drawing.shape == (height, 2 * width, 3)
-    # The picture as a JPEG, as the drawing is.
-    stored = cv2.imdecode(cv2.imencode('.jpg', picture)[1], cv2.IMREAD_COLOR)
-    for half in (drawing[:, :width], drawing[:, width:]):
-        assert np.abs(half.astype(float) - stored).mean() > 1

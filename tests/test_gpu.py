@@ -11,11 +11,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_conv2former import plain_conv2former
-from test_backbone import leaves, loss_of, randomized, relative_error
+from common.plain_conv2former import plain_conv2former
+from helpers.comparisons import leaves, loss_of, randomized, relative_error
 from torch import nn
 
-from mmconv2former import Conv2Former, Conv2FormerIsotropic, cuda_graphs, use_cuda_graphs
+from mmconv2former import Conv2Former, Conv2FormerIsotropic, use_cuda_graphs
+from mmconv2former.engine import cuda_graphs
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d
 
 pytestmark = pytest.mark.gpu

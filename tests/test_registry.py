@@ -43,7 +43,7 @@ DefaultScope.get_instance('test', scope_name='{host}')
 name = 'mmconv2former.LayerDecayOptimWrapperConstructor'
 print(OPTIM_WRAPPER_CONSTRUCTORS.get(name).__module__)
 """
-    assert run_python(code) == 'mmconv2former.layer_decay'
+    assert run_python(code) == 'mmconv2former.engine.layer_decay'
 
 
 def test_importing_the_package_imports_no_host_library():

@@ -45,7 +45,6 @@ import copy
 import json
 import platform
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -57,8 +56,9 @@ from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from make_tables import with_table
-from measuring import timed
+from common import plain_conv2former
+from common.measuring import timed
+from common.tables import with_table
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import DeviceType
@@ -68,11 +68,8 @@ from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmconv2former import Comparator, Conv2Former, use_cuda_graphs
-from mmconv2former.comparators import COMPARATORS
+from mmconv2former.models.baselines import COMPARATORS
 from mmconv2former.ops import block, depthwise
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
-import plain_conv2former
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -89,8 +86,8 @@ class PlainConv2Former(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         state = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
         # The published code uses torch's GELU and BatchNorm, and its own LayerNorm.
-        plain_conv2former.gelu = F.gelu
-        plain_conv2former.batch_norm = stock_batch_norm
+        plain_conv2former.gelu = F.gelu  # type: ignore[assignment]
+        plain_conv2former.batch_norm = stock_batch_norm  # type: ignore[assignment]
         x = x.contiguous(memory_format=self.memory_format)
         return plain_conv2former.plain_conv2former(x, state, self.network.depths, self.training)
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 from benchmark import DTYPES, Setting, machine, measure_product_rate, show, table
-from config_check import in_one_line
-from measuring import Budget, Ceilings, device_seconds, launch_seconds, measure_ceilings
+from common.config_check import in_one_line
+from common.measuring import Budget, Ceilings, device_seconds, launch_seconds, measure_ceilings
 from torch import Tensor, nn
 
 from mmconv2former.ops import depthwise

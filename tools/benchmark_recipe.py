@@ -47,9 +47,9 @@ from benchmark import (
     spread,
     table,
 )
-from common import set_backbone, set_data_root
-from datasets import COCO_IDS
-from measuring import (
+from common.cli import set_backbone, set_data_root
+from common.data_layout import COCO_IDS
+from common.measuring import (
     COLUMNS,
     Budget,
     Case,

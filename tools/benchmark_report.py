@@ -47,8 +47,8 @@ from benchmark_depthwise import (
     passes_table,
     stages,
 )
-from config_check import in_one_line
-from measuring import (
+from common.config_check import in_one_line
+from common.measuring import (
     COLUMNS,
     Budget,
     Case,

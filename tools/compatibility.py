@@ -21,7 +21,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-from make_tables import table, with_table
+from common.tables import table, with_table
 from pin_hashes import read_pins, with_hashes
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,24 +22,25 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from common import add_trust_argument, guard_checkpoints
+from common.cli import add_trust_argument, guard_checkpoints
 from torch import Tensor
 
 from mmconv2former import Conv2Former
-from mmconv2former.backbone import ARCHS, parse_arch, parse_kernel_size
-from mmconv2former.weights import (
-    FIRST_KERNEL,
+from mmconv2former.checkpoint.architecture import Architecture, pad_kernels, recognise_arch
+from mmconv2former.checkpoint.loading import (
     NEW_FOR_DENSE_PREDICTION,
-    Architecture,
-    CheckpointError,
     behind_prefix,
     check_fit,
     find_prefix,
-    in_whole_model,
-    pad_kernels,
-    read_state_dict,
-    recognise_arch,
 )
+from mmconv2former.checkpoint.reading import (
+    FIRST_KERNEL,
+    CheckpointError,
+    in_whole_model,
+    read_state_dict,
+)
+from mmconv2former.models.arguments import parse_kernel_size
+from mmconv2former.models.conv2former import ARCHS, parse_arch
 
 HEAD_NAMES = [
     f'{layer}.{kind}' for layer in ('head.0', 'head.2', 'pred') for kind in ('weight', 'bias')

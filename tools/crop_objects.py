@@ -15,7 +15,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from datasets import COCO_SPLITS
+from common.data_layout import COCO_SPLITS
 from pycocotools.coco import COCO
 
 

@@ -19,7 +19,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyBboxPatch
 
-from mmconv2former.backbone import ARCHS, STEM_STRIDE
+from mmconv2former.models.conv2former import ARCHS, STEM_STRIDE
 
 ARCH = 'tiny'  # whose numbers are shown
 WIDTH, HEIGHT = 13.2, 8.75

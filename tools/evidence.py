@@ -43,7 +43,8 @@ import mmengine
 import torch
 import torchvision
 from benchmark import device_name
-from common import set_backbone
+from common.cli import set_backbone
+from common.measuring import Budget
 from make_tables import (
     BACKBONES,
     COMPARATORS,
@@ -57,7 +58,6 @@ from make_tables import (
     task,
     write_tables,
 )
-from measuring import Budget
 from mmengine.analysis import FlopAnalyzer
 from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config
@@ -66,9 +66,9 @@ from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.models import GlobalAveragePooling, LinearClsHead
 
 from mmconv2former import Comparator, Conv2Former
-from mmconv2former.cls_head import Conv2FormerClsHead
-from mmconv2former.comparators import find_comparator
-from mmconv2former.weights import read_checkpoint
+from mmconv2former.checkpoint.reading import read_checkpoint
+from mmconv2former.models.baselines import find_comparator
+from mmconv2former.models.cls_head import Conv2FormerClsHead
 
 FROM_RANDOM_WEIGHTS = ['model.backbone.init_cfg=None']
 

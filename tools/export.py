@@ -32,14 +32,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from common import run_errors
-from inference import (
-    one_of,
-    parser_of,
-    read_config,
-    read_weights,
-    to_deploy,
-)
+from common.cli import run_errors
+from common.inference import one_of, parser_of, read_config, read_weights, to_deploy
 from mmengine.config import Config
 from mmengine.model import BaseModule, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -47,7 +41,7 @@ from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mmconv2former.weights import load_model, load_pretrained
+from mmconv2former.checkpoint.loading import load_model, load_pretrained
 
 TOLERANCE = 1e-4  # of the largest difference, as a share of the largest value if that is above 1
 LABEL_TOLERANCE = 1e-3  # share of the pixels: where two classes are as likely, rounding decides

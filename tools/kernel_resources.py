@@ -32,13 +32,13 @@ from unittest.mock import patch
 
 import torch
 import triton
-from make_tables import table, with_table
+from common.tables import table, with_table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mmconv2former import Conv2Former
-from mmconv2former.backbone import Block
+from mmconv2former.models.blocks import Block
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_triton
 from mmconv2former.ops.block import RECOMPUTE
 from mmconv2former.ops.launch import Launcher

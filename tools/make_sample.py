@@ -20,7 +20,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from datasets import ADE_SPLITS, COCO_IDS, COCO_SPLITS
+from common.data_layout import ADE_SPLITS, COCO_IDS, COCO_SPLITS
 from numpy.random import Generator
 from pycocotools import mask as coco_mask
 

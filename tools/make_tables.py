@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Collection
 from pathlib import Path
 
 import yaml
+from common.tables import table, with_table
 from mmengine.config import Config
 
-from mmconv2former.comparators import COMPARATORS as TABLE
-from mmconv2former.comparators import Published
+from mmconv2former.models.baselines import COMPARATORS as TABLE
+from mmconv2former.models.baselines import Published
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / 'docs/evidence.json'
@@ -81,19 +81,13 @@ def write_tables(dry_run: bool = False) -> list[str]:
     for page in PAGES:
         old = page.read_text()
         new = old
-        for name, table in tables.items():
-            new = with_table(new, name, table)
+        for name, content in tables.items():
+            new = with_table(new, name, content)
         if new != old:
             outdated.append(page.name)
             if not dry_run:
                 page.write_text(new)
     return outdated
-
-
-def with_table(page: str, name: str, table: str) -> str:
-    """The text of a page with what stands at the mark `name` replaced; unchanged without a mark."""
-    pattern = rf'(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)'
-    return re.sub(pattern, lambda found: found[1] + table + found[2], page, flags=re.S)
 
 
 # ----------------------------------------------------------------------------------------- inputs
@@ -123,12 +117,6 @@ def task(config: Path) -> str:
 def read_evidence(path: Path) -> dict[str, dict]:
     """What `tools/evidence.py` measured, by recipe."""
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-# ----------------------------------------------------------------------------------------- tables
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ['---'] * len(header), *rows]
-    return ''.join(f'| {" | ".join(cells)} |\n' for cells in lines)
 
 
 def level(record: dict) -> str:

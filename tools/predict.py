@@ -24,8 +24,8 @@ import cv2
 import mmcv
 import numpy as np
 import torch
-from common import run_errors
-from inference import (
+from common.cli import run_errors
+from common.inference import (
     add_cuda_graphs_argument,
     check_cuda_graphs,
     one_of,
@@ -43,7 +43,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from rich.progress import Progress
 
-from mmconv2former.weights import load_model
+from mmconv2former.checkpoint.loading import load_model
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')

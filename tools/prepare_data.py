@@ -22,7 +22,7 @@ from itertools import repeat
 from pathlib import Path
 
 import numpy as np
-from datasets import (
+from common.data_layout import (
     ADE_CLASSES,
     ADE_IMAGES,
     ADE_SPLITS,
@@ -36,7 +36,7 @@ from datasets import (
 from PIL import Image
 from rich.progress import track
 
-from mmconv2former.checked_data import size_as_loaded
+from mmconv2former.datasets.checked import size_as_loaded
 
 TOLERANCE = 1.0  # pixels that official boxes and polygons lie outside their image by rounding
 NEEDED_FIELDS = {

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from datasets import ADE_SPLITS, COCO_SPLITS
+from common.data_layout import ADE_SPLITS, COCO_SPLITS
 
 Item = TypeVar('Item')
 

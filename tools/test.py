@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mmcv
-from common import (
+from common.cli import (
     DEFAULT_VISUALIZER,
     add_arguments,
     build_runner,
@@ -24,7 +24,7 @@ from common import (
     read_ahead,
     run_errors,
 )
-from inference import (
+from common.inference import (
     add_cuda_graphs_argument,
     check_cuda_graphs,
     drop_pretrained,
@@ -39,8 +39,8 @@ from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
-from mmconv2former.checked_data import leaves
-from mmconv2former.cuda_graphs import VaryingSizeError
+from mmconv2former.datasets.checked import leaves
+from mmconv2former.engine.cuda_graphs import VaryingSizeError
 
 # The visualizer that draws predictions, and its method for it, by library.
 DRAW = {

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from common import (
+from common.cli import (
     DEFAULT_VISUALIZER,
     add_arguments,
     build_runner,
@@ -26,7 +26,7 @@ from common import (
     read_ahead,
     run_errors,
 )
-from config_check import DEFAULT_TYPES
+from common.config_check import DEFAULT_TYPES
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import is_model_wrapper

@@ -30,7 +30,7 @@ import numpy as np
 import plot_curves
 import torch
 import torch.nn.functional as F
-from common import (
+from common.cli import (
     add_config_arguments,
     add_data_root_argument,
     add_trust_argument,
@@ -49,18 +49,14 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mmconv2former import Comparator, Conv2Former, Conv2FormerIsotropic
-from mmconv2former.backbone import ARCH_LETTERS, ARCHS, Block
-from mmconv2former.comparators import COMPARATORS
-from mmconv2former.fusion import FUSIONS
-from mmconv2former.isotropic import ISOTROPIC_LETTERS
-from mmconv2former.weights import (
-    CheckpointError,
-    check_fit,
-    find_prefix,
-    load_pretrained,
-    read_state_dict,
-    recognise_arch,
-)
+from mmconv2former.checkpoint.architecture import recognise_arch
+from mmconv2former.checkpoint.loading import check_fit, find_prefix, load_pretrained
+from mmconv2former.checkpoint.reading import CheckpointError, read_state_dict
+from mmconv2former.models.baselines import COMPARATORS
+from mmconv2former.models.blocks import Block
+from mmconv2former.models.conv2former import ARCH_LETTERS, ARCHS
+from mmconv2former.models.fusion import FUSIONS
+from mmconv2former.models.isotropic import ISOTROPIC_LETTERS
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 PICTURE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')
@@ -237,7 +233,7 @@ def load_weights(backbone: nn.Module, checkpoint: str) -> None:
     """Fills a backbone from a file of ours, of the backbone's library, or of a whole model.
 
     Raises:
-        FileNotFoundError, CheckpointError: See `mmconv2former.weights.load_pretrained`.
+        FileNotFoundError, CheckpointError: See `mmconv2former.checkpoint.loading.load_pretrained`.
     """
     if not isinstance(backbone, Comparator):
         load_pretrained(backbone, checkpoint)

@@ -7,7 +7,7 @@ to the detector and the size.
 
 _base_ = ['mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/default_runtime.py']
 custom_imports = dict(
-    imports=['mmconv2former', 'mmconv2former.instance_tta'], allow_failed_imports=False
+    imports=['mmconv2former', 'mmconv2former.models.instance_tta'], allow_failed_imports=False
 )
 runner_type = 'mmconv2former.ReliableRunner'  # survives interruptions (docs/reliability.md)
 

@@ -10,7 +10,7 @@ _base_ = [
     'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py',
     'mmpretrain::_base_/default_runtime.py',
 ]
-custom_imports = dict(imports=['mmconv2former.cls_head'], allow_failed_imports=False)
+custom_imports = dict(imports=['mmconv2former.models.cls_head'], allow_failed_imports=False)
 runner_type = 'mmconv2former.ReliableRunner'  # survives interruptions (docs/reliability.md)
 
 # --------------------------------------------------------------------------------------- schedule

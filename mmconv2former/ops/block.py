@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from . import block_stock, depthwise
+from ..ops import block_stock, depthwise
 from .depthwise import choose, device_choice, stop_using_triton
 from .memory_format import (
     autocast_dtype,

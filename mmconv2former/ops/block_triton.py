@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from . import block
+from ..ops import block
 from .activation_kernels import (
     feed_forward_backward_kernel,
     gelu_kernel,

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from . import depthwise_products
+from ..ops import depthwise_products
 from .memory_format import (
     autocast_dtype,
     is_autocast_enabled,

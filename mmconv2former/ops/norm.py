@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import block_stock
+from ..ops import block_stock
 from .block import MOST_CHANNELS, block_triton, run
 from .depthwise import runs_triton
 from .memory_format import is_captured, is_transformed, without_autocast

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from half_precision import HALF_DTYPES, needs_float16
-from plain_conv2former import plain_conv2former
-from test_backbone import SMALL_ARCHS, compare_with_plain, loss_of, randomized, relative_error
+from common.plain_conv2former import plain_conv2former
+from helpers.comparisons import SMALL_ARCHS, compare_with_plain, loss_of, randomized, relative_error
+from helpers.half_precision import HALF_DTYPES, needs_float16
 from torch import nn
 
-from mmconv2former import Conv2Former, backbone
+from mmconv2former import Conv2Former
+from mmconv2former.models import blocks as blocks_module
 from mmconv2former.ops import depthwise, depthwise_products
 from mmconv2former.ops.block import RECOMPUTE
 from mmconv2former.registry import MODELS
@@ -213,8 +214,10 @@ def test_mixed_precision_has_no_matrix_products_of_float32(monkeypatch):
 def test_where_the_function_is_worth_it(monkeypatch):
     """On a CPU in float32 only where less is kept; otherwise always."""
     calls = []
-    real = backbone.compute_block
-    monkeypatch.setattr(backbone, 'compute_block', lambda *args: calls.append(1) or real(*args))
+    real = blocks_module.compute_block
+    monkeypatch.setattr(
+        blocks_module, 'compute_block', lambda *args: calls.append(1) or real(*args)
+    )
     x, blocks = torch.randn(1, 3, 64, 64), sum(Conv2Former(ARCH).depths)
     for recompute, grad, half, expected in [
         ('elementwise', True, False, blocks),

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from test_backbone import compare_with_plain, randomized, relative_error
+from helpers.comparisons import compare_with_plain, randomized, relative_error
 
 triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
 

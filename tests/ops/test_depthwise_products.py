@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from half_precision import HALF_DTYPES
+from helpers.half_precision import HALF_DTYPES
 from torch import nn
 
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_products

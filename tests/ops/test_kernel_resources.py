@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
-from in_process import load_tool
+from helpers import ROOT
+from helpers.in_process import load_tool
 
 triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
 

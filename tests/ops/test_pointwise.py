@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_backbone import SMALL_ARCHS, loss_of, randomized
+from helpers.comparisons import SMALL_ARCHS, loss_of, randomized
 
 from mmconv2former import Conv2Former
 from mmconv2former.ops import pointwise as module

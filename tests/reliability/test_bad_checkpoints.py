@@ -7,14 +7,14 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from checkpoints import CALLED, write_call, write_getattr_chain
-from in_process import refusal_of, with_data, write_tiny_config
+from helpers.checkpoints import CALLED, write_call, write_getattr_chain
+from helpers.in_process import refusal_of, with_data, write_tiny_config
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmconv2former import weights
+from mmconv2former.checkpoint import loading, reading
 
 AREA = 'Checkpoints'
 pytestmark = pytest.mark.usefixtures('in_process')
@@ -176,7 +176,7 @@ ADDRESSES = {
 
 @pytest.mark.parametrize('fault', ADDRESSES)
 def test_address_without_network(fault, sample, tmp_path, no_data, fault_report, monkeypatch):
-    monkeypatch.setattr(weights, 'SECONDS_WITHOUT_ANSWER', 0.5)
+    monkeypatch.setattr(reading, 'SECONDS_WITHOUT_ANSWER', 0.5)
     begin = time.monotonic()
     with socket.create_server(('127.0.0.1', 0)) if ADDRESSES[fault] is None else nullcontext() as s:
         address = ADDRESSES[fault] or f'http://127.0.0.1:{s.getsockname()[1]}/file.pth'
@@ -295,10 +295,10 @@ class Model(nn.Module):
 
 def test_fine_tuning_keeps_a_new_head(monkeypatch):
     logged = []
-    monkeypatch.setattr(weights, 'print_log', lambda text, **_: logged.append(text))
+    monkeypatch.setattr(loading, 'print_log', lambda text, **_: logged.append(text))
     source, model = Model(), Model(num_classes=5)
     head = copy.deepcopy(model.head.state_dict())
-    weights.load_model(model, dict(state_dict=source.state_dict()), 'file.pth', whole=False)
+    loading.load_model(model, dict(state_dict=source.state_dict()), 'file.pth', whole=False)
     torch.testing.assert_close(model.backbone.state_dict(), source.backbone.state_dict())
     torch.testing.assert_close(model.head.state_dict(), head, rtol=0, atol=0)
     assert len(logged) == 1
@@ -338,9 +338,9 @@ def test_what_may_be_loaded(case):
     state = Model().state_dict()
     changed = change(state)
     for whole, is_allowed in zip((True, False), allowed):
-        with nullcontext() if is_allowed else pytest.raises(weights.CheckpointError):
+        with nullcontext() if is_allowed else pytest.raises(reading.CheckpointError):
             content = dict(state_dict=state if changed is None else changed)
-            weights.load_model(Model(), content, 'file.pth', whole=whole)
+            loading.load_model(Model(), content, 'file.pth', whole=whole)
 
 
 def test_averaged_weights_are_trained_resumed_and_augmented(sample, tmp_path):
@@ -349,12 +349,12 @@ def test_averaged_weights_are_trained_resumed_and_augmented(sample, tmp_path):
     config, work_dir = write_tiny_config(tmp_path / 'ema.py', more=hook), tmp_path / 'work'
     assert refusal_of(*with_data(['train', config], sample, work_dir)) == ''
     path = work_dir / 'iter_2.pth'
-    half = weights.read_checkpoint(str(path))
+    half = reading.read_checkpoint(str(path))
     name = 'decode_head.conv_seg.weight'
     assert not torch.equal(half['ema_state_dict'][f'module.{name}'], half['state_dict'][name])
-    first = weights.read_checkpoint(str(work_dir / 'iter_4.pth'))
+    first = reading.read_checkpoint(str(work_dir / 'iter_4.pth'))
     assert refusal_of(*with_data(['train', config, '--resume', path], sample, work_dir)) == ''
-    last = weights.read_checkpoint(str(work_dir / 'iter_4.pth'))
+    last = reading.read_checkpoint(str(work_dir / 'iter_4.pth'))
     assert last['ema_state_dict']['steps'] == first['ema_state_dict']['steps'] == 4
     torch.testing.assert_close(last['state_dict'], first['state_dict'])
     torch.testing.assert_close(last['ema_state_dict'], first['ema_state_dict'])

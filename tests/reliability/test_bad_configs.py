@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from config_check import ConfigError, check_config, is_slip, read_config
-from conftest import ROOT, assert_drawn_beside
-from half_precision import needs_scaler
-from in_process import SEGMENTATION, refusal_of, with_data, write_tiny_config
+from common.config_check import ConfigError, check_config, is_slip, read_config
+from helpers import ROOT
+from helpers.half_precision import needs_scaler
+from helpers.in_process import SEGMENTATION, refusal_of, with_data, write_tiny_config
+from helpers.tiny import WITHOUT_WORKERS
+from helpers.tools import assert_drawn_beside
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import WITHOUT_WORKERS
 
 AREA = 'Configs'
 pytestmark = pytest.mark.usefixtures('in_process')
@@ -280,7 +281,7 @@ def test_errors_keep_their_trace_on_demand_and_while_training(sample, tmp_path, 
     def fail(*args, **kwargs):
         raise RuntimeError('a fault in the network')
 
-    monkeypatch.setattr('mmconv2former.backbone.Conv2Former.forward', fail)
+    monkeypatch.setattr('mmconv2former.models.conv2former.Conv2Former.forward', fail)
     with pytest.raises(RuntimeError, match='a fault in the network'):
         refusal_of(*with_data(['train', config], sample, tmp_path / 'work'))
 

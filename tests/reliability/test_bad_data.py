@@ -21,16 +21,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from common import run_errors
-from conftest import run_tool
+from common.cli import run_errors
+from helpers.tiny import tiny_config
+from helpers.tools import run_tool
 from mmengine.dataset import Compose
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from PIL import ExifTags, Image
 from prepare_data import CHECKS, Report
-from tiny import tiny_config
 
 from mmconv2former import ReliableRunner
-from mmconv2former.checked_data import CheckedDataset, CheckedPipeline, DataError, check_files
+from mmconv2former.datasets.checked import CheckedDataset, CheckedPipeline, DataError, check_files
 
 NAME = '000000000001'
 DATA = {'detection': ('coco', 'coco'), 'segmentation': ('ade', 'ade/ADEChallengeData2016')}
@@ -470,7 +470,7 @@ def test_datasets_in_wrappers_are_checked_too(sample, tmp_path):
 
 def test_message_of_a_worker_is_the_message():
     trace = 'Caught DataError in DataLoader worker process 0.\nOriginal Traceback\n  File "x"\n'
-    assert str(DataError(f'{trace}mmconv2former.checked_data.DataError: image a.jpg: b\n')) == (
+    assert str(DataError(f'{trace}mmconv2former.datasets.checked.DataError: image a.jpg: b\n')) == (
         'image a.jpg: b'
     )
 

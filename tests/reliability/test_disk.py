@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers.tiny import tiny_config
 from mmengine.fileio import LocalBackend
-from tiny import tiny_config
 
 from mmconv2former import ReliableRunner
-from mmconv2former.runner import CheckpointNotSaved
+from mmconv2former.engine.runner import CheckpointNotSaved
 
 DISK = 5  # MiB; a checkpoint of the small network is of 1.6
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason='only root can mount a file system')

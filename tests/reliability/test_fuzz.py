@@ -22,7 +22,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from checkpoints import published_state_dict
+from helpers.checkpoints import published_state_dict
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mmengine.logging import HistoryBuffer
@@ -30,18 +30,16 @@ from mmengine.utils import digit_version
 from safetensors.torch import save
 
 from mmconv2former import Conv2Former, Conv2FormerIsotropic
-from mmconv2former.backbone import Arch
-from mmconv2former.data_pickle import DataPickle
-from mmconv2former.weights import (
+from mmconv2former.checkpoint.data_pickle import DataPickle
+from mmconv2former.checkpoint.loading import check_resumable, load_model, load_pretrained
+from mmconv2former.checkpoint.reading import (
     SAFE_GLOBALS,
     UNREADABLE,
     CheckpointError,
-    check_resumable,
     load_from_checked_file,
-    load_model,
-    load_pretrained,
     read_state_dict,
 )
+from mmconv2former.models.conv2former import Arch
 
 AREAS = {'reader': 'Checkpoints', 'arguments': 'Configs'}
 DOCUMENTED = (ValueError, TypeError)
@@ -251,7 +249,7 @@ def try_on_a_model(content, path):
 
 @pytest.fixture
 def without_safe_globals(monkeypatch):
-    """As torch before 2.5: files are read by `mmconv2former.data_pickle`, whatever is installed."""
+    """As with torch before 2.5: files are read by `checkpoint.data_pickle`."""
     monkeypatch.delattr(torch.serialization, 'safe_globals', raising=False)
     monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD', raising=False)
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from tiny import scalars, tiny_config
+from helpers.tiny import scalars, tiny_config
 
 TASKS = {
     # task: length and interval, in epochs of four iterations or in iterations

@@ -8,11 +8,11 @@ from statistics import median
 
 import numpy as np
 import pytest
+from helpers.tiny import tiny_config
 from mmengine.logging import HistoryBuffer, MessageHub
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_config
 
-from mmconv2former.hooks import SHORTEST_LOG, LogLengthHook
+from mmconv2former.engine.hooks import SHORTEST_LOG, LogLengthHook
 
 ITERATIONS, WARM_UP = 2000, 500
 

@@ -8,21 +8,21 @@ import re
 
 import pytest
 import torch
-from half_precision import needs_scaler
+from helpers.half_precision import needs_scaler
+from helpers.tiny import scalars, tiny_config
 from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
-from tiny import scalars, tiny_config
 
 from mmconv2former import ReliableRunner
-from mmconv2former.amp import CpuAmpOptimWrapper
-from mmconv2former.finite_loss import (
+from mmconv2former.checkpoint.reading import read_checkpoint, read_state_dict
+from mmconv2former.engine.amp import CpuAmpOptimWrapper
+from mmconv2former.engine.finite import (
     NonFiniteLossError,
     NonFiniteWeightsError,
     image_paths,
     non_finite_parameters,
 )
-from mmconv2former.weights import read_checkpoint, read_state_dict
 
 TASKS = ('detection', 'segmentation')
 # One term of the loss by task: where its weight is, and its names in the log.

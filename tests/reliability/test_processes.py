@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from tiny import tiny_config
+from helpers.tiny import tiny_config
 
 TIME_OUT = 20  # seconds, of collective operations
 PROCESSES = [2, pytest.param(4, marks=pytest.mark.slow)]

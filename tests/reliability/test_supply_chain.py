@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from audit import summary
-from conftest import ROOT
+from helpers import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pin_hashes import pinned_version, read_pins, with_hashes

@@ -1,0 +1,1 @@
+"""Datasets that name the file when something in it is wrong."""

@@ -1,0 +1,1 @@
+"""Training: the crash-safe runner, hooks, optimizer settings, CUDA graphs."""

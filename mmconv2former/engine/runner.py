@@ -1,0 +1,327 @@
+"""mmengine's runner, made to survive: the one place where faults of it are worked round.
+
+    runner_type = 'mmconv2former.ReliableRunner'    # in any config for mmengine's Runner
+
+- A checkpoint is written wholly or not at all, and the one before it is kept until then.
+- A resumed run goes on as if it had not been interrupted: same order of samples, same augmentation,
+  same random numbers in the network, and a validation that was missed is made up for.
+- The log kept in memory has an end: mmengine copies all of it at each iteration.
+- Settings that depend on the machine are filled in (`mmconv2former.engine.device_defaults`).
+
+The hooks that do a part of this are in `mmconv2former.engine.hooks`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, master_only
+from mmengine.hooks import CheckpointHook, LoggerHook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.runner import (
+    BaseLoop,
+    CheckpointLoader,
+    EpochBasedTrainLoop,
+    IterBasedTrainLoop,
+    Runner,
+)
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader
+
+from ..checkpoint.loading import (
+    LoadsPretrained,
+    check_optimizer,
+    check_resumable,
+    load_fitting,
+    load_model,
+    tensors_of,
+)
+from ..checkpoint.reading import UNREADABLE, CheckpointError, reason_of, with_state_dict
+from ..registry import RUNNERS, register
+from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
+from .finite import check_weights, images_on_error
+from .seeding import PositionedSampler, ResumedBatches, give_positions
+
+PARTIAL = '.checkpoint.partial'  # one name, so that an interrupted run leaves at most one such file
+LAST_CHECKPOINT = 'last_checkpoint'  # mmengine's: holds the path of the newest checkpoint
+
+
+@register(RUNNERS)
+class ReliableRunner(Runner):
+    """A `Runner` whose runs can be killed at any moment; arguments as of mmengine's.
+
+    `resume` may also be 'auto': resumes from the newest checkpoint of the work dir that can be
+    read, and without one begins as if nothing had been said of resuming.
+    """
+
+    _has_loaded: bool  # this and the next are mmengine's
+    _resume: bool | str
+    _ahead: tuple[str | None, dict] = (None, {})  # name and content, see `read_ahead`
+
+    @property
+    def run_seed(self) -> int:
+        """The seed that all processes have in common."""
+        has_rank_added = self._randomness_cfg.get('diff_rank_seed', False)
+        return self.seed - get_rank() if has_rank_added else self.seed
+
+    # ------------------------------------------------------------------------------------- build
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """As mmengine's, of checked samples with seeds of their own.
+
+        Raises:
+            DataError: The dataset cannot be read, or has no samples.
+        """
+        if isinstance(dataloader, DataLoader):
+            return dataloader
+        dataloader = usable_loader(dataloader)
+        if isinstance(dataloader.get('dataset'), dict):
+            dataset = dict(type='mmconv2former.CheckedDataset', dataset=dataloader['dataset'])
+            dataloader = {**dataloader, 'dataset': dataset}
+        loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        if seed is not None:
+            give_positions(loader, seed - get_rank() if diff_rank_seed else seed)
+        return loader
+
+    def wrap_model(self, model_wrapper_cfg: dict | None, model: nn.Module) -> nn.Module:
+        """Wraps a model for several processes as mmengine does; see `distributed_wrapper`."""
+        if self.distributed and not is_model_wrapper(model):
+            find_unused = self.cfg.get('find_unused_parameters', False)
+            model_wrapper_cfg = distributed_wrapper(model_wrapper_cfg, find_unused)
+        return super().wrap_model(model_wrapper_cfg, model)
+
+    def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
+        """As mmengine's; the optimizer's step is fused on CUDA, see `with_fused_step`."""
+        if isinstance(optim_wrapper, dict):
+            settings = with_fused_step(optim_wrapper, next(self.model.parameters()).device)
+            if settings is not optim_wrapper:
+                self.logger.info('The optimizer steps in fused kernels (optimizer.fused=True).')
+            optim_wrapper = settings
+        return super().build_optim_wrapper(optim_wrapper)
+
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """Registers the default hooks, with ours for two of mmengine's, and more of ours."""
+        hooks = dict(hooks or {})
+        hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
+        hooks.setdefault('logger', dict(type='LoggerHook'))
+        for name, cls in (('checkpoint', CheckpointHook), ('logger', LoggerHook)):
+            hook = hooks[name]
+            if isinstance(hook, dict) and hook['type'] in (cls, cls.__name__):
+                hooks[name] = {**hook, 'type': f'mmconv2former.Reliable{cls.__name__}'}
+        ours = {
+            'seed': 'SeedHook',
+            'log_length': 'LogLengthHook',
+            'batch_images': 'BatchImagesHook',
+            'finite_loss': 'FiniteLossHook',
+        }
+        for name, type_ in ours.items():
+            hooks.setdefault(name, dict(type=f'mmconv2former.{type_}'))
+            if hooks[name] is None:  # turned off, as mmengine's own are
+                del hooks[name]
+        super().register_default_hooks(hooks)
+
+    # --------------------------------------------------------------------------------------- run
+    def train(self) -> nn.Module:
+        with images_on_error(self):
+            return super().train()
+
+    def val(self) -> dict:
+        with images_on_error(self):
+            return super().val()
+
+    def test(self) -> dict:
+        with images_on_error(self):
+            return super().test()
+
+    # ------------------------------------------------------------------------------------ resume
+    def load_or_resume(self) -> None:
+        """Loads or resumes; from the newest readable checkpoint if none is named.
+
+        Raises:
+            CheckpointError: See `mmconv2former.checkpoint`; of `resume` without a name only if
+                there are checkpoints and none can be read.
+        """
+        if self._has_loaded or not (
+            self._resume == 'auto' or (self._resume and not self._load_from)
+        ):
+            super().load_or_resume()
+            return
+        # All processes go on from the same one, although a file system may show some of them less.
+        found = [[str(path) for path in checkpoints_of(Path(self.work_dir))]]
+        broadcast_object_list(found)
+        for checkpoint in found[0]:
+            problem = None
+            try:
+                self.resume(checkpoint)
+            except (CheckpointError, FileNotFoundError) as error:
+                problem = str(error)
+            problems = [text for text in all_gather_object(problem) if text is not None]
+            if not problems:
+                return
+            if checkpoint == found[0][-1]:
+                raise CheckpointError(problems[0])
+            self.logger.warning(f'{problems[0]}. Trying the checkpoint before it.')
+        self.logger.info(f'There is no checkpoint in {self.work_dir} yet: the run begins.')
+        self._resume = False
+        super().load_or_resume()
+
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: str | Callable = 'default',
+    ) -> None:
+        """Resumes as mmengine does, and the order of samples with it.
+
+        Raises:
+            FileNotFoundError, CheckpointError: See `mmconv2former.checkpoint`.
+        """
+        super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
+        loop = self.train_loop
+        loader = loop.dataloader
+        sampler = getattr(loader.batch_sampler, 'sampler', None)
+        if isinstance(loop, EpochBasedTrainLoop):
+            # The epochs may have been of another number of processes.
+            loop._iter = loop.epoch * len(loader)
+        if not isinstance(sampler, PositionedSampler):
+            return
+        sampler.begin(self.run_seed)
+        if isinstance(loop, IterBasedTrainLoop) and type(loader.batch_sampler) is BatchSampler:
+            is_told = hasattr(loop.dataloader_iterator, 'skip_iter')
+            loop.dataloader_iterator = ResumedBatches(
+                loader, self.run_seed, loop.iter, ignored_calls=0 if is_told else loop.iter
+            )
+
+    # -------------------------------------------------------------------------------------- load
+    def read_ahead(self, whole: bool) -> None:
+        """Reads `load_from` and pretrained weights, to refuse them before the data are loaded.
+
+        Args:
+            whole: See `mmconv2former.checkpoint.loading.load_model`:
+                whether this is to evaluate or resume.
+
+        Raises:
+            FileNotFoundError, CheckpointError: It cannot be read, or does not fit.
+        """
+        for module in unwrapped(self.model).modules():
+            if isinstance(module, LoadsPretrained):
+                module.load_own_pretrained()
+        if self._load_from and self._resume != 'auto':  # which may find another one
+            self._ahead = self._load_from, self._read(self._load_from, whole)
+
+    def _read(self, filename: str, whole: bool) -> dict:
+        """What a file holds, after it was loaded into the model."""
+        try:
+            content = CheckpointLoader.load_checkpoint(filename, 'cpu')
+        except (CheckpointError, FileNotFoundError):
+            raise
+        except UNREADABLE as error:  # of mmengine's own loaders, outside our tools
+            raise CheckpointError(
+                f'checkpoint {filename!r} cannot be read: {reason_of(error)}'
+            ) from error
+        content = with_state_dict(content, filename)
+        if self._resume:
+            check_resumable(content, filename)
+        load_model(unwrapped(self.model), content, filename, whole)
+        return content
+
+    def load_checkpoint(
+        self, filename: str, map_location: str | Callable = 'cpu', **kwargs: Any
+    ) -> dict:
+        """Loads a checkpoint that fits; see `mmconv2former.checkpoint.loading.load_model`.
+
+        `map_location` and mmengine's other arguments have no use: tensors are read on the CPU.
+
+        Raises:
+            FileNotFoundError, CheckpointError: It cannot be read, or does not fit.
+        """
+        (name, content), self._ahead = self._ahead, (None, {})
+        if name != filename:
+            is_tuning = isinstance(self._train_loop, BaseLoop) and not self._resume
+            content = self._read(filename, whole=not is_tuning)
+        if self._resume and not isinstance(self.optim_wrapper, dict):
+            check_optimizer(content['optimizer'], self.optim_wrapper, filename)
+            keep_own_step(content['optimizer'], self.optim_wrapper)
+        # Hooks may change it: the moving average of weights changes places with the others.
+        self.call_hook('after_load_checkpoint', checkpoint=content)
+        load_fitting(unwrapped(self.model), tensors_of(content['state_dict']))
+        self._has_loaded = True
+        return content
+
+    # -------------------------------------------------------------------------------------- save
+    @master_only
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        *args: Any,
+        backend_args: dict | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Saves as mmengine does, but wholly or not at all.
+
+        Raises:
+            OSError: The folder is not writable or the disk is full; what was there is untouched.
+            NonFiniteWeightsError: Weights are NaN or infinite; what was there is untouched.
+        """
+        check_weights(self)
+        is_local = backend_args is None and kwargs.get('file_client_args') is None
+        if not is_local or '://' in out_dir:  # storage that writes whole objects
+            super().save_checkpoint(out_dir, filename, *args, backend_args=backend_args, **kwargs)
+            return
+        partial, path = Path(out_dir, PARTIAL), Path(out_dir, filename)
+        try:
+            super().save_checkpoint(out_dir, PARTIAL, *args, **kwargs)
+            replace(partial, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            partial.unlink(missing_ok=True)
+            raise CheckpointNotSaved(f'cannot save {path}: {error}') from error
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model in a wrapper for several processes, or for augmentation at test time."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.get_submodule('module')
+    return model
+
+
+class CheckpointNotSaved(OSError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+def replace(partial: Path, path: Path) -> None:
+    """Puts a file that was just written in the place of another, so that a crash leaves either."""
+    with partial.open('rb') as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def checkpoints_of(work_dir: Path) -> list[Path]:
+    """The checkpoints of a run that it can be resumed from, the newest first.
+
+    That is what `last_checkpoint` names, in this folder if it was moved, then those by number.
+    """
+    named: list[Path] = []
+    marker = work_dir / LAST_CHECKPOINT
+    if marker.is_file() and (text := marker.read_text(errors='replace').strip()):
+        named = [path for path in (work_dir / Path(text).name, Path(text)) if path.is_file()][:1]
+    numbered = [
+        (int(digits), path)
+        for pattern in ('epoch_*.pth', 'iter_*.pth')
+        for path in work_dir.glob(pattern)
+        if (digits := path.stem.rpartition('_')[2]).isdecimal()
+    ]
+    others = [path for _, path in sorted(numbered, reverse=True)]
+    return named + [path for path in others if path not in named]

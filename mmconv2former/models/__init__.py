@@ -1,0 +1,1 @@
+"""The networks: backbones, heads and what they are built from."""

@@ -1,0 +1,375 @@
+"""Recipes changed, and trained on other data: configs and commands of docs/custom_dataset.md.
+
+The page is the input. Its configs stand in a copy of the project that shares recipes and tools, the
+data are made of the embedded sample, and the commands run as they stand, with options that make
+models and pictures small.
+"""
+
+import json
+import re
+import shutil
+from argparse import ArgumentParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from demo import MODEL
+from evidence import segmentation_size
+from helpers import ROOT
+from helpers.in_process import run_command
+from helpers.pages import files_of, read_blocks, write_files
+from helpers.tiny import FOUR_ITERATIONS, WITHOUT_WORKERS
+from mmengine.config import Config, DictAction
+from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
+from mmengine.runner import CheckpointLoader
+from mmseg.datasets.transforms import LoadAnnotations
+from pycocotools.coco import COCO
+
+from mmconv2former.checkpoint.reading import read_state_dict
+
+PAGE = ROOT / 'docs/custom_dataset.md'
+COMMANDS = {block.name: block.commands() for block in read_blocks(PAGE) if block.name}
+
+# Ids in no order; the sample has other categories too, which classes leave out.
+CATEGORIES = {'sports ball': ('ball', 5), 'kite': ('kite', 2), 'pizza': ('food', 9)}
+SCENE_LABELS = {120: 1, 150: 2, 121: 255, 143: 255}  # of ADE20K: ball, flag, food, plate
+SMALL_DETECTOR = [
+    *MODEL,
+    'model.backbone.arch=nano',
+    'model.neck.in_channels=[64,128,256,512]',
+    'model.test_cfg.rcnn.score_thr=0.0',  # else hardly trained weights predict nothing
+    'train_dataloader.dataset.indices=4',
+    *WITHOUT_WORKERS,
+    'train_dataloader.dataset.pipeline.2.scales=[(96,96)]',
+    'val_dataloader.dataset.pipeline.1.scale=(96,96)',
+    'test_dataloader.dataset.pipeline.1.scale=(96,96)',
+    'train_cfg.val_interval=2',
+    'default_hooks.logger.interval=1',
+]
+RATIOS = (2, 3, 4, 5, 6, 7)  # quarters, of the scales of test-time augmentation
+SMALL_SEGMENTOR = [
+    *segmentation_size(64),
+    'model.backbone.init_cfg=None',
+    'model.backbone.arch=nano',
+    'model.decode_head.in_channels=[64,128,256,512]',
+    'model.auxiliary_head.in_channels=256',
+    'model.decode_head.channels=32',
+    'model.auxiliary_head.channels=32',
+    *WITHOUT_WORKERS,
+    *FOUR_ITERATIONS,
+    *(f'tta_pipeline.1.transforms.0.{i}.scale=({64 * r},{16 * r})' for i, r in enumerate(RATIOS)),
+]
+
+
+@pytest.fixture(scope='module')
+def project(sample, tmp_path_factory):
+    """A user's copy of the project with the page's configs, and data in the page's two forms."""
+    project = tmp_path_factory.mktemp('project')
+    (project / 'configs').mkdir()
+    for path in ('tools', 'configs/_base_', 'configs/detection', 'configs/segmentation'):
+        (project / path).symlink_to(ROOT / path)
+    write_files(PAGE, project)
+    make_shapes(sample / 'coco', project / 'data/shapes')
+    make_scenes(sample / 'ade/ADEChallengeData2016', project / 'data/scenes')
+    (project / 'photos').mkdir()
+    for number, path in enumerate(sorted((sample / 'coco/val2017').iterdir())[:2]):
+        shutil.copy(path, project / f'photos/new_{number}.jpg')
+    return project
+
+
+def make_shapes(source, folder):
+    """COCO's form with three categories of one's own."""
+    (folder / 'annotations').mkdir(parents=True)
+    for split in ('train', 'val'):
+        (folder / split).symlink_to(source / f'{split}2017')
+        content = json.loads((source / f'annotations/instances_{split}2017.json').read_text())
+        names = {category['id']: category['name'] for category in content['categories']}
+        annotations = [a for a in content['annotations'] if names[a['category_id']] in CATEGORIES]
+        for annotation in annotations:
+            annotation['category_id'] = CATEGORIES[names[annotation['category_id']]][1]
+        categories = [dict(id=id_, name=name) for name, id_ in CATEGORIES.values()]
+        content |= dict(annotations=annotations, categories=categories)
+        (folder / f'annotations/{split}.json').write_text(json.dumps(content))
+
+
+def make_scenes(source, folder):
+    """Mask pictures with labels 0, 1, 2 and 255."""
+    for split, ade_split in (('train', 'training'), ('val', 'validation')):
+        (folder / 'masks' / split).mkdir(parents=True)
+        (folder / 'images').mkdir(exist_ok=True)
+        (folder / 'images' / split).symlink_to(source / 'images' / ade_split)
+        for path in (source / 'annotations' / ade_split).iterdir():
+            labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+            mask = np.zeros_like(labels)
+            for label, new in SCENE_LABELS.items():
+                mask[labels == label] = new
+            cv2.imwrite(str(folder / 'masks' / split / path.name), mask)
+
+
+@pytest.fixture
+def run(project, monkeypatch, capfd, guarded):
+    """Runs a command of the page in this process, with options; returns what it printed."""
+    monkeypatch.chdir(project)
+
+    def run(command, options):
+        return run_command(command, options, monkeypatch, capfd)
+
+    return run
+
+
+def load(name, project, monkeypatch):
+    monkeypatch.chdir(project)
+    config = Config.fromfile(f'configs/custom/{name}.py')
+    init_default_scope(config.default_scope)
+    return config
+
+
+def test_page_names_its_files():
+    assert {name.split('/')[-1] for name in files_of(PAGE)} == {
+        'mask_rcnn_12_epochs.py', 'mask_rcnn_shapes.py', 'cascade_mask_rcnn_shapes.py',
+        'mask_rcnn_shapes_from_coco.py', 'upernet_scenes.py',
+    }  # fmt: skip
+    assert set(COMMANDS) == {'detection', 'fine-tuning', 'segmentation'}
+
+
+def test_shorter_schedule(project, monkeypatch):
+    config = load('mask_rcnn_12_epochs', project, monkeypatch)
+    assert config.train_cfg.max_epochs == config.param_scheduler[1].end == 12
+    assert len(config.param_scheduler) == 2
+    assert (config.train_dataloader.batch_size, config.optim_wrapper.optimizer.lr) == (4, 5e-5)
+    assert config.optim_wrapper.optimizer.type == 'AdamW'
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn_shapes', 'cascade_mask_rcnn_shapes'])
+def test_heads_have_the_classes(name, project, monkeypatch):
+    config = load(name, project, monkeypatch)
+    with torch.device('meta'):
+        model = MODELS.build(config.model)
+    heads = model.roi_head.bbox_head
+    heads = heads if isinstance(heads, torch.nn.ModuleList) else [heads]
+    assert len(heads) == (3 if 'cascade' in name else 1)
+    for head in heads:
+        assert head.fc_cls.out_features == 3 + 1
+    masks = model.roi_head.mask_head
+    for head in masks if isinstance(masks, torch.nn.ModuleList) else [masks]:
+        assert head.conv_logits.out_channels == 3
+    if 'cascade' in name:  # the base's other values remain
+        deviations = [head.bbox_coder.stds[0] for head in heads]
+        assert deviations == [0.1, 0.05, 0.033]
+        assert heads[0].reg_decoded_bbox
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn_shapes', 'cascade_mask_rcnn_shapes'])
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_labels_are_those_of_the_file(name, split, project, monkeypatch):
+    config = load(name, project, monkeypatch)
+    dataset = DATASETS.build(config[f'{split}_dataloader'].dataset)
+    truth = COCO(project / f'data/shapes/annotations/{split}.json')
+    names = {category['id']: category['name'] for category in truth.cats.values()}
+    seen = set()
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        found = [dataset.metainfo['classes'][i['bbox_label']] for i in info['instances']]
+        annotations = truth.loadAnns(truth.getAnnIds(info['img_id']))
+        assert found == [names[annotation['category_id']] for annotation in annotations]
+        seen |= set(found)
+    assert seen == {'ball', 'kite', 'food'}
+
+
+def test_labels_follow_the_file_s_order_whatever_classes_says(project, monkeypatch):
+    """Of mmdet: why the page asks for the file's order."""
+    config = load('mask_rcnn_shapes', project, monkeypatch)
+    config.train_dataloader.dataset.metainfo.classes = ('food', 'kite', 'ball')
+    dataset = DATASETS.build(config.train_dataloader.dataset)
+    assert dataset.cat2label == {id_: i for i, (_, id_) in enumerate(CATEGORIES.values())}
+
+
+def test_truth_has_full_score_in_the_detector_s_evaluator(project, monkeypatch):
+    config = load('mask_rcnn_shapes', project, monkeypatch)
+    dataset = DATASETS.build(config.val_dataloader.dataset)
+    metric = METRICS.build(dict(config.val_evaluator, metric='bbox'))
+    metric.dataset_meta = dataset.metainfo
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        instances = [item for item in info['instances'] if not item['ignore_flag']]
+        prediction = dict(
+            bboxes=torch.tensor([item['bbox'] for item in instances]).reshape(-1, 4),
+            labels=torch.tensor([item['bbox_label'] for item in instances], dtype=torch.long),
+            scores=torch.ones(len(instances)),
+        )
+        sample = dict(
+            img_id=info['img_id'],
+            ori_shape=(info['height'], info['width']),
+            pred_instances=prediction,
+        )
+        metric.process({}, [sample])
+    assert metric.evaluate(len(dataset))['coco/bbox_mAP'] == 1.0
+
+
+def scalars(work_dir):
+    lines = [
+        json.loads(line)
+        for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
+        for line in path.read_text().splitlines()
+    ]
+    return [line for line in lines if 'loss' in line], [
+        line for line in lines if 'loss' not in line
+    ]
+
+
+def predictions(project, name):
+    """JSON, drawing and picture of each new picture, after a prediction into a folder."""
+    folder = project / 'predictions' / name
+    photos = sorted((project / 'photos').iterdir())
+    assert [path.stem for path in photos] == sorted(p.stem for p in (folder / 'json').iterdir())
+    for photo in photos:
+        content = json.loads((folder / f'json/{photo.stem}.json').read_text())
+        drawing, picture = cv2.imread(str(folder / 'pictures' / photo.name)), cv2.imread(str(photo))
+        assert drawing.shape == picture.shape
+        yield content, drawing.astype(float), picture.astype(float)
+
+
+def make_certain(work_dir, layer, values):
+    """Lets a layer of the newest checkpoint say the same of everything."""
+    path = Path((work_dir / 'last_checkpoint').read_text())
+    checkpoint = CheckpointLoader.load_checkpoint(str(path), 'cpu')
+    checkpoint['state_dict'][f'{layer}.weight'].zero_()
+    checkpoint['state_dict'][f'{layer}.bias'].copy_(torch.tensor(values))
+    torch.save(checkpoint, path)
+
+
+def test_detection(run, project):
+    train, resume, evaluate, predict = COMMANDS['detection']
+    work_dir = project / 'work_dirs/mask_rcnn_shapes'
+    run(train, [*SMALL_DETECTOR, 'train_cfg.max_epochs=1'])
+    assert (work_dir / 'epoch_1.pth').exists()
+    output = run(resume, [*SMALL_DETECTOR, 'train_cfg.max_epochs=2'])
+    assert 'resumed epoch: 1' in output
+    training, validation = scalars(work_dir)
+    assert [line['iter'] for line in training] == [1, 2, 3, 4]
+    assert all(np.isfinite(line['loss']) for line in training)
+    # From batch 16 to 2; the warm-up starts at a thousandth, the stem is layer 0 of 7.
+    assert training[0]['lr'] == pytest.approx(1e-4 * 2 / 16 * 0.001 * 0.95**6)
+    assert 0 <= validation[-1]['coco/segm_mAP'] <= 1
+
+    output = run(evaluate, SMALL_DETECTOR)
+    assert 'coco/bbox_mAP' in output
+    pictures = list(work_dir.glob('*/pictures/*.jpg'))
+    assert len(pictures) == 6
+    assert all(cv2.imread(str(picture)) is not None for picture in pictures)
+
+    # Of ball, kite, food and none; hardly trained weights would be sure of nothing.
+    make_certain(work_dir, 'roi_head.bbox_head.fc_cls', np.log([0.45, 0.05, 0.4, 0.1]))
+    run(predict, SMALL_DETECTOR)
+    for content, drawing, picture in predictions(project, 'shapes'):
+        found = {(item['label'], item['class'], round(item['score'], 2), 'mask' in item)
+                 for item in content['instances']}  # fmt: skip
+        assert found == {(0, 'ball', 0.45, True), (2, 'food', 0.4, True)}
+        assert np.abs(drawing - picture).max() > 60
+
+
+@pytest.fixture
+def coco_detector(project):
+    """A checkpoint of the recipe for COCO's 80 classes, where the page's config looks for it."""
+    config = Config.fromfile(ROOT / 'configs/detection/mask_rcnn_conv2former_t.py')
+    parser = ArgumentParser()
+    parser.add_argument('--options', nargs='+', action=DictAction)
+    options = [option for option in SMALL_DETECTOR if option.startswith('model.')]
+    config.merge_from_dict(parser.parse_args(['--options', *options]).options)
+    init_default_scope('mmdet')
+    torch.manual_seed(1)
+    model = MODELS.build(config.model)
+    path = project / 'work_dirs/mask_rcnn_conv2former_t/epoch_36.pth'
+    path.parent.mkdir(parents=True)
+    torch.save(dict(state_dict=model.state_dict(), meta={}), path)
+    return model.state_dict()
+
+
+def test_fine_tuning_from_coco(run, project, coco_detector):
+    """With a rate of zero, all that is left after training is what was loaded."""
+    (train,) = COMMANDS['fine-tuning']
+    options = ['train_cfg.max_epochs=1', 'optim_wrapper.optimizer.lr=0.0']
+    output = run(train, [*SMALL_DETECTOR, *options])
+    path = project / 'work_dirs/mask_rcnn_shapes_from_coco/epoch_1.pth'
+    trained = read_state_dict(str(path))
+    new = {f'roi_head.bbox_head.fc_{part}.{kind}' for part in ('cls', 'reg')
+           for kind in ('weight', 'bias')}  # fmt: skip
+    new |= {f'roi_head.mask_head.conv_logits.{kind}' for kind in ('weight', 'bias')}
+    assert {n for n, value in trained.items() if value.shape != coco_detector[n].shape} == new
+    said = re.search(r'(\d+) of (\d+) tensors of the model; at their initial values stay', output)
+    assert int(said[2]) - int(said[1]) == len(new)
+    for name, value in trained.items():
+        if name not in new and not name.split('.')[-1].startswith(('running', 'num_batches')):
+            torch.testing.assert_close(value, coco_detector[name], rtol=0, atol=0)
+
+
+def scene_labels(config, split):
+    """Labels of a split as the network sees them, and the files'."""
+    dataset = DATASETS.build(config[f'{split}_dataloader'].dataset)
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        (load_labels,) = [s for s in dataset.pipeline.transforms if isinstance(s, LoadAnnotations)]
+        yield load_labels(info)['gt_seg_map'], cv2.imread(info['seg_map_path'], 0)
+
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_masks_are_the_labels(split, project, monkeypatch):
+    config = load('upernet_scenes', project, monkeypatch)
+    seen = set()
+    for labels, file_labels in scene_labels(config, split):
+        assert (labels == file_labels).all()
+        seen |= set(np.unique(labels))
+    assert seen == {0, 1, 2, 255}
+
+
+def test_labels_from_one(project, monkeypatch):
+    config = load('upernet_scenes', project, monkeypatch)
+    config.train_dataloader.dataset.reduce_zero_label = True
+    for labels, file_labels in scene_labels(config, 'train'):
+        assert (labels[file_labels == 0] == 255).all()
+        assert (labels[file_labels == 2] == 1).all()
+
+
+def test_truth_has_full_score_in_the_segmentor_s_evaluator(project, monkeypatch):
+    config = load('upernet_scenes', project, monkeypatch)
+    dataset = DATASETS.build(config.val_dataloader.dataset)
+    metric = METRICS.build(config.val_evaluator)
+    metric.dataset_meta = dataset.metainfo
+    for index in range(len(dataset)):
+        truth = dataset[index]['data_samples'].gt_sem_seg.data
+        sample = dict(pred_sem_seg=dict(data=truth % 255), gt_sem_seg=dict(data=truth))
+        metric.process({}, [sample])
+    assert metric.evaluate(len(dataset))['mIoU'] == 100
+
+
+def test_segmentation(run, project, slow):
+    train, resume, evaluate, evaluate_in_scales, predict = COMMANDS['segmentation']
+    work_dir = project / 'work_dirs/upernet_scenes'
+    run(train, [*SMALL_SEGMENTOR, 'train_cfg.max_iters=2'])
+    output = run(resume, [*SMALL_SEGMENTOR, 'train_cfg.max_iters=4'])
+    assert 'resumed epoch: 0, iter: 2' in output
+    training, validation = scalars(work_dir)
+    assert [line['iter'] for line in training] == [1, 2, 3, 4]
+    assert all(np.isfinite(line['loss']) for line in training)
+    assert 0 <= validation[-1]['mIoU'] <= 100
+
+    output = run(evaluate, SMALL_SEGMENTOR)
+    assert re.search(r'\|\s+ground\s+\|.*\|\s+ball\s+\|.*\|\s+kite\s+\|', output, re.DOTALL)
+    pictures = list(work_dir.glob('*/pictures/*.jpg'))
+    assert len(pictures) == 6
+    assert all(cv2.imread(str(picture)) is not None for picture in pictures)
+    if slow:
+        assert 'mIoU' in run(evaluate_in_scales, SMALL_SEGMENTOR)
+
+    make_certain(work_dir, 'decode_head.conv_seg', [0.0, 0.0, 1.0])
+    run(predict, SMALL_SEGMENTOR)
+    for content, drawing, picture in predictions(project, 'scenes'):
+        assert content['classes'] == [
+            {'label': 2, 'class': 'kite', 'value': 2, 'pixels': 64 * 64, 'share': 1.0}
+        ]
+        labels = cv2.imread(str(project / 'predictions/scenes' / content['labels']), -1)
+        assert (labels == 2).all()
+        painted = 0.2 * picture + 0.8 * np.array([80, 160, 0])  # the palette's colour, as BGR
+        assert np.median(np.abs(drawing - painted)) < 8  # but where the name is written

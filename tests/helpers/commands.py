@@ -1,0 +1,156 @@
+"""The commands that README and docs show, and what a tool's own parser makes of them.
+
+Commands stand in blocks of shell, behind `$ ` in other blocks, and in code within a sentence, where
+`tools/train.py` without `python` is a name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+from markdown_it import MarkdownIt
+
+from helpers import ROOT
+from helpers.pages import read_blocks
+
+SHELL = ('bash', 'console', 'sh', 'shell')
+ASSIGNMENT = re.compile(r'[A-Z_]+=')
+GENERATED = re.compile('<!-- table .+? -->.*?<!-- end -->', flags=re.DOTALL)
+STARTS = re.compile(
+    r'((export|make|mim|pip|pre-commit|pytest) |python (-m )?[\w./]+( |$)|tools/\w+\.sh )'
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command as a page shows it, with the line of its block or paragraph, from 1."""
+
+    page: Path
+    line: int
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        """The program and its arguments, without variables before them; nothing for `...`."""
+        words = shlex.split(self.text)
+        while words and ASSIGNMENT.match(words[0]):
+            words.pop(0)
+        words = [word.removesuffix('...') for word in words if word != '...']
+        if words and Path(words[0]).name == 'python':
+            words.pop(0)
+        if words and words[0] == '-m':
+            words.pop(0)
+        return words
+
+    @property
+    def program(self) -> str:
+        """What is started: `make`, `pip`, `tools/train.py`; `<<` for a script within the block."""
+        return '<<' if '<<' in self.text else self.words[0]
+
+    def __str__(self) -> str:
+        return f'{self.page.name}:{self.line}: {self.text.splitlines()[0]}'
+
+
+def read_commands(page: Path) -> Iterator[Command]:
+    """All commands of a page; those in blocks first."""
+    for block in read_blocks(page):
+        if block.language in SHELL:
+            commands = [block.text] if '<<' in block.text else block.commands()
+        else:
+            lines = block.text.replace('\\\n', ' ').splitlines()
+            commands = [line[2:] for line in lines if line.startswith('$ ')]
+        for text in commands:
+            yield Command(page, block.line, text)
+    for text, line in inline_code(page):
+        without = re.sub(r'^([A-Z_]+=\S+ )+', '', text)
+        if STARTS.match(without) and '\n' not in text:
+            yield Command(page, line, text)
+
+
+def inline_code(page: Path) -> Iterator[tuple[str, int]]:
+    """Code within sentences with its paragraph's line, from 1; none of generated tables."""
+    text = GENERATED.sub(lambda match: '\n' * match[0].count('\n'), page.read_text())
+    for token in MarkdownIt().enable('table').parse(text):
+        for child in token.children or []:
+            if child.type == 'code_inline':
+                yield child.content, token.map[0] + 1 if token.map else 0
+
+
+# ---------------------------------------------------------------------------------------- parsers
+class Parsed(Exception):
+    """Ends a tool once its command line is read."""
+
+    def __init__(self, parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+        self.parser = parser
+        self.arguments = arguments
+
+
+@cache
+def load_tool(path: str) -> ModuleType:
+    """The module of a tool such as `tools/train.py`, not run."""
+    name = 'documented_' + Path(path).stem
+    spec = importlib.util.spec_from_file_location(name, ROOT / path)
+    if spec is None or spec.loader is None:
+        raise ImportError(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def typed(words: list[str]) -> Iterator[None]:
+    """`sys.argv` as after typing `words`."""
+    with patch.object(sys, 'argv', words):
+        yield
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """What a tool's own parser makes of a command line; the tool goes no further.
+
+    Raises:
+        SystemExit: The parser refuses it.
+    """
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def stop(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
+        raise Parsed(self, parse_args(self, args, namespace))
+
+    with typed(words), patch.object(argparse.ArgumentParser, 'parse_args', stop):
+        try:
+            load_tool(words[0]).main()
+        except Parsed as parsed:
+            return parsed.arguments
+    raise AssertionError(f'{words[0]} does not read its command line')
+
+
+def flags_of(path: str) -> set[str]:
+    """All flags of a tool, those of its commands included."""
+    found: set[str] = set()
+
+    def stop(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
+        raise Parsed(self, argparse.Namespace())
+
+    with typed([path]), patch.object(argparse.ArgumentParser, 'parse_args', stop):
+        try:
+            load_tool(path).main()
+        except Parsed as parsed:
+            parsers = [parsed.parser]
+            while parsers:
+                for action in parsers.pop()._actions:
+                    found |= set(action.option_strings)
+                    if isinstance(action, argparse._SubParsersAction):
+                        parsers += action.choices.values()
+    return found

@@ -1,0 +1,99 @@
+"""Files for those who develop: hooks, workflow, issue forms, citation, checks of files."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from check_files import LARGEST
+from helpers import ROOT
+from helpers.tools import run_tool
+
+import mmconv2former
+
+FORMS = sorted((ROOT / '.github/ISSUE_TEMPLATE').glob('*.yml'))
+FIELDS = ('checkboxes', 'dropdown', 'input', 'markdown', 'textarea')
+
+
+def read(name):
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def test_hooks_are_valid_and_their_programs_pinned():
+    pytest.importorskip('pre_commit')
+    name = '.pre-commit-config.yaml'
+    command = [sys.executable, '-m', 'pre_commit', 'validate-config', name]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (repository,) = read(name)['repos']
+    assert repository['repo'] == 'local'  # nothing is fetched
+    makefile = (ROOT / 'Makefile').read_text()
+    pins = (ROOT / 'constraints.txt').read_text()
+    for hook in repository['hooks']:
+        program, *arguments = hook['entry'].split()
+        assert program.startswith('.venv/bin/')
+        name = program.removeprefix('.venv/bin/')
+        if name == 'python':
+            assert f'$(PYTHON_IN_VENV) {" ".join(arguments)}' in makefile
+        else:
+            assert re.search(rf'(\.venv/bin/|-m ){name}', makefile)
+            assert re.search(rf'^{name}(-py)?==', pins, flags=re.M)
+
+
+def test_workflow_runs_what_ci_runs_on_each_python():
+    job = read('.github/workflows/ci.yml')['jobs']['cpu']
+    assert [step['run'] for step in job['steps'] if 'run' in step][-2:] == ['make setup', '.ci/run']
+    versions = job['strategy']['matrix']['python']
+    setup = (ROOT / 'tools/setup_env.sh').read_text()
+    named = re.search(r'Python (3\.\d+), (3\.\d+) or (3\.\d+) is needed', setup)
+    assert versions == list(named.groups())
+
+
+def test_ci_lints_and_tests():
+    assert (ROOT / '.ci/run').read_text().split('\n')[-3:-1] == ['make lint', 'make test']
+
+
+@pytest.mark.parametrize('path', FORMS, ids=lambda path: path.stem)
+def test_issue_forms(path):
+    """The parts that GitHub asks of a form."""
+    form = yaml.safe_load(path.read_text())
+    assert {'name', 'description', 'body'} <= form.keys()
+    fields = [field for field in form['body'] if field['type'] != 'markdown']
+    assert fields
+    assert {field['type'] for field in form['body']} <= set(FIELDS)
+    assert all(field['attributes']['label'] for field in fields)
+    assert len({field['id'] for field in fields}) == len(fields)
+
+
+def test_three_forms():
+    assert [path.stem for path in FORMS] == ['bug', 'feature', 'question']
+
+
+def test_citation_is_of_this_version_and_the_paper():
+    citation = read('CITATION.cff')
+    assert {'cff-version', 'message', 'title', 'authors'} <= citation.keys()
+    assert citation['version'] == mmconv2former.__version__
+    doi = citation['preferred-citation']['doi']
+    assert f'doi {doi}' in (ROOT / 'README.md').read_text()
+
+
+def test_files_that_are_not_kept(tmp_path):
+    (tmp_path / 'large.png').write_bytes(bytes(LARGEST + 1))
+    (tmp_path / 'small.png').write_bytes(bytes(LARGEST))
+    output = run_tool('check_files.py', 'size', *tmp_path.iterdir(), succeeds=False)
+    assert [line for line in output.splitlines() if 'png' in line] == [
+        f'error: {tmp_path}/large.png has 512,001 bytes, at most 512,000 are kept here'
+    ]
+
+
+def test_yaml_that_cannot_be_read(tmp_path):
+    (tmp_path / 'good.yml').write_text('a: [1]')
+    (tmp_path / 'bad.yml').write_text('a: [1')
+    output = run_tool('check_files.py', 'yaml', *tmp_path.iterdir(), succeeds=False)
+    assert f'error: {tmp_path}/bad.yml' in output
+    assert 'good.yml' not in output
+
+
+@pytest.mark.parametrize('check', ['size', 'yaml'])
+def test_what_is_kept_is_sound(check):
+    run_tool('check_files.py', check)

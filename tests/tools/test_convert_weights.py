@@ -1,0 +1,344 @@
+"""The converter: what it writes is whole, and what it refuses leaves nothing behind."""
+
+import argparse
+import hashlib
+import os
+import resource
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import convert_weights
+import pytest
+import torch
+from helpers import ROOT
+from helpers.checkpoints import HOSTILE, in_mmpretrain, published_state_dict, write_call
+from mmengine.runner import CheckpointLoader, load_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mmconv2former import Conv2Former
+from mmconv2former.models.cls_head import Conv2FormerClsHead
+from mmconv2former.models.conv2former import ARCHS, Arch
+
+NARROW = Arch((8, 12, 16, 20), (1, 2, 2, 1), 7)
+STATE = published_state_dict(NARROW)
+AVERAGE = published_state_dict(NARROW, seed=1)
+BACKBONE = {name for name in STATE if name.startswith(('stages', 'downsample_layers'))}
+
+
+@pytest.fixture
+def convert(guarded, monkeypatch, capsys, tmp_path):
+    """Runs the tool here; gives what it printed, or its error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['convert_weights.py', *map(str, arguments)])
+        try:
+            convert_weights.main()
+        except SystemExit as error:
+            printed = capsys.readouterr()
+            return f'{printed.out}{printed.err}{error.code}'
+        printed = capsys.readouterr()
+        return printed.out + printed.err
+
+    return run
+
+
+def written(suffix='.pth'):
+    """The only file that a conversion left, and its tensors."""
+    (name,) = os.listdir('out')
+    path = os.path.join('out', name)
+    if suffix == '.safetensors':
+        return path, load_file(path)
+    content = torch.load(path, weights_only=True)
+    assert set(content) == {'meta', 'state_dict'}
+    return path, content['state_dict']
+
+
+def save_timm(path):
+    """As timm saves, distributed and with an average."""
+    arguments = argparse.Namespace(model='conv2former_x', lr=1e-3)
+    state, average = ({f'module.{n}': t for n, t in s.items()} for s in (STATE, AVERAGE))
+    content = dict(state_dict=state, state_dict_ema=average, args=arguments, optimizer={}, epoch=9)
+    torch.save(content, path)
+
+
+def save_ema_hook(path):
+    """As mmengine's EMAHook saves: the average is in the first place."""
+    average, state = in_mmpretrain(AVERAGE), in_mmpretrain(STATE)
+    source = dict(steps=torch.tensor(9)) | {f'module.{name}': t for name, t in state.items()}
+    torch.save(dict(state_dict=average, ema_state_dict=source, meta=dict(epoch=1)), path)
+
+
+def save_detector(path):
+    """Of dense prediction: output norms instead of a classification head."""
+    state = {f'backbone.{name}': STATE[name] for name in BACKBONE}
+    state |= {'backbone.norm1.weight': torch.ones(12), 'neck.conv.weight': torch.ones(3)}
+    torch.save(dict(state_dict=state, meta=dict(epoch=1)), path)
+
+
+SOURCES = {  # how it is saved, options, whether the average is expected, what is dropped
+    'timm': (save_timm, [], False, '4 of head, 2 of pred'),
+    'timm, averaged': (save_timm, ['--ema'], True, '4 of head, 2 of pred'),
+    'EMAHook': (save_ema_hook, ['--ema'], True, '6 of head'),
+    'plain': (lambda path: torch.save(STATE, path), [], False, '4 of head, 2 of pred'),
+    'mmpretrain': (
+        lambda path: torch.save(dict(state_dict=in_mmpretrain(STATE)), path), [], False, '6 of head'
+    ),
+    'detector': (save_detector, [], False, '1 of neck'),
+    'safetensors': (lambda path: save_file(STATE, path), [], False, '4 of head, 2 of pred'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('case', SOURCES)
+def test_backbone_alone(case, suffix, convert):
+    save, options, averaged, dropped = SOURCES[case]
+    source = 'source.safetensors' if case == 'safetensors' else 'source.pth.tar'
+    save(source)
+    output = convert(source, f'out/narrow{suffix}', *options)
+    expected = {name: (AVERAGE if averaged else STATE)[name] for name in BACKBONE}
+    if case == 'detector':
+        expected['norm1.weight'] = torch.ones(12)
+    path, tensors = written(suffix)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    assert path == f'out/narrow-{digest[:8]}{suffix}'
+    assert f'used      {len(expected)} tensors' in output
+    assert 'missing: none' in output
+    assert f'dropped   {dropped}\n' in output
+    arch = dict(channels=NARROW.channels, depths=NARROW.depths, kernel_size=7)
+    model = Conv2Former(arch, init_cfg=dict(type='Pretrained', checkpoint=path))
+    if case != 'detector':
+        model.init_weights()
+        assert torch.equal(model.stages[2][1].mlp.fc2.weight, expected['stages.2.1.mlp.fc2.weight'])
+
+
+class Classifier(nn.Module):
+    """Names as in mmpretrain's ImageClassifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = Conv2Former(
+            dict(channels=NARROW.channels, depths=NARROW.depths), kernel_size=7, out_norm=False
+        )
+        self.head = Conv2FormerClsHead(20, 10)
+
+
+@pytest.mark.parametrize('save', [save_timm, save_ema_hook])
+def test_whole_classifier_loads_without_a_missing_key(save, convert):
+    save('source.pth')
+    output = convert('source.pth', 'out/narrow.pth', '--classifier')
+    assert '10 classes' in output
+    assert 'dropped   none' in output
+    path, _ = written()
+    classifier = Classifier()
+    load_checkpoint(classifier, path, strict=True)
+    expected = in_mmpretrain(AVERAGE if save is save_ema_hook else STATE)
+    assert classifier.state_dict().keys() == expected.keys()
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize('form', ['timm', 'plain', 'model', 'module'])
+def test_classifier_takes_an_official_file_as_it_is(form, guarded, tmp_path):
+    """Through mmengine's `load_from`, as the tools set it up."""
+    path = str(tmp_path / 'file.pth')
+    if form == 'timm':
+        save_timm(path)
+    else:
+        state = {('module.' if form == 'module' else '') + name: STATE[name] for name in STATE}
+        torch.save(dict(model=state) if form == 'model' else state, path)
+    classifier = Classifier()
+    load_checkpoint(classifier, path, strict=True)
+    expected = in_mmpretrain(STATE)
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_classifier_as_safetensors(convert):
+    save_timm('source.pth')
+    convert('source.pth', 'out/narrow.safetensors', '--classifier')
+    path, tensors = written('.safetensors')
+    assert CheckpointLoader.load_checkpoint(path)['state_dict'].keys() == tensors.keys()
+    classifier = Classifier()
+    load_checkpoint(classifier, path, strict=True)
+    assert torch.equal(classifier.head.pred.weight, STATE['pred.weight'])
+
+
+@pytest.mark.parametrize('name', ['nano', 'small'])
+def test_archs_are_recognised(name, convert):
+    torch.save(published_state_dict(ARCHS[name], num_classes=1000), 'source.pth')
+    output = convert('source.pth', 'out/file.pth', '--arch', name[0], '--classifier')
+    arch = ARCHS[name]
+    assert f'arch {name}, kernel_size {arch.kernel_size}, channels {arch.channels}' in output
+    assert f'depths {arch.depths}, mlp_ratio 4, 1000 classes' in output
+    path, _ = written()
+    assert torch.load(path, weights_only=True)['meta']['num_classes'] == 1000
+    os.unlink(path)  # 200 MB
+    os.unlink('source.pth')
+
+
+@pytest.mark.parametrize(
+    ('options', 'kernel_sizes'), [([11], (11,) * 4), ([11, 9, 7, 7], (11, 9, 7, 7))]
+)
+def test_adapted_kernels(options, kernel_sizes, convert):
+    torch.save(STATE, 'source.pth')
+    output = convert('source.pth', 'out/file.pth', '--kernel-size', 7, '--adapt-kernel', *options)
+    assert 'padded    kernels to' in output
+    path, tensors = written()
+    for stage, size in enumerate(kernel_sizes):
+        name = f'stages.{stage}.0.attn.att.2.weight'
+        assert tensors[name].shape[-2:] == (size, size)
+        margin = (size - 7) // 2
+        middle = slice(margin, size - margin)
+        assert torch.equal(tensors[name][..., middle, middle], STATE[name])
+        assert tensors[name].sum() == pytest.approx(STATE[name].sum().item(), rel=1e-5)
+    assert torch.load(path, weights_only=True)['meta']['kernel_size'] == kernel_sizes
+
+
+def test_output_is_the_same_and_small(convert):
+    """The same bytes under whatever name, and no more than the tensors need."""
+    large = torch.zeros(1_000_000)
+    views = {name: large[: value.numel()].view(value.shape) for name, value in STATE.items()}
+    torch.save(dict(state_dict=views, optimizer=torch.zeros(1_000_000)), 'source.pth')
+    convert('source.pth', 'out/a.pth')
+    path, tensors = written()
+    size = sum(value.numel() * value.element_size() for value in tensors.values())
+    assert os.path.getsize(path) < size + 1000 * len(tensors)
+    convert('source.pth', 'other/b.pth')
+    assert os.listdir('other') == [os.path.basename(path).replace('a-', 'b-')]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o666 & ~umask
+
+
+def test_existing_output_is_replaced_by_force_only(convert):
+    torch.save(STATE, 'source.pth')
+    convert('source.pth', 'out/file.pth')
+    path, _ = written()
+    Path(path).write_bytes(b'mine')
+    output = convert('source.pth', 'out/file.pth')
+    assert output.endswith(f'error: {path} exists already; --force replaces it')
+    assert os.listdir('out') == [os.path.basename(path)]
+    assert Path(path).read_bytes() == b'mine'
+    convert('source.pth', 'out/file.pth', '--force')
+    assert written()[1].keys() == BACKBONE
+
+
+def save_truncated(path):
+    torch.save(STATE, path)
+    with open(path, 'r+b') as file:
+        file.truncate(5000)
+
+
+def save_without(name, path):
+    torch.save({key: value for key, value in STATE.items() if key != name}, path)
+
+
+def save_published(path):
+    torch.save(STATE, path)
+
+
+REFUSED = {  # how the file is made, options, what the error says
+    'wrong arch': (
+        save_published,
+        ['--arch', 'base'],
+        'file.pth: --arch base was expected, found arch of no name, kernel_size 7, channels (8, 12',
+    ),
+    'wrong kernel': (
+        save_published,
+        ['--kernel-size', 11],
+        'file.pth: --kernel-size 11 was expected, found 7',
+    ),
+    'unknown arch': (save_published, ['--arch', 'huge'], 'arch must be one of nano, tiny, small'),
+    'smaller kernel': (save_published, ['--adapt-kernel', 5], 'is 7x7 in the file, 5x5 in the'),
+    'even kernel': (save_published, ['--adapt-kernel', 10], 'kernel_size must be odd, got 10'),
+    'too few kernels': (save_published, ['--adapt-kernel', 11, 9], 'one int for each of 4 stages'),
+    'truncated': (save_truncated, [], "checkpoint 'file.pth' cannot be read: its end is missing"),
+    'empty': (lambda path: Path(path).touch(), [], "checkpoint 'file.pth' cannot be read: "),
+    'web page': (
+        lambda path: Path(path).write_text('\n<!DOCTYPE html>'),
+        [],
+        "checkpoint 'file.pth' cannot be read: it is a web page",
+    ),
+    'missing': (lambda path: None, [], "checkpoint 'file.pth' does not exist"),
+    'no average': (save_published, ['--ema'], 'has no averaged weights'),
+    'another network': (
+        lambda path: torch.save({'layer1.0.conv1.weight': torch.ones(1)}, path),
+        [],
+        'file.pth is no Conv2Former: it has no stages.0.0.attn.att.2.weight; its names begin with '
+        "['layer1']",
+    ),
+    'a name missing': (
+        lambda path: save_without('stages.1.0.attn.v.weight', path),
+        [],
+        f"file.pth: 1 of {len(BACKBONE)} names missing, such as ['stages.1.0.attn.v.weight']",
+    ),
+    'no head': (
+        lambda path: save_without('pred.bias', path),
+        ['--classifier'],
+        "--classifier: the classification head lacks ['pred.bias']",
+    ),
+    **{
+        f'hostile {name}': (
+            lambda path, write=write: write(path, 'trace', dict(state_dict=STATE)),
+            [],
+            'which is not data. If you trust whoever made it, --trust-checkpoints',
+        )
+        for name, write in HOSTILE.items()
+    },
+}
+
+
+@pytest.mark.parametrize('case', REFUSED)
+def test_refuses_and_leaves_nothing(case, convert, tmp_path):
+    save, options, message = REFUSED[case]
+    save('file.pth')
+    *_, last = convert('file.pth', 'out/file.pth', *options).splitlines()
+    assert last.startswith('error: ')
+    assert message in last
+    assert set(os.listdir(tmp_path)) <= {'file.pth'}  # neither an output nor the attacker's trace
+
+
+def test_other_suffixes_are_refused(convert):
+    assert 'must end with .pth or .safetensors, got out.bin' in convert('file.pth', 'out.bin')
+
+
+def test_trusted_file_is_run_with_a_warning(convert, monkeypatch):
+    monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD')  # torch's own, which nothing overrides
+    write_call('file.pth', 'trace', dict(state_dict=STATE))
+    assert 'WARNING: --trust-checkpoints' in convert(
+        'file.pth', 'out/file.pth', '--trust-checkpoints'
+    )
+    assert os.path.exists('trace')
+    assert written()[1].keys() == BACKBONE
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_folder_that_is_none(suffix, convert):
+    torch.save(STATE, 'source.pth')
+    output = convert('source.pth', f'source.pth/file{suffix}')
+    assert 'error: cannot write into source.pth: ' in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_full_disk_leaves_nothing(suffix, tmp_path):
+    """As a limit on the size of files makes it: the write fails half-way."""
+    torch.save(STATE, tmp_path / 'source.pth')
+    out = tmp_path / 'out'
+    command = [sys.executable, 'tools/convert_weights.py', tmp_path / 'source.pth']
+    result = subprocess.run(
+        [*command, out / f'file{suffix}'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(f'error: cannot write into {out}: ')
+    assert 'Traceback' not in result.stderr
+    assert os.listdir(out) == []

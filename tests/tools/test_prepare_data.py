@@ -1,0 +1,250 @@
+"""The check of data sets: sound ones pass, each fault is found and its file named."""
+
+import json
+import shutil
+
+import cv2
+import numpy as np
+import prepare_data
+import pytest
+from helpers.tools import run_tool
+from PIL import ExifTags, Image
+
+
+@pytest.fixture
+def copy(sample, tmp_path):
+    return shutil.copytree(sample, tmp_path / 'copy')
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def edit_annotation(**fields):
+    return lambda root: edit(
+        root / 'annotations/instances_val2017.json',
+        lambda content: content['annotations'][0].update(fields),
+    )
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+IMAGE = '000000000001.jpg'
+LABELS = '000000000001.png'
+# What is done to the sample, and what the report must then say
+COCO_FAULTS = {
+    'missing annotations': (
+        lambda root: (root / 'annotations/instances_val2017.json').unlink(),
+        ['annotation file is missing', 'instances_val2017.json', 'http://images.cocodataset.org'],
+    ),
+    'half a file': (
+        lambda root: cut(root / 'annotations/instances_val2017.json'),
+        ['annotation file is not JSON', 'instances_val2017.json'],
+    ),
+    'no categories': (
+        lambda root: edit(
+            root / 'annotations/instances_val2017.json', lambda content: content.pop('categories')
+        ),
+        ['no list of such name', 'categories'],
+    ),
+    'no size': (
+        lambda root: edit(
+            root / 'annotations/instances_val2017.json',
+            lambda content: content['images'][1].pop('width'),
+        ),
+        ['images[1] has no width'],
+    ),
+    'other category': (
+        lambda root: edit(
+            root / 'annotations/instances_train2017.json',
+            lambda content: content['categories'][0].update(name='human'),
+        ),
+        ["'human' has id 1, official is None", "'person' has id None"],
+    ),
+    'unknown category': (edit_annotation(category_id=12), ['unknown category', f'{IMAGE}: 12']),
+    'unknown image': (edit_annotation(image_id=77), ['unknown image', 'annotation 1 of 77']),
+    'inverted box': (edit_annotation(bbox=[5, 5, -3, 4]), ['box of negative size', IMAGE]),
+    'box outside': (edit_annotation(bbox=[60, 5, 9, 4]), ['box outside its image', IMAGE]),
+    'not a number': (
+        edit_annotation(bbox=[5, 5, float('nan'), 4]),
+        ['box is not four finite numbers', IMAGE],
+    ),
+    'two points': (
+        edit_annotation(segmentation=[[1, 1, 2, 2]]),
+        ['polygon is not three points or more', IMAGE],
+    ),
+    'polygon outside': (
+        edit_annotation(segmentation=[[1, 1, 70, 2, 3, 3]]),
+        ['polygon outside its image', IMAGE],
+    ),
+    'no mask': (edit_annotation(segmentation=[]), ['object without a mask', IMAGE]),
+    'mask of another size': (
+        edit_annotation(segmentation=dict(size=[9, 9], counts='')),
+        ['mask of another size', IMAGE],
+    ),
+    'same id': (
+        edit_annotation(id=2),
+        ['id is used twice', 'instances_val2017.json: 1 annotations'],
+    ),
+    'missing image': (
+        lambda root: (root / 'val2017' / IMAGE).unlink(),
+        ['image is missing', IMAGE],
+    ),
+    'truncated image': (lambda root: cut(root / 'val2017' / IMAGE), ['cannot be read', IMAGE]),
+    'text as image': (
+        lambda root: (root / 'val2017' / IMAGE).write_text('none'),
+        ['cannot be read', IMAGE],
+    ),
+    'image of another size': (
+        lambda root: cv2.imwrite(str(root / 'val2017' / IMAGE), np.zeros((9, 8, 3), np.uint8)),
+        ['another size than annotated', f'{IMAGE}: (8, 9), not (64, 64)'],
+    ),
+}  # fmt: skip
+
+
+def write_labels(labels):
+    def write(root):
+        cv2.imwrite(str(root / 'annotations/validation' / LABELS), labels)
+
+    return write
+
+
+ADE_FAULTS = {
+    'missing folder': (
+        lambda root: shutil.rmtree(root / 'annotations/training'),
+        ['folder is missing', 'annotations/training', 'ADEChallengeData2016.zip'],
+    ),
+    'no images': (
+        lambda root: [
+            path.unlink() for kind in ('images', 'annotations')
+            for path in (root / kind / 'validation').iterdir()
+        ],
+        ['images are missing', 'images/validation'],
+    ),
+    'missing labels': (
+        lambda root: (root / 'annotations/validation' / LABELS).unlink(),
+        ['label picture is missing', LABELS],
+    ),
+    'missing image': (
+        lambda root: (root / 'images/validation' / IMAGE).unlink(),
+        ['image is missing', IMAGE],
+    ),
+    'truncated labels': (
+        lambda root: cut(root / 'annotations/validation' / LABELS),
+        ['cannot be read', LABELS],
+    ),
+    'label 151': (write_labels(np.full((64, 64), 151, np.uint8)), ['label above 150', LABELS]),
+    'sixteen bits': (
+        write_labels(np.ones((64, 64), np.uint16)),
+        ['one channel with 8 bits', LABELS],
+    ),
+    'coloured labels': (
+        write_labels(np.ones((64, 64, 3), np.uint8)),
+        ['one channel with 8 bits', f'{LABELS}: RGB'],
+    ),
+    'other size': (
+        write_labels(np.ones((32, 64), np.uint8)),
+        ['labels of another size', f'{LABELS}: (64, 32), its image is (64, 64)'],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(('kind', 'root'), [('coco', 'coco'), ('ade', 'ade/ADEChallengeData2016')])
+def test_sound_data_are_ready(kind, root, sample):
+    output = run_tool('prepare_data.py', kind, '--root', sample / root)
+    assert 'is ready' in output
+    assert 'ERROR' not in output
+    assert '40 ' in output
+    assert 'in the official files' in output
+
+
+@pytest.mark.parametrize(
+    ('kind', 'root'),
+    [
+        ('coco', 'coco_sample'),
+        ('ade', 'ade_sample/ADEChallengeData2016'),
+        ('ade', 'semantic_sample'),
+    ],
+)
+def test_real_data_are_ready(kind, root, real_samples):
+    assert 'is ready' in run_tool('prepare_data.py', kind, '--root', real_samples / root)
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the tool in this process: the text of its output, and of the refusal if there is one."""
+
+    def run(*arguments):
+        refusal = ''
+        try:
+            prepare_data.main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            refusal = str(error)
+        return capsys.readouterr().out, refusal
+
+    return run
+
+
+def check_finds(fault, kind, root, tmp_path, run):
+    change, expected = fault
+    change(root)
+    before = contents(root)
+    report = tmp_path / 'report.txt'
+    output, refusal = run(kind, '--root', root, '--workers', 1, '--report', report)
+    assert 'is not ready' in refusal
+    for text in expected:
+        assert text in output
+    assert 'ERROR' in report.read_text()
+    assert contents(root) == before
+
+
+@pytest.mark.parametrize('fault', COCO_FAULTS)
+def test_faults_of_coco(fault, copy, tmp_path, run):
+    check_finds(COCO_FAULTS[fault], 'coco', copy / 'coco', tmp_path, run)
+
+
+@pytest.mark.parametrize('fault', ADE_FAULTS)
+def test_faults_of_ade(fault, copy, tmp_path, run):
+    check_finds(ADE_FAULTS[fault], 'ade', copy / 'ade/ADEChallengeData2016', tmp_path, run)
+
+
+def test_many_findings_are_shown_in_part_and_reported_in_whole(copy, tmp_path, run):
+    for path in (copy / 'coco/train2017').iterdir():
+        path.unlink()
+    report = tmp_path / 'report.txt'
+    output, _ = run('coco', '--root', copy / 'coco', '--report', report)
+    assert '... and 30 more' in output
+    assert report.read_text().count('train2017/0') == 40
+
+
+def test_small_faults_are_notes(copy, run):
+    edit_annotation(bbox=[5, 5, 0.5, 3])(copy / 'coco')
+    output, _ = run('coco', '--root', copy / 'coco')
+    assert 'note: box thinner than a pixel' in output
+    assert 'is ready' in output
+
+
+def test_turned_photographs_have_the_size_that_is_trained_on(tmp_path):
+    """Annotations and labels of what OpenCV loads, turned; those of the raw pixels do not fit."""
+    for name in ('images', 'labels'):
+        (tmp_path / name).mkdir()
+    image, labels = tmp_path / 'images/a.jpg', tmp_path / 'labels/a.png'
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new('RGB', (40, 30)).save(image, exif=exif)
+    assert cv2.imread(str(image)).shape == (40, 30, 3)
+    assert prepare_data.check_image(image, (30, 40)) == []
+    ((kind, text),) = prepare_data.check_image(image, (40, 30))
+    assert kind == 'image of another size than annotated'
+    assert '(30, 40), not (40, 30)' in text
+    for size, faults in (((30, 40), 0), ((40, 30), 1)):
+        Image.new('L', size).save(labels)
+        assert len(prepare_data.check_pair('a', image.parent, labels.parent)[0]) == faults

@@ -1,0 +1,131 @@
+"""Conv2Former written a second time, straight from the published equations, to check the first.
+
+Deliberately plain: functions over a state dict with the published names, tensors (N, C, H, W)
+throughout, LayerNorm and GELU from elementary operations, convolutions by `conv2d` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+StateDict = Mapping[str, Tensor]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    mean = x.mean(1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(1, keepdim=True)
+    x = (x - mean) / torch.sqrt(variance + 1e-6)
+    return weight[:, None, None] * x + bias[:, None, None]
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def batch_norm(x: Tensor, p: StateDict, name: str, training: bool) -> Tensor:
+    if training:
+        mean = x.mean((0, 2, 3))
+        variance = ((x - mean[:, None, None]) ** 2).mean((0, 2, 3))
+    else:
+        mean, variance = p[f'{name}.running_mean'], p[f'{name}.running_var']
+    x = (x - mean[:, None, None]) / torch.sqrt(variance + 1e-5)[:, None, None]
+    return p[f'{name}.weight'][:, None, None] * x + p[f'{name}.bias'][:, None, None]
+
+
+def conv(x: Tensor, p: StateDict, name: str, **kwargs: Any) -> Tensor:
+    return F.conv2d(x, p[f'{name}.weight'], p.get(f'{name}.bias'), **kwargs)
+
+
+def depthwise(x: Tensor, p: StateDict, name: str) -> Tensor:
+    channels, _, kernel_size, _ = p[f'{name}.weight'].shape
+    return conv(x, p, name, padding=kernel_size // 2, groups=channels)
+
+
+def norm(x: Tensor, p: StateDict, name: str) -> Tensor:
+    return layer_norm(x, p[f'{name}.weight'], p[f'{name}.bias'])
+
+
+def stem(x: Tensor, p: StateDict, training: bool) -> Tensor:
+    name = 'downsample_layers.0'
+    x = batch_norm(gelu(conv(x, p, f'{name}.0', stride=2, padding=1)), p, f'{name}.2', training)
+    x = batch_norm(gelu(conv(x, p, f'{name}.3', padding=1)), p, f'{name}.5', training)
+    return conv(x, p, f'{name}.6', stride=2)
+
+
+def fuse(a: Tensor, v: Tensor, fusion: str) -> Tensor:
+    """The paper's alternatives, by their formulas; extremes and sums over the channels."""
+    if fusion == 'hadamard':
+        return a * v
+    if fusion == 'sum':
+        return a + v
+    if fusion == 'sigmoid':
+        return v / (1 + torch.exp(-a))
+    if fusion == 'l1':
+        return a * v / (torch.sqrt(a**2).sum(1, keepdim=True) + 1e-6)
+    low, high = a.min(1, keepdim=True).values, a.max(1, keepdim=True).values
+    return v * (a - low + 1e-6) / (high - low + 1e-6)
+
+
+def modulation(x: Tensor, p: StateDict, name: str, fusion: str) -> Tensor:
+    x = norm(x, p, f'{name}.norm')
+    a = depthwise(gelu(conv(x, p, f'{name}.att.0')), p, f'{name}.att.2')
+    return conv(fuse(a, conv(x, p, f'{name}.v'), fusion), p, f'{name}.proj')
+
+
+def feed_forward(x: Tensor, p: StateDict, name: str) -> Tensor:
+    h = gelu(conv(norm(x, p, f'{name}.norm'), p, f'{name}.fc1'))
+    return conv(h + gelu(depthwise(h, p, f'{name}.pos')), p, f'{name}.fc2')
+
+
+def block(x: Tensor, p: StateDict, name: str, fusion: str = 'hadamard') -> Tensor:
+    x = x + p[f'{name}.layer_scale_1'][:, None, None] * modulation(x, p, f'{name}.attn', fusion)
+    return x + p[f'{name}.layer_scale_2'][:, None, None] * feed_forward(x, p, f'{name}.mlp')
+
+
+def plain_conv2former(
+    x: Tensor, p: StateDict, depths: Sequence[int], training: bool = False, fusion: str = 'hadamard'
+) -> list[Tensor]:
+    """Outputs of all stages, with the norms `norm{i}` where the state dict `p` has them."""
+    outputs = []
+    for i, depth in enumerate(depths):
+        if i == 0:
+            x = stem(x, p, training)
+        else:
+            name = f'downsample_layers.{i}'
+            x = conv(norm(x, p, f'{name}.0'), p, f'{name}.1', stride=2)
+        for j in range(depth):
+            x = block(x, p, f'stages.{i}.{j}', fusion)
+        outputs.append(norm(x, p, f'norm{i}') if f'norm{i}.weight' in p else x)
+    return outputs
+
+
+def plain_isotropic(
+    x: Tensor, p: StateDict, depth: int, out_indices: Sequence[int], training: bool = False
+) -> list[Tensor]:
+    """Outputs of the blocks asked for, with a plain or a convolutional patch embedding."""
+    name = 'patch_embed'
+    if f'{name}.weight' in p:
+        x = conv(x, p, name, stride=16)
+    else:
+        x = conv(x, p, f'{name}.0', stride=2, padding=1)
+        x = batch_norm(gelu(x), p, f'{name}.2', training)
+        x = conv(x, p, f'{name}.3', stride=2, padding=1)
+        x = batch_norm(gelu(x), p, f'{name}.5', training)
+        x = conv(x, p, f'{name}.6', stride=4)
+    outputs = {}
+    for j in range(depth):
+        x = block(x, p, f'blocks.{j}')
+        outputs[j] = norm(x, p, f'norm{j}') if f'norm{j}.weight' in p else x
+    return [outputs[j] for j in out_indices]
+
+
+def plain_head(x: Tensor, p: StateDict) -> Tensor:
+    """Logits of a feature map (N, C, H, W)."""
+    x = norm(gelu(conv(x, p, 'head.0')), p, 'head.2')
+    return x.mean((2, 3)) @ p['pred.weight'].t() + p['pred.bias']
