@@ -5,7 +5,7 @@ PYTHON_IN_VENV := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile
 # The tests of the package itself, without those of tools alone. The full disk of the last one has no
 # room for the file of coverage either.
-COVERED_BY := tests/ops $(patsubst %,tests/test_%.py,backbone cls_head comparators compile convert_weights deploy \
+COVERED_BY := tests/ops $(patsubst %,tests/test_%.py,backbone cls_head baselines compile convert_weights deploy \
     fusion instance_tta isotropic layer_decay lean product registry runner weights) \
     $(patsubst %,tests/reliability/test_%.py,bad_checkpoints bad_data fuzz numbers) \
     --deselect tests/tools/test_convert_weights.py::test_full_disk_leaves_nothing

@@ -18,13 +18,13 @@ except ModuleNotFoundError as error:
 from .engine.cuda_graphs import CudaGraphsHook, use_cuda_graphs
 from .engine.layer_decay import LayerDecayOptimWrapperConstructor
 from .engine.runner import ReliableRunner
-from .models.baselines import Comparator
+from .models.baselines import Baseline
 from .models.conv2former import Conv2Former
 from .models.isotropic import Conv2FormerIsotropic
 from .version import __version__
 
 __all__ = [
-    'Comparator',
+    'Baseline',
     'Conv2Former',
     'Conv2FormerClsHead',
     'Conv2FormerIsotropic',

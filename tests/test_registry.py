@@ -31,7 +31,7 @@ from {host}.registry import MODELS
 backbone = MODELS.build(dict(type='{type_name}', arch='nano', out_indices=0))
 print(type(backbone).__module__, backbone.channels)
 """
-    assert run_python(code) == 'mmconv2former.backbone (64,)'
+    assert run_python(code) == 'mmconv2former.models.conv2former (64,)'
 
 
 @pytest.mark.parametrize('host', HOSTS)

@@ -17,7 +17,7 @@ A model is a name, with options after a colon:
     conv2former_{n,t,s,b,l}    any argument of Conv2Former, or deploy=True (inference only)
     plain_{n,t,s,b,l}          the published equations in stock operators and NCHW, as in the
                                published code; channels_last=True for the other memory layout
-    convnext_tiny  swin_tiny  hornet_tiny  ...     any of docs/comparators.md, with four outputs
+    convnext_tiny  swin_tiny  hornet_tiny  ...     any of docs/baselines.md, with four outputs
     birder_t                   birder's Conv2Former, if that package is installed
 
 and of any of them, for inference only, how it is run:
@@ -67,8 +67,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmconv2former import Comparator, Conv2Former, use_cuda_graphs
-from mmconv2former.models.baselines import COMPARATORS
+from mmconv2former import Baseline, Conv2Former, use_cuda_graphs
+from mmconv2former.models.baselines import BASELINES
 from mmconv2former.ops import block, depthwise
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -136,8 +136,8 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
         for size in 'ntsbl'
     },
     **{
-        name: lambda name=name, **options: Comparator(name, options=options)
-        for name, variant in COMPARATORS.items()
+        name: lambda name=name, **options: Baseline(name, options=options)
+        for name, variant in BASELINES.items()
         if variant.family.dense is not None
     },
     'birder_t': build_birder,

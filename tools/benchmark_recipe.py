@@ -139,8 +139,8 @@ def measure_steps(
     builders = {
         OURS: lambda: build(config),
         'published code': lambda: with_published_operators(build(config)),
-        'ConvNeXt-T': lambda: build(with_comparator(config, 'convnext_tiny')),
-        'Swin-T': lambda: build(with_comparator(config, 'swin_tiny')),
+        'ConvNeXt-T': lambda: build(with_baseline(config, 'convnext_tiny')),
+        'Swin-T': lambda: build(with_baseline(config, 'swin_tiny')),
     }
     return measure_models(builders, config, setting, with_optimizer, rounds, budget)
 
@@ -277,7 +277,7 @@ def build(config: Config) -> BaseModel:
     return model
 
 
-def with_comparator(config: Config, name: str) -> Config:
+def with_baseline(config: Config, name: str) -> Config:
     config = copy.deepcopy(config)
     set_backbone(config, name)
     return config

@@ -5,7 +5,7 @@
     python tools/evidence.py fit         # one recipe of each kind: fits eight images
     python tools/evidence.py fit --true-size      # the same at the recipe's own size, on a GPU
     python tools/evidence.py cost        # every recipe: parameters and FLOPs at the paper's size
-    python tools/evidence.py backbones   # ours and every comparator's: the same
+    python tools/evidence.py backbones   # ours and every baseline's: the same
 
 Each takes names of recipes (or backbones), before options, to do only those. Results go to
 docs/evidence.json after each one, tables are written by tools/make_tables.py. Models are whole, but
@@ -47,7 +47,7 @@ from common.cli import set_backbone
 from common.measuring import Budget
 from make_tables import (
     BACKBONES,
-    COMPARATORS,
+    BASELINES,
     DENSE,
     EVIDENCE,
     OURS,
@@ -65,9 +65,9 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.models import GlobalAveragePooling, LinearClsHead
 
-from mmconv2former import Comparator, Conv2Former
+from mmconv2former import Baseline, Conv2Former
 from mmconv2former.checkpoint.reading import read_checkpoint
-from mmconv2former.models.baselines import find_comparator
+from mmconv2former.models.baselines import find_baseline
 from mmconv2former.models.cls_head import Conv2FormerClsHead
 
 FROM_RANDOM_WEIGHTS = ['model.backbone.init_cfg=None']
@@ -290,7 +290,7 @@ def main() -> None:
         write_evidence(evidence, args.out)
     if args.kind == 'cost' and not args.recipes:
         evidence = read_evidence(args.out)
-        evidence[COMPARATORS] = measure_comparators()
+        evidence[BASELINES] = measure_baselines()
         write_evidence(evidence, args.out)
     if args.out == EVIDENCE:
         write_tables()
@@ -755,7 +755,7 @@ def bytes_kept(config: Config, with_cp: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def measure_comparators() -> dict:
+def measure_baselines() -> dict:
     results = {}
     for name, (library, path, gflops) in CONVNEXT_T.items():
         folder = Path(import_module(library).__path__[0], '.mim/configs')
@@ -827,7 +827,7 @@ def measure_backbone(name: str) -> dict:
 
     Detection and segmentation with whole models are counted for some.
     """
-    size = 224 if name in OURS else find_comparator(name).published.size
+    size = 224 if name in OURS else find_baseline(name).published.size
     network = build_network(name)
     result = {
         'classification': {
@@ -836,7 +836,7 @@ def measure_backbone(name: str) -> dict:
             'size': [size, size],
         }
     }
-    if name in OURS or find_comparator(name).family.dense is not None:
+    if name in OURS or find_baseline(name).family.dense is not None:
         backbone = build_backbone(name)
         result['dense'] = {
             'parameters': count_parameters(backbone),
@@ -863,11 +863,11 @@ def build_network(name: str) -> torch.nn.Module:
     return torch.nn.Sequential(backbone, head).eval()
 
 
-def build_backbone(name: str, **options: Any) -> Conv2Former | Comparator:
+def build_backbone(name: str, **options: Any) -> Conv2Former | Baseline:
     if name in OURS:
         options |= dict(type='mmconv2former.Conv2Former', arch=name.removeprefix('conv2former_'))
     else:
-        options |= dict(type='mmconv2former.Comparator', name=name)
+        options |= dict(type='mmconv2former.Baseline', name=name)
     return MODELS.build(options).eval()
 
 

@@ -268,7 +268,7 @@ def build_network(config: Config, checkpoint: str, what: str) -> Network:
     if config.get('data_preprocessor') is not None:  # mmpretrain's configs have it beside
         settings.setdefault('data_preprocessor', config.data_preprocessor)
     model = MODELS.build(settings)
-    load_model(model, read_weights(checkpoint), checkpoint, whole=True)
+    load_model(model, read_weights(checkpoint), checkpoint, strict=True)
     if networks[what] is Detections and not (model.with_rpn and model.with_roi_head):
         raise SystemExit(
             f'error: --what model: {config.model.type} is no two-stage detector; '

@@ -17,17 +17,17 @@ import yaml
 from common.tables import table, with_table
 from mmengine.config import Config
 
-from mmconv2former.models.baselines import COMPARATORS as TABLE
+from mmconv2former.models.baselines import BASELINES as TABLE
 from mmconv2former.models.baselines import Published
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / 'docs/evidence.json'
 PAGES = [
     ROOT / 'README.md',
-    *(ROOT / f'docs/{name}.md' for name in ('recipes', 'classification', 'comparators')),
+    *(ROOT / f'docs/{name}.md' for name in ('recipes', 'classification', 'baselines')),
 ]
 # The keys in evidence.json that are no recipes: whole models of others, and backbones.
-COMPARATORS = 'comparators'
+BASELINES = 'baselines'
 BACKBONES = 'backbones'
 
 # From arXiv 2211.11943, nano from the official repository.
@@ -237,7 +237,7 @@ def true_size_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
 
 def cost_table(evidence: dict[str, dict]) -> str:
     rows = []
-    for name, record in evidence.get(COMPARATORS, {}).items():
+    for name, record in evidence.get(BASELINES, {}).items():
         published = f'{record["published_gflops"]:,} G'
         rows.append([name, *size_and_cost(record['cost']), published, '', ''])
     for name in recipes(DENSE):
@@ -254,7 +254,7 @@ def backbone_names() -> list[str]:
 
 
 def backbone_table(evidence: dict[str, dict]) -> str:
-    """Ours and the comparators on ImageNet, counted and published."""
+    """Ours and the baselines on ImageNet, counted and published."""
     rows = []
     for name in backbone_names():
         cost = evidence.get(BACKBONES, {}).get(name, {}).get('classification')
@@ -300,7 +300,7 @@ def dense_backbone_table(evidence: dict[str, dict]) -> str:
 
 
 def whole_model(evidence: dict[str, dict], name: str, kind: str) -> dict | None:
-    """Cost of a recipe of ours, or of Conv2Former-T's with a comparator."""
+    """Cost of a recipe of ours, or of Conv2Former-T's with a baseline."""
     if name in OURS:
         size = name.removeprefix('conv2former_')[0]
         return evidence.get(f'{kind}_conv2former_{size}', {}).get('cost')

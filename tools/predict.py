@@ -213,7 +213,7 @@ class WholeCheckpoint(BaseInferencer):
     default_meta: dict[str, Any]
 
     def _load_weights_to_model(self, model: torch.nn.Module, content: dict, config: Config) -> None:
-        load_model(model, content, self.checkpoint, whole=True)
+        load_model(model, content, self.checkpoint, strict=True)
         meta = content.get('meta') or {}
         dataset_meta = meta.get('dataset_meta') or self.default_meta
         meta = dict(meta, dataset_meta={key.lower(): v for key, v in dataset_meta.items()})
@@ -359,7 +359,7 @@ class Classifier(Predictor):
         progress.disable_progress_bar = True  # there is one already
         content = read_weights(checkpoint)
         model = get_model(config, pretrained=False, device=device)
-        load_model(model, content, checkpoint, whole=True)
+        load_model(model, content, checkpoint, strict=True)
         meta = (content.get('meta') or {}).get('dataset_meta') or self.dataset.metainfo
         classes = meta.get('classes') or [str(i) for i in range(model.head.num_classes)]
         inferencer = ImageClassificationInferencer(model, classes=classes)

@@ -21,7 +21,7 @@ from common.cli import (
     check_files,
     check_work_dir,
     load_config,
-    read_ahead,
+    preflight,
     run_errors,
 )
 from common.inference import (
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             runner.test_evaluator.metrics.append(metric)
         if drawing is not None:
             runner.register_hook(drawing)
-        read_ahead(runner, whole=True)
+        preflight(runner, strict=True)
         if args.checkpoint == 'none':
             initialize(runner.model)
         if args.cuda_graphs:

@@ -23,7 +23,7 @@ from common.cli import (
     check_files,
     check_work_dir,
     load_config,
-    read_ahead,
+    preflight,
     run_errors,
 )
 from common.config_check import DEFAULT_TYPES
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             runner.logger.info(precision)
         if compile_settings:
             compile_backbone(runner, {} if compile_settings is True else compile_settings)
-        read_ahead(runner, whole=bool(config.get('resume')))
+        preflight(runner, strict=bool(config.get('resume')))
         runner.train()
 
 

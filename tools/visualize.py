@@ -48,11 +48,11 @@ from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from mmconv2former import Comparator, Conv2Former, Conv2FormerIsotropic
+from mmconv2former import Baseline, Conv2Former, Conv2FormerIsotropic
 from mmconv2former.checkpoint.architecture import recognise_arch
 from mmconv2former.checkpoint.loading import check_fit, find_prefix, load_pretrained
 from mmconv2former.checkpoint.reading import CheckpointError, read_state_dict
-from mmconv2former.models.baselines import COMPARATORS
+from mmconv2former.models.baselines import BASELINES
 from mmconv2former.models.blocks import Block
 from mmconv2former.models.conv2former import ARCH_LETTERS, ARCHS
 from mmconv2former.models.fusion import FUSIONS
@@ -131,7 +131,7 @@ def load_network(
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: There is no such network, or the checkpoint is not of it.
-        ModuleNotFoundError: A comparator's library is not installed.
+        ModuleNotFoundError: A baseline's library is not installed.
     """
     name, _, checkpoint = description.partition('=')
     if Path(description).is_file():
@@ -163,12 +163,12 @@ def conv2former_options(fusion: str, with_cp: bool) -> dict:
 
 def build_backbone(
     name: str, fusion: str, with_cp: bool
-) -> Conv2Former | Conv2FormerIsotropic | Comparator:
+) -> Conv2Former | Conv2FormerIsotropic | Baseline:
     """A backbone by its name, whose last output is the deepest feature map.
 
     Raises:
         ValueError: There is none of this name, or it takes images of one size only.
-        ModuleNotFoundError: A comparator's library is not installed.
+        ModuleNotFoundError: A baseline's library is not installed.
     """
     options = conv2former_options(fusion, with_cp)
     arch = name.removeprefix('conv2former_')
@@ -176,15 +176,15 @@ def build_backbone(
         return Conv2Former(arch, **options)
     if arch in ISOTROPIC_LETTERS:
         return Conv2FormerIsotropic(arch, **options)
-    if name in COMPARATORS:
-        is_of_timm = COMPARATORS[name].family.library == 'timm'
-        comparator = Comparator(name, options={} if is_of_timm else dict(with_cp=with_cp))
+    if name in BASELINES:
+        is_of_timm = BASELINES[name].family.library == 'timm'
+        baseline = Baseline(name, options={} if is_of_timm else dict(with_cp=with_cp))
         if is_of_timm:
-            comparator.body.set_grad_checkpointing(with_cp)
-        return comparator
+            baseline.body.set_grad_checkpointing(with_cp)
+        return baseline
     raise ValueError(
         f'network must be a checkpoint or one of {", ".join([*ARCHS, *ISOTROPIC_LETTERS])}, '
-        f'{", ".join(COMPARATORS)}, got {name!r}, which is no file either'
+        f'{", ".join(BASELINES)}, got {name!r}, which is no file either'
     )
 
 
@@ -216,7 +216,7 @@ def backbone_of_checkpoint(
     kernel = found.get(first_kernels[1])
     if kernel is None or kernel.dim() != 4:
         raise CheckpointError(
-            f'checkpoint {checkpoint!r} is of no Conv2Former (of a comparator write '
+            f'checkpoint {checkpoint!r} is of no Conv2Former (of a baseline write '
             f'NAME=CHECKPOINT); its names begin with '
             f'{sorted({name.split(".")[0] for name in state_dict})}'
         )
@@ -235,7 +235,7 @@ def load_weights(backbone: nn.Module, checkpoint: str) -> None:
     Raises:
         FileNotFoundError, CheckpointError: See `mmconv2former.checkpoint.loading.load_pretrained`.
     """
-    if not isinstance(backbone, Comparator):
+    if not isinstance(backbone, Baseline):
         load_pretrained(backbone, checkpoint)
     elif any(name.startswith('backbone.body.') for name in read_state_dict(checkpoint)):
         load_pretrained(backbone, checkpoint, prefix='backbone')  # trained in a recipe of ours
@@ -361,7 +361,7 @@ def input_gradient(backbone: nn.Module, x: Tensor) -> np.ndarray:
     with torch.enable_grad():
         feature = backbone(x)[-1]
         centre = feature[:, :, feature.shape[2] // 2, feature.shape[3] // 2]
-        # Not `torch.autograd.grad`: the checkpointing of some comparators does not work with it.
+        # Not `torch.autograd.grad`: the checkpointing of some baselines does not work with it.
         F.relu(centre).sum().backward()
     assert x.grad is not None
     field = F.relu(x.grad).sum((0, 1)).double().cpu().numpy()

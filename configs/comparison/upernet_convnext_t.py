@@ -5,7 +5,7 @@ _base_ = '../segmentation/upernet_conv2former_t.py'
 model = dict(
     backbone=dict(
         _delete_=True,
-        type='mmconv2former.Comparator',
+        type='mmconv2former.Baseline',
         name='convnext_tiny',
         drop_path_rate=0.4,
         init_cfg=dict(type='Pretrained', checkpoint='pretrain/convnext_tiny.pth'),

@@ -155,14 +155,14 @@ def load_pretrained(
     )
 
 
-def load_model(model: nn.Module, content: Mapping[str, Any], checkpoint: str, whole: bool) -> None:
+def load_model(model: nn.Module, content: Mapping[str, Any], checkpoint: str, strict: bool) -> None:
     """Loads a checkpoint into a whole model, or refuses it, where mmengine only warns.
 
     Args:
         model: A detector, segmentor or classifier; its backbone is `backbone`.
         content: What the file holds, see `load_from_checked_file`.
         checkpoint: Its name, for messages.
-        whole: Whether every tensor of the model must be in the file in its shape, as to evaluate
+        strict: Whether every tensor of the model must be in the file in its shape, as to evaluate
             and to resume. Else, to fine-tune, every one of the backbone if the file has any of it;
             others, such as a head for other classes, keep their initial values. In both cases what
             the model has no use for is left out. All that is named in the log.
@@ -180,7 +180,7 @@ def load_model(model: nn.Module, content: Mapping[str, Any], checkpoint: str, wh
         raise CheckpointError(f'checkpoint {checkpoint!r} does not fit: {error}') from error
     # torch makes up the counters of BatchNorms itself.
     loaded = set(expected).difference(missing, misshaped)
-    if whole or all(name.endswith('.num_batches_tracked') for name in loaded):
+    if strict or all(name.endswith('.num_batches_tracked') for name in loaded):
         part, needed = 'model', set(expected)
     else:
         part, needed = 'backbone', needed_to_tune(found, expected)

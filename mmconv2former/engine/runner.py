@@ -60,7 +60,7 @@ class ReliableRunner(Runner):
 
     _has_loaded: bool  # this and the next are mmengine's
     _resume: bool | str
-    _ahead: tuple[str | None, dict] = (None, {})  # name and content, see `read_ahead`
+    _ahead: tuple[str | None, dict] = (None, {})  # name and content, see `preflight`
 
     @property
     def run_seed(self) -> int:
@@ -200,11 +200,11 @@ class ReliableRunner(Runner):
             )
 
     # -------------------------------------------------------------------------------------- load
-    def read_ahead(self, whole: bool) -> None:
+    def preflight(self, strict: bool) -> None:
         """Reads `load_from` and pretrained weights, to refuse them before the data are loaded.
 
         Args:
-            whole: See `mmconv2former.checkpoint.loading.load_model`:
+            strict: See `mmconv2former.checkpoint.loading.load_model`:
                 whether this is to evaluate or resume.
 
         Raises:
@@ -214,9 +214,9 @@ class ReliableRunner(Runner):
             if isinstance(module, LoadsPretrained):
                 module.load_own_pretrained()
         if self._load_from and self._resume != 'auto':  # which may find another one
-            self._ahead = self._load_from, self._read(self._load_from, whole)
+            self._ahead = self._load_from, self._read(self._load_from, strict)
 
-    def _read(self, filename: str, whole: bool) -> dict:
+    def _read(self, filename: str, strict: bool) -> dict:
         """What a file holds, after it was loaded into the model."""
         try:
             content = CheckpointLoader.load_checkpoint(filename, 'cpu')
@@ -229,7 +229,7 @@ class ReliableRunner(Runner):
         content = with_state_dict(content, filename)
         if self._resume:
             check_resumable(content, filename)
-        load_model(unwrapped(self.model), content, filename, whole)
+        load_model(unwrapped(self.model), content, filename, strict)
         return content
 
     def load_checkpoint(
@@ -245,7 +245,7 @@ class ReliableRunner(Runner):
         (name, content), self._ahead = self._ahead, (None, {})
         if name != filename:
             is_tuning = isinstance(self._train_loop, BaseLoop) and not self._resume
-            content = self._read(filename, whole=not is_tuning)
+            content = self._read(filename, strict=not is_tuning)
         if self._resume and not isinstance(self.optim_wrapper, dict):
             check_optimizer(content['optimizer'], self.optim_wrapper, filename)
             keep_own_step(content['optimizer'], self.optim_wrapper)

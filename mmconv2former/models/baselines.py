@@ -2,8 +2,8 @@
 
 Section 4 of arXiv 2211.11943 compares with ConvNeXt, Swin, HorNet, RepLKNet, DeiT, EfficientNet,
 FocalNet, CoAtNet and others. None is implemented here: mmpretrain or timm build them, and
-`Comparator` makes them give what Conv2Former gives, that is feature maps of strides 4, 8, 16 and
-32, and the depth of each parameter. docs/comparators.md tells how to use it.
+`Baseline` makes them give what Conv2Former gives, that is feature maps of strides 4, 8, 16 and
+32, and the depth of each parameter. docs/baselines.md tells how to use it.
 
 The file reads from data to code: where parameters of a family belong, families, table, backbone.
 """
@@ -291,7 +291,7 @@ REPLKNET_31B_WEIGHTS = (
     'https://mmassets.onedl.ai/mmclassification/v0/replknet/'
     'replknet-31B_3rdparty_in1k_20221118-fd08e268.pth'
 )
-COMPARATORS = {
+BASELINES = {
     'convnext_tiny': Variant(
         CONVNEXT, 'tiny', doubled(96), 'convnext-tiny_32xb128_in1k', Published(29, 4.5, 82.1)
     ),
@@ -422,20 +422,20 @@ COMPARATORS = {
 NEW_FOR_DENSE_PREDICTION = re.compile(r'(stages\.[0-2]\.norm|norm[0-2])\..+')
 
 
-def find_comparator(name: str) -> Variant:
+def find_baseline(name: str) -> Variant:
     """The row of the table.
 
     Raises:
         ValueError: There is none of this name; the message lists all.
     """
-    if name not in COMPARATORS:
-        raise ValueError(f'comparator must be one of {", ".join(COMPARATORS)}, got {name!r}')
-    return COMPARATORS[name]
+    if name not in BASELINES:
+        raise ValueError(f'baseline must be one of {", ".join(BASELINES)}, got {name!r}')
+    return BASELINES[name]
 
 
 def how_to_get_weights(name: str) -> str:
-    """What to do when the file with a comparator's ImageNet weights is missing."""
-    variant = find_comparator(name)
+    """What to do when the file with a baseline's ImageNet weights is missing."""
+    variant = find_baseline(name)
     path = f'pretrain/{name}.pth'
     if variant.weights is None:
         start = f'{variant.family.library} has no ImageNet-1K weights of {name}: bring a file'
@@ -460,7 +460,7 @@ def how_to_get_weights(name: str) -> str:
 
 
 def parse_stages(out_indices: int | Sequence[int]) -> tuple[int, ...]:
-    """Stages from 0 whose feature maps a comparator gives, none twice, in the given order.
+    """Stages from 0 whose feature maps a baseline gives, none twice, in the given order.
 
     Raises:
         TypeError, ValueError: They are not as `Conv2Former` takes them, or the last stage, which a
@@ -469,7 +469,7 @@ def parse_stages(out_indices: int | Sequence[int]) -> tuple[int, ...]:
     stages = parse_out_indices(out_indices, len(STRIDES))
     if ALL_STAGES[-1] not in stages:
         raise ValueError(
-            f'out_indices of a comparator must name the last stage, {ALL_STAGES[-1]}, because '
+            f'out_indices of a baseline must name the last stage, {ALL_STAGES[-1]}, because '
             f'the whole network is built, got {out_indices!r}'
         )
     return stages
@@ -477,7 +477,7 @@ def parse_stages(out_indices: int | Sequence[int]) -> tuple[int, ...]:
 
 # --------------------------------------------------------------------------------------- backbone
 @register(MODELS)
-class Comparator(BaseModule):
+class Baseline(BaseModule):
     """A network of mmpretrain or timm that gives what Conv2Former gives.
 
     For dense prediction: a tuple of contiguous feature maps (N, channels[i], H / s, W / s) of
@@ -492,12 +492,12 @@ class Comparator(BaseModule):
     For classification: the network as published up to its linear layer, a tuple of one tensor
     (N, C, h, w), where h and w are 1 if the network pools by itself.
 
-    The library is imported when a network is built. What a comparator states: `channels`, for dense
+    The library is imported when a network is built. What a baseline states: `channels`, for dense
     prediction `strides` and `out_indices`, and `get_layer_depth` and `get_stage_depth`, which are
     Conv2Former's rule on the network's own stages and blocks.
 
     Args:
-        name: A key of `COMPARATORS`.
+        name: A key of `BASELINES`.
         drop_path_rate: Of the last block, from 0 at the first one.
         classification: See above.
         out_indices: For dense prediction: stages whose feature maps are returned, in this order,
@@ -525,7 +525,7 @@ class Comparator(BaseModule):
         out_indices: int | Sequence[int] = ALL_STAGES,
     ) -> None:
         super().__init__()
-        variant = find_comparator(name)
+        variant = find_baseline(name)
         family = variant.family
         check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
         if init_cfg is not None and init_cfg.get('type') != 'Pretrained':
@@ -650,7 +650,7 @@ class Comparator(BaseModule):
 
 
 def import_library(module: str, name: str) -> ModuleType:
-    """Imports what builds a comparator.
+    """Imports what builds a baseline.
 
     Raises:
         ModuleNotFoundError: It is not installed; the message names the pip package.
@@ -662,7 +662,7 @@ def import_library(module: str, name: str) -> ModuleType:
         if error.name != library:
             raise
         raise ModuleNotFoundError(
-            f'comparator {name} needs {library}, which is not installed: '
+            f'baseline {name} needs {library}, which is not installed: '
             f'pip install {PIP_NAMES[library]}',
             name=library,
         ) from error

@@ -1,4 +1,4 @@
-"""The paper's comparators: each gives what Conv2Former gives, and fits every recipe by its name."""
+"""The paper's baselines: each gives what Conv2Former gives, and fits every recipe by its name."""
 
 import math
 import sys
@@ -21,10 +21,10 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmconv2former import Comparator
-from mmconv2former.models.baselines import COMPARATORS, STRIDES, how_to_get_weights
+from mmconv2former import Baseline
+from mmconv2former.models.baselines import BASELINES, STRIDES, how_to_get_weights
 
-DENSE = [name for name, variant in COMPARATORS.items() if variant.family.dense is not None]
+DENSE = [name for name, variant in BASELINES.items() if variant.family.dense is not None]
 ONE_PER_FAMILY = [
     'convnext_tiny', 'swin_tiny', 'hornet_tiny', 'replknet_31b', 'efficientnet_b0', 'deit3_small',
     'vit_base', 'focalnet_tiny',
@@ -46,7 +46,7 @@ def load(path):
 # ------------------------------------------------------------------------------------- one by one
 @pytest.mark.parametrize('name', DENSE)
 def test_states_its_channels_strides_and_depths(name):
-    backbone = Comparator(name).eval()
+    backbone = Baseline(name).eval()
     with torch.no_grad():
         features = backbone(torch.randn(1, 3, 64, 96))
     assert backbone.strides == STRIDES
@@ -69,10 +69,10 @@ def test_states_its_channels_strides_and_depths(name):
         assert all('norm' in n or n.startswith('pyramid.') for n in with_the_heads)
 
 
-@pytest.mark.parametrize('name', COMPARATORS)
+@pytest.mark.parametrize('name', BASELINES)
 def test_has_the_published_number_of_parameters(name):
-    variant = COMPARATORS[name]
-    backbone = Comparator(name, classification=True)
+    variant = BASELINES[name]
+    backbone = Baseline(name, classification=True)
     head = nn.Linear(*backbone.channels, 1000)
     parameters = sum(p.numel() for module in (backbone, head) for p in module.parameters())
     if variant.published.parameters is not None:
@@ -81,7 +81,7 @@ def test_has_the_published_number_of_parameters(name):
 
 @pytest.mark.parametrize('name', ONE_PER_FAMILY)
 def test_takes_any_size_of_input(name):
-    backbone = Comparator(name).eval()
+    backbone = Baseline(name).eval()
     with torch.no_grad():
         features = backbone(torch.randn(1, 3, 70, 99))
     for feature, stride in zip(features, STRIDES):
@@ -94,7 +94,7 @@ def test_takes_any_size_of_input(name):
 def test_gives_the_stages_asked_for(name, out_indices):
     """The very maps of the whole one, in the order asked for, and every parameter is used."""
     torch.manual_seed(0)
-    whole, part = Comparator(name).eval(), Comparator(name, out_indices=out_indices).eval()
+    whole, part = Baseline(name).eval(), Baseline(name, out_indices=out_indices).eval()
     # Names of what is left are the same: a checkpoint of one serves the other.
     assert part.load_state_dict(whole.state_dict(), strict=False).missing_keys == []
     stages = (out_indices,) if isinstance(out_indices, int) else [i % 4 for i in out_indices]
@@ -117,7 +117,7 @@ def test_gives_the_stages_asked_for(name, out_indices):
 def test_position_of_features_is_that_of_the_pixels(name):
     """A change in one corner moves the feature of that corner most, on every level."""
     torch.manual_seed(0)
-    backbone = Comparator(name).eval()
+    backbone = Baseline(name).eval()
     image = torch.randn(1, 3, 96, 128)
     changed = image.clone()
     changed[..., -8:, -8:] += 3
@@ -134,7 +134,7 @@ def test_position_of_features_is_that_of_the_pixels(name):
 def test_every_parameter_gets_a_gradient(name, classification):
     """Else distributed training stops, with a message about unused parameters."""
     torch.manual_seed(0)
-    backbone = Comparator(name, classification=classification)
+    backbone = Baseline(name, classification=classification)
     backbone.init_weights()
     size = (224, 224) if classification else (64, 96)
     features = backbone(torch.randn(2, 3, *size))
@@ -144,7 +144,7 @@ def test_every_parameter_gets_a_gradient(name, classification):
 
 
 def test_every_parameter_of_coatnet_gets_a_gradient():
-    backbone = Comparator('coatnet_0', classification=True)
+    backbone = Baseline('coatnet_0', classification=True)
     (feature,) = backbone(torch.randn(2, 3, 224, 224))
     assert feature.shape == (2, 768, 1, 1)
     (feature * torch.randn_like(feature)).sum().backward()
@@ -153,7 +153,7 @@ def test_every_parameter_of_coatnet_gets_a_gradient():
 
 @pytest.mark.parametrize('name', ['hornet_tiny', 'swin_tiny', 'focalnet_tiny'])
 def test_modes_chain_and_drop_path_works(name):
-    backbone = Comparator(name, drop_path_rate=0.5)
+    backbone = Baseline(name, drop_path_rate=0.5)
     assert backbone.eval() is backbone
     assert backbone.train() is backbone
     assert backbone.body.training
@@ -166,7 +166,7 @@ def test_modes_chain_and_drop_path_works(name):
 @pytest.mark.parametrize('name', ['convnext_tiny', 'convnext_small'])
 def test_layers_of_convnext_are_the_published_ones(name):
     """By mmpretrain's own rule, which fits ConvNeXt's depths only."""
-    backbone = Comparator(name)
+    backbone = Baseline(name)
     for param_name, _ in backbone.body.named_parameters():
         assert backbone.get_layer_depth(
             f'backbone.body.{param_name}', 'backbone.'
@@ -220,7 +220,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize('name', EXPECTED)
 def test_layers_and_stages(name):
-    backbone = Comparator(name)
+    backbone = Baseline(name)
     num_layers, expected = EXPECTED[name]
     assert set(expected) <= {param_name for param_name, _ in backbone.named_parameters()}
     for param_name, (layer, stage) in expected.items():
@@ -232,7 +232,7 @@ def test_layers_and_stages(name):
 
 @pytest.mark.parametrize('name', ONE_PER_FAMILY)
 def test_depths_rise_in_the_order_of_computation(name):
-    backbone = Comparator(name).eval()
+    backbone = Baseline(name).eval()
     depths = []
     for module_name, module in backbone.body.named_modules():
         params = [n for n, _ in module.named_parameters(recurse=False)]
@@ -269,7 +269,7 @@ def test_learning_rates_and_weight_decay_in_a_recipe(decay_type):
 # ---------------------------------------------------------------------------------------- weights
 def test_names_of_weights_are_the_libraries():
     known = {'timm': timm.list_models(pretrained=True), 'mmpretrain': mmpretrain.list_models()}
-    for name, variant in COMPARATORS.items():
+    for name, variant in BASELINES.items():
         if variant.weights is not None and name != 'replknet_31b':
             assert variant.weights in known[variant.family.library], name
             assert f"'{variant.weights}', pretrained=True" in how_to_get_weights(name)
@@ -280,14 +280,14 @@ def test_address_of_weights_is_the_library_s():
     (folder,) = find_spec('mmpretrain').submodule_search_locations
     metafile = yaml.safe_load(Path(folder, '.mim/configs/replknet/metafile.yml').read_text())
     files = {Path(model['Weights']).name for model in metafile['Models']}
-    address = COMPARATORS['replknet_31b'].weights
+    address = BASELINES['replknet_31b'].weights
     assert Path(address).name in files
     assert f'Download {address} to pretrain/replknet_31b.pth' in how_to_get_weights('replknet_31b')
 
 
 def library_state_dict(name):
     """What `how_to_get_weights` saves, but of random weights."""
-    variant = COMPARATORS[name]
+    variant = BASELINES[name]
     torch.manual_seed(7)
     if variant.family.library == 'timm':
         return timm.create_model(variant.weights, pretrained=False).state_dict()
@@ -304,7 +304,7 @@ def test_weights_of_the_library_load_as_they_are(name, tmp_path):
     torch.save({'state_dict': {f'{prefix}{key}': value for key, value in saved.items()}}, path)
     for classification in (False, True):
         init_cfg = dict(type='Pretrained', checkpoint=str(path))
-        backbone = Comparator(name, classification=classification, init_cfg=init_cfg)
+        backbone = Baseline(name, classification=classification, init_cfg=init_cfg)
         backbone.init_weights()
         loaded = backbone.body.state_dict()
         common = set(loaded) & set(saved)
@@ -316,11 +316,11 @@ def test_weights_of_the_library_load_as_they_are(name, tmp_path):
 
 def test_weights_of_another_network_are_refused(tmp_path):
     path = tmp_path / 'weights.pth'
-    torch.save(Comparator('focalnet_tiny').body.state_dict(), path)
-    backbone = Comparator('swin_tiny', init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    torch.save(Baseline('focalnet_tiny').body.state_dict(), path)
+    backbone = Baseline('swin_tiny', init_cfg=dict(type='Pretrained', checkpoint=str(path)))
     with pytest.raises(ValueError, match='does not fit this SwinTransformer'):
         backbone.init_weights()
-    backbone = Comparator('swin_tiny', init_cfg=dict(type='Pretrained', checkpoint='none.pth'))
+    backbone = Baseline('swin_tiny', init_cfg=dict(type='Pretrained', checkpoint='none.pth'))
     with pytest.raises(
         FileNotFoundError, match=r"none.pth' .*get_model\('swin-tiny_3rdparty_in1k'"
     ):
@@ -352,7 +352,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 )
 def test_bad_arguments(settings, message):
     with pytest.raises(ValueError, match=message):
-        MODELS.build(dict(type='mmconv2former.Comparator', **settings))
+        MODELS.build(dict(type='mmconv2former.Baseline', **settings))
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,7 @@ def test_missing_library_is_named(library, name, package, monkeypatch):
     monkeypatch.setattr(sys, 'meta_path', [Missing(), *sys.meta_path])
     message = f'{name} needs {library}, which is not installed: pip install {package}'
     with pytest.raises(ModuleNotFoundError, match=message):
-        Comparator(name)
+        Baseline(name)
 
 
 # ---------------------------------------------------------------------------------------- recipes
@@ -400,7 +400,7 @@ def test_every_leaf_is_tested():
 def test_channels_reach_what_reads_them(name, recipe):
     config, stock = load(recipe), load(recipe)
     set_backbone(config, name)
-    channels = list(COMPARATORS[name].channels)
+    channels = list(BASELINES[name].channels)
     if 'neck' in config.model:
         assert config.model.pop('neck').pop('in_channels') == channels
         assert stock.model.pop('neck').pop('in_channels') == [96, 192, 384, 768]
@@ -440,7 +440,7 @@ def test_a_recipe_of_three_levels_keeps_its_strides(recipe, name, foreign):
     init_default_scope(config.default_scope)
     assert config.model.backbone.out_indices == (1, 2, 3)
     set_backbone(config, name)
-    assert config.model.neck.in_channels == list(COMPARATORS[name].channels[1:])
+    assert config.model.neck.in_channels == list(BASELINES[name].channels[1:])
     config.model.backbone.init_cfg = None
     backbone, neck = (MODELS.build(config.model[part]).eval() for part in ('backbone', 'neck'))
     with torch.no_grad():
@@ -504,14 +504,14 @@ def test_of_several_necks_and_auxiliary_heads():
     assert [neck.in_channels for neck in config.model.neck] == [[96, 192, 384, 768], 256]
 
 
-def test_stages_that_a_comparator_cannot_give_are_one_error():
+def test_stages_that_a_baseline_cannot_give_are_one_error():
     config = load('detection/mask_rcnn_conv2former_t')
     config.model.backbone.out_indices = (0, 1, 2)
     with pytest.raises(SystemExit, match=r'error: --backbone swin_tiny: out_indices .* last'):
         set_backbone(config, 'swin_tiny')
 
 
-def test_mask_rcnn_learns_with_a_comparator():
+def test_mask_rcnn_learns_with_a_baseline():
     from mmdet.testing import demo_mm_inputs
 
     torch.manual_seed(0)
@@ -532,7 +532,7 @@ def test_mask_rcnn_learns_with_a_comparator():
     assert [n for n, p in model.backbone.named_parameters() if p.grad is None] == []
 
 
-def test_classifier_learns_with_a_comparator():
+def test_classifier_learns_with_a_baseline():
     from mmpretrain.structures import DataSample
 
     torch.manual_seed(0)
@@ -600,10 +600,10 @@ def test_attention_is_counted():
 
 
 def test_counts_are_the_published_ones():
-    """Of every comparator, by the program that counts ours."""
+    """Of every baseline, by the program that counts ours."""
     evidence = read_evidence(ROOT / 'docs/evidence.json')[BACKBONES]
     assert list(evidence) == sorted(backbone_names())
-    for name, variant in COMPARATORS.items():
+    for name, variant in BASELINES.items():
         counted = evidence[name]['classification']
         published = variant.published
         assert counted['size'] == [published.size, published.size]

@@ -298,7 +298,7 @@ def test_fine_tuning_keeps_a_new_head(monkeypatch):
     monkeypatch.setattr(loading, 'print_log', lambda text, **_: logged.append(text))
     source, model = Model(), Model(num_classes=5)
     head = copy.deepcopy(model.head.state_dict())
-    loading.load_model(model, dict(state_dict=source.state_dict()), 'file.pth', whole=False)
+    loading.load_model(model, dict(state_dict=source.state_dict()), 'file.pth', strict=False)
     torch.testing.assert_close(model.backbone.state_dict(), source.backbone.state_dict())
     torch.testing.assert_close(model.head.state_dict(), head, rtol=0, atol=0)
     assert len(logged) == 1
@@ -337,10 +337,10 @@ def test_what_may_be_loaded(case):
     change, *allowed = LOADS[case]
     state = Model().state_dict()
     changed = change(state)
-    for whole, is_allowed in zip((True, False), allowed):
+    for strict, is_allowed in zip((True, False), allowed):
         with nullcontext() if is_allowed else pytest.raises(reading.CheckpointError):
             content = dict(state_dict=state if changed is None else changed)
-            loading.load_model(Model(), content, 'file.pth', whole=whole)
+            loading.load_model(Model(), content, 'file.pth', strict=strict)
 
 
 def test_averaged_weights_are_trained_resumed_and_augmented(sample, tmp_path):

@@ -194,7 +194,7 @@ def test_birder_is_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize('name', ['convnext_tiny', 'deit3_small'])
-def test_comparators_have_four_outputs(name):
+def test_baselines_have_four_outputs(name):
     model = BUILDERS[name]()
     model.eval()
     with torch.no_grad():

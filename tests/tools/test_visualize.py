@@ -29,7 +29,7 @@ from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from mmconv2former import Comparator, Conv2Former, Conv2FormerIsotropic
+from mmconv2former import Baseline, Conv2Former, Conv2FormerIsotropic
 
 ARCH = dict(channels=(8, 12), depths=(2, 1), kernel_size=(5, 3))
 
@@ -214,16 +214,16 @@ def test_isotropic_checkpoint_is_recognised(tmp_path):
 
 
 @pytest.mark.parametrize('prefix', ['', 'backbone.body.'])
-def test_weights_of_a_comparator(prefix, tmp_path):
+def test_weights_of_a_baseline(prefix, tmp_path):
     """A file of its library, and one of a model trained with `--backbone`."""
     name = 'efficientnet_b0'
     torch.manual_seed(2)
-    comparator = Comparator(name).eval()
-    weights = {f'{prefix}{key}': value for key, value in comparator.body.state_dict().items()}
+    baseline = Baseline(name).eval()
+    weights = {f'{prefix}{key}': value for key, value in baseline.body.state_dict().items()}
     torch.save(dict(state_dict=weights), tmp_path / 'weights.pth')
     network = visualize.load_network(f'{name}={tmp_path / "weights.pth"}')
     x = torch.rand(1, 3, 64, 64)
-    torch.testing.assert_close(network.backbone(x), comparator(x))
+    torch.testing.assert_close(network.backbone(x), baseline(x))
     assert network.title == f'{name}, weights of weights.pth'
 
 

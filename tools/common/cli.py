@@ -47,8 +47,8 @@ from mmconv2former.engine.finite import NonFiniteError
 from mmconv2former.engine.runner import CheckpointNotSaved, ReliableRunner
 from mmconv2former.models.baselines import (
     ALL_STAGES,
-    COMPARATORS,
-    find_comparator,
+    BASELINES,
+    find_baseline,
     how_to_get_weights,
     parse_stages,
 )
@@ -99,9 +99,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds what every tool takes that reads a config; those of a run get values that do nothing."""
     parser.add_argument(
         '--backbone',
-        choices=list(COMPARATORS),
+        choices=list(BASELINES),
         metavar='NAME',
-        help="another network in Conv2Former's place: a name of docs/comparators.md",
+        help="another network in Conv2Former's place: a name of docs/baselines.md",
     )
     parser.add_argument(
         '--cfg-options',
@@ -230,10 +230,10 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config)
 
 
-def read_ahead(runner: Runner, whole: bool) -> None:
-    """Has our runner refuse a bad checkpoint before the data are loaded; see its `read_ahead`."""
+def preflight(runner: Runner, strict: bool) -> None:
+    """Has our runner refuse a bad checkpoint before the data are loaded; see its `preflight`."""
     if isinstance(runner, ReliableRunner):
-        runner.read_ahead(whole)
+        runner.preflight(strict)
 
 
 def check_checkpoint(option: str, checkpoint: str) -> None:
@@ -255,24 +255,24 @@ HEADS = ('decode_head', 'auxiliary_head', 'panoptic_head')
 
 
 def set_backbone(config: Config, name: str) -> None:
-    """Puts a comparator in the backbone's place and fits what reads its feature maps to it.
+    """Puts a baseline in the backbone's place and fits what reads its feature maps to it.
 
     All else stays: schedule, augmentation, drop path, heads. Where the recipe starts from
-    pretrained weights, those of the comparator are expected in `pretrain/NAME.pth`. In a classifier
-    global average pooling and a linear layer, with which all comparators were published, take the
-    place of Conv2Former's head, with its loss. For dense prediction the comparator gives the stages
+    pretrained weights, those of the baseline are expected in `pretrain/NAME.pth`. In a classifier
+    global average pooling and a linear layer, with which all baselines were published, take the
+    place of Conv2Former's head, with its loss. For dense prediction the baseline gives the stages
     that the backbone gave (its `out_indices`).
 
     Raises:
-        ValueError: There is no comparator of this name.
-        SystemExit: The recipe has no place for its feature maps, or wants stages that a comparator
+        ValueError: There is no baseline of this name.
+        SystemExit: The recipe has no place for its feature maps, or wants stages that a baseline
             cannot give.
     """
-    variant = find_comparator(name)
+    variant = find_baseline(name)
     model = config.model
     old = model.backbone
     model.backbone = dict(
-        type='mmconv2former.Comparator', name=name, drop_path_rate=old.get('drop_path_rate', 0.0)
+        type='mmconv2former.Baseline', name=name, drop_path_rate=old.get('drop_path_rate', 0.0)
     )
     if old.get('init_cfg') is not None:
         model.backbone.init_cfg = dict(type='Pretrained', checkpoint=f'pretrain/{name}.pth')
@@ -422,7 +422,7 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
         weights = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
         if weights and is_local(weights) and not os.path.isfile(os.path.expanduser(weights)):
             name = settings.get('name')
-            advice = how_to_get_weights(name) if name in COMPARATORS else HOW_TO_GET_WEIGHTS
+            advice = how_to_get_weights(name) if name in BASELINES else HOW_TO_GET_WEIGHTS
             raise SystemExit(f'error: pretrained weights {weights} are missing. {advice}')
     if config.get('load_from'):
         check_checkpoint('load_from: ', config.load_from)
