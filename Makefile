@@ -21,7 +21,7 @@ help:
 	@echo 'make test    all tests but the slow ones (MMCONV2FORMER_SAMPLES: those on real pictures too)'
 	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML and file sizes'
 	@echo 'make coverage  which lines of the package the tests run, 95% at least (12 minutes)'
-	@echo 'make reliability  every fault injected at full count, kept in docs/reliability.md (14 minutes)'
+	@echo 'make reliability  every fault injected at full count, kept in docs/tables/reliability.md (14 minutes)'
 	@echo 'make pins    resolve constraints.in into constraints.txt, with hashes'
 	@echo 'make audit   check the pins for known vulnerabilities (needs the JSON API of pypi.org)'
 	@echo "make compatibility  all tests on OpenMMLab's own releases and the backbone's on older torch,"
@@ -50,7 +50,7 @@ bench: setup
 	@$(PYTHON_IN_VENV) tools/benchmark.py --runs 3 --page
 
 reliability: setup
-	@$(PYTEST) tests/reliability --slow --reliability-page docs/reliability.md
+	@$(PYTEST) tests/reliability --slow --reliability-page docs/tables/reliability.md
 
 coverage: setup
 	@$(PYTEST) $(COVERED_BY) --cov --cov-report=term-missing
