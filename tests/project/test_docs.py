@@ -1,8 +1,8 @@
 """README and docs: every command is run or parsed by its tool, every link leads somewhere.
 
-Commands of cheap tools run as written, on small stand-ins for data. Others are parsed by the tool's
-own parser; their files must exist and their options be in the config. RUN_BY names the test that runs
-such a tool, NOT_RUN says why no test does.
+Commands of cheap tools run as written, on small stand-ins for data. Others are parsed by the
+tool's own parser; their files must exist and their options be in the config. RUN_BY names the test
+that runs such a tool, NOT_RUN says why no test does.
 """
 
 from __future__ import annotations
