@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from mmengine.dist import is_distributed
@@ -123,14 +123,6 @@ class CudaGraphsHook(Hook):
 
 
 # ----------------------------------------------------------------------------------------- dispatch
-class Precision(NamedTuple):
-    """What a network has separate graphs for."""
-
-    training: bool
-    dtype: torch.dtype
-    autocast: torch.dtype | None
-
-
 class GraphedForward:
     """Replaces the `forward` of a network instance.
 
@@ -149,7 +141,8 @@ class GraphedForward:
         self.__code__ = getattr(plain, '__code__', None)
         self.module, self.plain = module, plain
         self.inference, self.training = inference, training
-        self.graphs: dict[Precision, tuple[InferenceGraph | TrainingGraph, Weights]] = {}
+        # By training, dtype and autocast's dtype.
+        self.graphs: dict[tuple, tuple[InferenceGraph | TrainingGraph, Weights]] = {}
 
     def __call__(self, x: Tensor) -> Any:
         if is_captured() or not self._applies(x):
@@ -182,7 +175,7 @@ class GraphedForward:
         """The graph for an input, captured if necessary; None for a smaller batch."""
         training = self.module.training
         autocast = autocast_dtype(x) if is_autocast_enabled(DEVICE) else None
-        key = Precision(training, x.dtype, autocast)
+        key = training, x.dtype, autocast
         if key in self.graphs:
             graph, weights = self.graphs[key]
             size = tuple(graph.x.shape)
@@ -209,7 +202,12 @@ class GraphedForward:
                 f'cannot capture {name} as a CUDA graph ({error}): disable CUDA graphs'
             ) from error
         self.graphs[key] = graph, Weights(self.module, training)
-        print_log(f'CUDA graph of {name}: {tuple(x.shape)}, {key}', 'current', logging.INFO)
+        print_log(
+            f'CUDA graph of {name} for {"training" if training else "inference"}: '
+            f'{tuple(x.shape)}, {x.dtype}, autocast {autocast}',
+            logger='current',
+            level=logging.INFO,
+        )
         return graph
 
 

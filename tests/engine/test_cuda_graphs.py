@@ -189,10 +189,6 @@ def test_other_sizes_are_refused(simulated):
     assert (StandIn.made, StandIn.replays) == (2, 2)
 
 
-def write(model):
-    model.load_state_dict({key: 0.5 * value for key, value in model.state_dict().items()})
-
-
 def assign(model):
     model.load_state_dict({k: 0.5 * v for k, v in model.state_dict().items()}, assign=True)
 
@@ -211,7 +207,6 @@ def write_buffer(model):
 
 
 CHANGES = {
-    'written': write,
     'assigned': assign,
     'one written': write_one,
     'a buffer written': write_buffer,

@@ -5,14 +5,12 @@ training and as in evaluation, and checked by `tools/prepare_data.py`.
 """
 
 import copy
-import ctypes
 import json
 import os
 import pickle
 import re
 import shutil
 import signal
-from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,18 +71,9 @@ def with_object(**fields):
     return with_annotations(lambda content: content['annotations'][0].update(fields))
 
 
-def with_all_objects(**fields):
-    return with_annotations(lambda content: [a.update(fields) for a in content['annotations']])
-
-
 def keep(share):
     """Keeps the first part of a file."""
     return lambda path: path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-
-
-def make_folder(path):
-    path.unlink()
-    path.mkdir()
 
 
 def save_as(format, convert):
@@ -127,23 +116,6 @@ def of_size(width, height):
     return change
 
 
-def with_odd_name(task, root):
-    """A file name with spaces and letters beyond ASCII; the folder has some too."""
-    name = 'ein Bild, größer 图.jpg'
-    image_of(task, root).rename(image_of(task, root).with_name(name))
-    if task == 'segmentation':
-        labels_of(root).rename(labels_of(root).with_name(name.replace('.jpg', '.png')))
-    else:
-        with_annotations(lambda content: content['images'][0].update(file_name=name))(task, root)
-
-
-def same_file_twice(task, root):
-    def edit(content):
-        content['images'][1]['file_name'] = content['images'][0]['file_name']
-
-    with_annotations(edit)(task, root)
-
-
 def write_labels(change):
     """The fault of other labels, computed from the right ones."""
 
@@ -160,7 +132,6 @@ def one_label_of_151(labels):
 
 
 # --------------------------------------------------------------------------------------- the table
-FORBIDDEN = with_image(lambda path: path.chmod(0))
 BOTH, DETECTION, SEGMENTATION = ('detection', 'segmentation'), ('detection',), ('segmentation',)
 # Name, tasks, fault, words of the refusal (which must name the file too) or None if it is handled,
 # what the user sees then, and the kind under which prepare_data.py lists it.
@@ -174,12 +145,6 @@ FAULTS = [
     ('image is missing', SEGMENTATION, with_image(lambda path: path.unlink()), None,
      'not trained on: the list is what the folder holds', 'missing'),
     ('image of no bytes', BOTH, with_image(keep(0)), [], '', 'image cannot be read'),
-    ('text as image', BOTH, with_image(lambda p: p.write_text('none')), [], '', 'cannot be read'),
-    ("folder in an image's place", DETECTION, with_image(make_folder), ['Is a directory'], '',
-     'missing'),
-    ("folder in an image's place", SEGMENTATION, with_image(make_folder), None,
-     'not trained on: the list is what the folder holds', 'missing'),
-    ('image without read permission', BOTH, FORBIDDEN, ['Permission'], '', None),
     ('16-bit PNG', BOTH, with_image(save_as('PNG', sixteen_bits)), None, 'trained on, in 8 bits',
      None),
     ('RGBA PNG', BOTH, with_image(save_as('PNG', lambda p: p.convert('RGBA'))), None,
@@ -193,15 +158,11 @@ FAULTS = [
      'trained on and evaluated, padded to 32 pixels', None),
     ('image of 20x10000 pixels', BOTH, of_size(20, 10_000), None,
      'trained on and evaluated, padded to 32 pixels', None),
-    ('spaces and letters beyond ASCII in paths', BOTH, with_odd_name, None, 'trained on', None),
-
     ('JSON cut in half', DETECTION,
      lambda task, root: keep(0.5)(root / 'annotations/instances_train2017.json'),
      ['cannot read dataset', 'instances_train2017.json', 'JSONDecodeError'], '', 'not JSON'),
     ('category that the file has not', DETECTION, with_object(category_id=12), None,
      'this object is left out', 'unknown category'),
-    ('all objects of unknown categories', DETECTION, with_all_objects(category_id=12),
-     ['instances_train2017.json', 'is empty'], '', 'unknown category'),
     ('category renamed in the file', DETECTION,
      with_annotations(lambda content: content['categories'][0].update(name='human')),
      ['instances_train2017.json has 79 of the 80 classes'], '', "category is not COCO's"),
@@ -228,8 +189,6 @@ FAULTS = [
     ('image of another size than annotated', DETECTION,
      with_image(save_as('JPEG', lambda p: p.resize((80, 48)))),
      ['has shape (48, 80), annotations say (64, 64)'], '', 'another size than annotated'),
-    ('same file in two records', DETECTION, same_file_twice, None, 'trained on twice', None),
-
     ('label 151', SEGMENTATION, write_labels(one_label_of_151), ['labels [150] are not a class'],
      '', 'label above 150'),
     ('labels of 16 bits', SEGMENTATION, write_labels(lambda labels: labels.astype(np.uint16)),
@@ -241,12 +200,19 @@ FAULTS = [
     ('labels are missing', SEGMENTATION, with_labels(lambda path: path.unlink()), [], '',
      'label picture is missing'),
     ('labels cut off', SEGMENTATION, with_labels(keep(0.5)), [], '', 'image cannot be read'),
-    ('labels of no bytes', SEGMENTATION, with_labels(keep(0)), [], '', 'image cannot be read'),
 ]  # fmt: skip
 CASES = [(task, *fault) for fault in FAULTS for task in fault[1]]
 
 
 # ---------------------------------------------------------------------------------- what they cause
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """The embedded sample with few images."""
+    folder = tmp_path_factory.mktemp('small')
+    run_tool('make_sample.py', folder, '--train', COUNT, '--val', 1, '--size', 64)
+    return folder
+
+
 @cache
 def recipe(task):
     return tiny_config(task, Path('sample'), 'work_dir', length=1, images=COUNT)
@@ -285,50 +251,29 @@ def load_all(loader):
     return paths
 
 
-@contextmanager
-def permissions_count():
-    """Makes file permissions count for root too, by dropping capabilities 1 and 2 of Linux."""
-    if os.geteuid() != 0:
-        yield
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
-    rights = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice 32 bits
-    assert libc.capget(header, rights) == 0
-    effective = rights[0]
-    try:
-        rights[0] = effective & ~0b110
-        assert libc.capset(header, rights) == 0
-        yield
-    finally:
-        rights[0] = effective
-        assert libc.capset(header, rights) == 0
-
-
 @pytest.mark.parametrize(
     ('task', 'fault', 'tasks', 'inject', 'refusal', 'seen', 'reported'),
     CASES,
     ids=[f'{case[0]}: {case[1]}' for case in CASES],
 )
 def test_bad_data(
-    task, fault, tasks, inject, refusal, seen, reported, sample, tmp_path, fault_report, slow
+    task, fault, tasks, inject, refusal, seen, reported, small, tmp_path, fault_report, slow
 ):
     kind, folder = DATA[task]
-    root = shutil.copytree(sample / folder, tmp_path / f'ein Ordner, größer 图, {kind}')
+    root = shutil.copytree(small / folder, tmp_path / f'ein Ordner, größer 图, {kind}')
     inject(task, root)
     runs = [('train', 0), ('val', 0)] + [('train', 2)] * slow
     survived = 0
     for phase, workers in runs:
         # Evaluation does not drop images without objects.
         is_handled = refusal is None or (phase == 'val' and 'is empty' in refusal)
-        with permissions_count() if inject is FORBIDDEN else nullcontext():
-            message, paths = None, []
-            try:
-                paths = load_all(
-                    loader_of(task, root, phase, workers, full_size=fault.startswith('image of'))
-                )
-            except DataError as error:
-                message = str(error)
+        message, paths = None, []
+        try:
+            paths = load_all(
+                loader_of(task, root, phase, workers, full_size=fault.startswith('image of'))
+            )
+        except DataError as error:
+            message = str(error)
         assert (message is None) == is_handled, message or 'was not refused'
         if is_handled:
             assert len(set(paths)) >= COUNT - 1
@@ -354,8 +299,8 @@ def kill_worker(results):
     return results
 
 
-def test_killed_data_worker(sample, fault_report):
-    loader = loader_of('segmentation', sample / DATA['segmentation'][1], 'train', workers=2)
+def test_killed_data_worker(small, fault_report):
+    loader = loader_of('segmentation', small / DATA['segmentation'][1], 'train', workers=2)
     loader.dataset.pipeline.transforms.append(kill_worker)
     words = r'error: DataLoader worker .*Fewer workers'
     with pytest.raises(SystemExit, match=words) as error, run_errors(traceback=False):
@@ -377,26 +322,13 @@ def test_error_of_a_data_worker():
         next(iter(loader))
 
 
-@pytest.mark.parametrize(
-    'words',
-    [
-        'DataLoader worker (pid 7) is killed by signal: Killed. ',
-        'DataLoader worker (pid(s) 7, 8) exited unexpectedly',
-        'DataLoader worker (pid 7) exited unexpectedly with exit code 1. Details are lost',
-    ],
-)
-def test_dead_data_workers(words):
-    with pytest.raises(SystemExit, match='too little memory'), run_errors(traceback=False):
-        raise RuntimeError(words)
-
-
-def test_refusal_ends_a_real_run_in_one_line(sample, tmp_path, fault_report):
+def test_refusal_ends_a_real_run_in_one_line(small, tmp_path, fault_report):
     """From a data worker of `tools/train.py` to its last line."""
-    root = shutil.copytree(sample / DATA['segmentation'][1], tmp_path / 'ade')
+    root = shutil.copytree(small / DATA['segmentation'][1], tmp_path / 'ade')
     for path in (root / 'annotations/training').iterdir():
         cv2.imwrite(str(path), np.full((64, 64), 151, np.uint8))
     settings = tmp_path / 'config.py'
-    config = tiny_config('segmentation', sample, tmp_path / 'run', length=4)
+    config = tiny_config('segmentation', small, tmp_path / 'run', length=4)
     config.train_dataloader.num_workers = 2
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.dataset.data_root = f'{root}/'
@@ -412,9 +344,9 @@ def test_refusal_ends_a_real_run_in_one_line(sample, tmp_path, fault_report):
 
 
 @pytest.mark.parametrize(('width', 'height'), [(10_000, 20), (20, 10_000)])
-def test_thin_images_are_segmented(width, height, sample, tmp_path):
+def test_thin_images_are_segmented(width, height, small, tmp_path):
     """Sliding windows over an image that is thinner than the backbone's smallest input."""
-    root = shutil.copytree(sample / DATA['segmentation'][1], tmp_path / 'ade')
+    root = shutil.copytree(small / DATA['segmentation'][1], tmp_path / 'ade')
     of_size(width, height)('segmentation', root)
     config = recipe('segmentation')
     init_default_scope('mmseg')
@@ -437,8 +369,8 @@ def test_thin_images_are_segmented(width, height, sample, tmp_path):
 
 
 # ---------------------------------------------------------------------------------- the dataset
-def test_attributes_are_those_of_the_wrapped_dataset(sample):
-    dataset = loader_of('detection', sample / 'coco', 'train').dataset
+def test_attributes_are_those_of_the_wrapped_dataset(small):
+    dataset = loader_of('detection', small / 'coco', 'train').dataset
     assert isinstance(dataset, CheckedDataset)
     assert len(dataset) == len(dataset.dataset) == COUNT
     assert dataset.metainfo == dataset.dataset.metainfo
@@ -452,9 +384,9 @@ def test_attributes_are_those_of_the_wrapped_dataset(sample):
     assert dataset[0]['img_path'] == dataset.get_data_info(0)['img_path']
 
 
-def test_datasets_in_wrappers_are_checked_too(sample, tmp_path):
+def test_datasets_in_wrappers_are_checked_too(small, tmp_path):
     config = recipe('detection').train_dataloader.dataset
-    root = shutil.copytree(sample / 'coco', tmp_path / 'coco')
+    root = shutil.copytree(small / 'coco', tmp_path / 'coco')
     config = dict(config, data_root=f'{root}/')
     init_default_scope('mmdet')
     repeated = dict(type='RepeatDataset', times=2, dataset=config)
