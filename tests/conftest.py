@@ -1,4 +1,4 @@
-"""Fixtures and options that several test files share.
+"""Fixtures and options of all tests.
 
 pytest --slow                                      # every test at its full count
 pytest tests/reliability --slow --reliability-page docs/reliability.md
@@ -6,40 +6,39 @@ pytest tests/reliability --slow --reliability-page docs/reliability.md
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 if not any(Path(device).exists() for device in ('/dev/nvidiactl', '/dev/kfd')):
-    os.environ['TRITON_INTERPRET'] = '1'  # Triton, which torch imports, reads it at import
+    os.environ['TRITON_INTERPRET'] = '1'  # read when torch imports Triton
 
 import pytest
 import torch
 from common.tables import with_table
+from helpers.in_process import isolated
 from helpers.simulated_graphs import simulated  # noqa: F401 (a fixture)
-from helpers.tools import forget_visualizers, run_tool
+from helpers.tools import run_tool
 from helpers.training_server import TrainingServer
-from mmengine.runner import CheckpointLoader
 
 from mmconv2former.checkpoint.reading import TRUST_VARIABLE, admit_only_data
 
-# Of the table of faults, in this order.
+# Sections of the table of faults, in this order.
 AREAS = ['Killed', 'Disk', 'Data', 'Numbers', 'Checkpoints', 'Configs', 'Processes', 'Long runs',
          'Supply chain']  # fmt: skip
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        '--slow', action='store_true', help='also what takes minutes, and every fault at full count'
+        '--slow', action='store_true', help='run slow tests, and inject every fault at full count'
     )
-    parser.addoption(
-        '--reliability-page', type=Path, help='page whose table of faults is written anew'
-    )
+    parser.addoption('--reliability-page', type=Path, help='page whose table of faults to rewrite')
 
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes minutes; runs with --slow only')
     config.addinivalue_line('markers', 'gpu: needs a CUDA device')
     page = config.option.reliability_page
-    if page is None or hasattr(config, 'workerinput'):  # a worker of pytest-xdist only reports
+    if page is None or hasattr(config, 'workerinput'):  # a worker of pytest-xdist writes nothing
         return
     if not page.is_file():
         raise pytest.UsageError(f'--reliability-page {page} does not exist')
@@ -47,7 +46,7 @@ def pytest_configure(config):
 
 
 class ReliabilityPage:
-    """Writes what tests entered with `fault_report` into a page."""
+    """Writes what tests reported with `fault_report` into a page."""
 
     def __init__(self, page):
         self.page = page
@@ -61,7 +60,7 @@ class ReliabilityPage:
     def pytest_sessionfinish(self):
         lines = ['| | fault | tries | survived | what the user sees |', '|---|---|---|---|---|']
         area_before = None
-        # Tests of several workers end in any order.
+        # With several workers tests end in any order.
         for area, _, fault, tries, survived, seen in sorted(self.faults, key=lambda row: row[:2]):
             shown = seen.replace('|', '\\|').replace('\n', ' ')
             title = f'**{AREAS[area]}**' if area != area_before else ''
@@ -74,7 +73,7 @@ class ReliabilityPage:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Deselects slow tests, rather than skips: what CI does not run is documented, not excused."""
+    """Deselects slow tests without `--slow`, skips those that need a GPU without one."""
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker('gpu'):
@@ -87,17 +86,20 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope='session', autouse=True)
-def own_downloads(tmp_path_factory):
-    """A folder of these tests for what is kept of downloads."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv('TORCH_HOME', str(tmp_path_factory.mktemp('torch')))
+def process():
+    """The process of all tests: a folder of its own for downloads, and quick dumps of configs."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv('TORCH_HOME', folder)
+        # mmengine formats the config for each log and file: half a second each.
+        monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
         yield
 
 
 @pytest.fixture(autouse=True)
-def own_visualizers():
-    """Without those of earlier tests, into whose work dirs a run would log."""
-    forget_visualizers()
+def leaves_no_trace():
+    """Environment, loggers, visualizers, threads, ... are the same after each test."""
+    with isolated():
+        yield
 
 
 @pytest.fixture
@@ -108,11 +110,10 @@ def slow(request):
 
 @pytest.fixture
 def fault_report(request):
-    """Enters a fault that a test injected in the table of docs/reliability.md.
+    """Reports an injected fault for the table of docs/reliability.md.
 
-    `fault_report(area, fault, tries, survived, seen)`, once or more in a test, before it asserts
-    that `survived == tries`. `area` is one of `AREAS`, `fault` what was done, `seen` what the user
-    sees, in the program's own words.
+    Call `fault_report(area, fault, tries, survived, seen)` before asserting `survived == tries`.
+    `area` is one of `AREAS`, `seen` what the user sees, in the program's own words.
     """
 
     def report(area, fault, tries, survived, seen):
@@ -127,8 +128,7 @@ def fault_report(request):
 def sample(tmp_path_factory):
     """A small embedded sample: folder with `coco` and `ade/ADEChallengeData2016`."""
     folder = tmp_path_factory.mktemp('data') / 'sample'
-    options = ['--train', '40', '--val', '6', '--size', '64']
-    run_tool('make_sample.py', folder, *options)
+    run_tool('make_sample.py', folder, '--train', '40', '--val', '6', '--size', '64')
     return folder
 
 
@@ -146,33 +146,29 @@ def real_samples():
 
 @pytest.fixture(scope='session')
 def server():
-    """Runs train.py and test.py without the time of their imports."""
+    """Runs train.py and test.py in processes of their own."""
     server = TrainingServer()
     yield server
-    server.close()
+    server.stop()
 
 
 @pytest.fixture
 def guarded(monkeypatch):
-    """mmengine with our loaders, as the tools set it up, for one test."""
-    monkeypatch.setattr(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    """mmengine reads checkpoints with our loaders, as the tools set it up."""
     for variable in (TRUST_VARIABLE, 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'):
-        monkeypatch.setenv(variable, '0')  # so that it is restored
+        monkeypatch.setenv(variable, '0')
     monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
     admit_only_data()
 
 
 @pytest.fixture
-def in_process(guarded, monkeypatch):
-    """What tools change in their process is restored: for tests that call their `main`."""
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    # mmengine formats the config anew for each log and file: half a second each.
-    monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+def in_process(guarded):
+    """For tests that run tools in this process."""
 
 
 @pytest.fixture
 def no_data(monkeypatch):
-    """Fails a test whose tool comes as far as loading data."""
+    """Fails a test whose tool loads data."""
 
     def build_dataloader(*args, **kwargs):
         pytest.fail('data were loaded before the refusal')

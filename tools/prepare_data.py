@@ -33,10 +33,8 @@ from common.data_layout import (
     DEFAULT_ROOT,
     HOW_TO_GET,
 )
-from PIL import Image
+from PIL import ExifTags, Image
 from rich.progress import track
-
-from mmconv2former.datasets.checked import size_as_loaded
 
 TOLERANCE = 1.0  # pixels that official boxes and polygons lie outside their image by rounding
 NEEDED_FIELDS = {
@@ -226,6 +224,13 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def oriented_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image as OpenCV loads it, rotated as its EXIF data say."""
+    width, height = image.size
+    is_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    return (height, width) if is_on_its_side else (width, height)
+
+
 def check_image(path: Path, size: tuple[int, int] | None) -> list[tuple[str, str]]:
     """Kind and text of what is wrong with an image file.
 
@@ -236,7 +241,7 @@ def check_image(path: Path, size: tuple[int, int] | None) -> list[tuple[str, str
     try:
         with Image.open(path) as image:
             image.load()
-        found = size_as_loaded(path)
+            found = oriented_size(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return [('image cannot be read', f'{path}: {error}')]
     if size is not None and found != size:
@@ -288,7 +293,8 @@ def check_pair(stem: str, images: Path, labels: Path) -> tuple[list[tuple[str, s
     findings = check_image(images / f'{stem}.jpg', None) + check_image(path, None)
     if findings:
         return findings, set()
-    size = size_as_loaded(images / f'{stem}.jpg')
+    with Image.open(images / f'{stem}.jpg') as image:
+        size = oriented_size(image)
     with Image.open(path) as label_image:
         label_size, mode = label_image.size, label_image.mode
         values = set(np.unique(np.asarray(label_image)).tolist()) if mode in ('L', 'P') else set()

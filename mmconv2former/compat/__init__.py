@@ -1,1 +1,1 @@
-"""Workarounds for faults of other libraries."""
+"""Workarounds for bugs in other libraries."""

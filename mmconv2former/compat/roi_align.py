@@ -1,8 +1,7 @@
-"""mmcv's RoIAlign with features of any memory format.
+"""mmcv's RoIAlign for features of any memory format.
 
-The compiled operator takes its input to be contiguous (N, C, H, W) and does not check: it reads
-`torch.channels_last` memory as if it were that, without an error. A detector then trains on
-scrambled features.
+The compiled operator assumes contiguous (N, C, H, W) input and does not check: it misreads
+`torch.channels_last` memory without an error, and a detector trains on scrambled features.
 """
 
 from __future__ import annotations
@@ -16,20 +15,19 @@ from torch import Tensor
 
 
 def guard_roi_align() -> bool:
-    """Has mmcv's RoIAlign make its input contiguous, in this process from now on.
+    """Makes mmcv's RoIAlign copy its input to contiguous memory, in this process.
 
-    Whoever hands `torch.channels_last` features to detectors calls this first. Calling it again
-    has no effect. Contiguous features are passed on without a copy, others are copied at each call
-    of the operator. Its backward pass makes its gradient contiguous by itself.
+    Call it before a detector gets `torch.channels_last` features. Contiguous features are not
+    copied. The backward pass needs no guard. Calling it again has no effect.
 
     Returns:
-        Whether there is an mmcv with the operator.
+        Whether mmcv is installed with its compiled operators.
     """
     if find_spec('mmcv') is None:
         return False
     try:
         function: Any = import_module('mmcv.ops.roi_align').RoIAlignFunction
-    except ImportError:  # an mmcv without compiled operators
+    except ImportError:  # mmcv-lite
         return False
     stock = function.forward
     if getattr(stock, 'makes_contiguous', False):

@@ -1,14 +1,12 @@
-"""Datasets whose samples are checked: what is wrong with a file is said with the file's name.
+"""Datasets whose errors name the file, and checks for faults that pass unnoticed.
 
-mmdet, mmseg and mmpretrain raise what OpenCV, NumPy or pycocotools raised, mostly without a file,
-and some faults they do not see at all: labels of another size than their image, labels of no class,
-an annotation file without some of the classes (by which all labels behind it move). What they
-handle, such as boxes thinner than a pixel or images without objects, stays as it is there.
-docs/reliability.md lists both.
+mmdet, mmseg and mmpretrain raise the errors of OpenCV, NumPy or pycocotools, mostly without a file
+name. Some faults they do not notice: truncated JPEG files, annotations or labels of another size
+than their image, labels of no class, and annotation files that lack classes.
 
-A `CheckedDataset` stands around any dataset. Checks that need the files of a sample are in
-`CheckedPipeline`, the place which knows what is loaded: a dataset may load another sample than the
-one asked for, when an augmentation fails, and wrappers load several.
+`CheckedDataset` wraps any dataset. `CheckedPipeline` replaces the pipeline of each dataset inside
+it, as only the pipeline knows which sample is loaded: mmdet loads another one when an augmentation
+fails, and wrappers load several. docs/reliability.md lists the faults and the messages.
 """
 
 from __future__ import annotations
@@ -18,40 +16,38 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS as ROOT_DATASETS
-from PIL import ExifTags, Image
+from PIL import Image
+from torch.utils._pytree import tree_flatten
 
 from ..engine.seeding import SampleIndex, seed_all
 from ..registry import DATASETS, register
 
-# Modes of Pillow for one channel of at most 8 bits, to which mmseg casts labels without a word.
-LABEL_MODES = ('L', 'P', '1')
-# Of `mmcv.imread`: only so are images turned as their EXIF data say.
-TURNING_COLOR_TYPES = ('color', 'grayscale')
-UNTURNING_BACKENDS = ('turbojpeg', 'tifffile')
-END_OF_JPEG = b'\xff\xd9'
-TAIL = 1024  # bytes; some cameras write a little behind the end
+LABEL_MODES = ('L', 'P', '1')  # of Pillow: one channel of at most 8 bits
+START_OF_JPEG, END_OF_JPEG = b'\xff\xd8', b'\xff\xd9'
+TAIL = 1024  # bytes; some cameras append data to a JPEG
 
 
 class DataError(RuntimeError):
     """A file of a dataset cannot be used; the message names it."""
 
     def __init__(self, message: str) -> None:
-        # torch rebuilds an exception of a data worker from the text of its whole trace.
+        # torch rebuilds the exception of a data worker from the text of its traceback.
         super().__init__(message.rpartition(f'{type(self).__name__}: ')[2].rstrip())
 
 
 @register(DATASETS)
 class CheckedDataset:
-    """Any dataset, with checks of its files; everything else is the other's.
+    """Wraps a dataset and checks its files; attributes are those of the dataset.
 
     Args:
         dataset: Config of the dataset.
 
     Raises:
-        DataError: The dataset cannot be read, or nothing of it is left for training. Reading a
-            sample raises it too.
+        DataError: The dataset cannot be read or is empty, classes are missing, or (when indexed) a
+            sample cannot be used.
     """
 
     def __init__(self, dataset: dict) -> None:
@@ -60,15 +56,15 @@ class CheckedDataset:
             if hasattr(self.dataset, 'full_init'):
                 self.dataset.full_init()
             is_empty = len(self.dataset) == 0
-        except Exception as error:  # of any library: raised again, with a name
-            # NumPy's words for a dataset of mmengine without samples.
+        except Exception as error:  # of any library
+            # mmengine's BaseDataset without samples fails with this NumPy message.
             is_empty = 'need at least one array to concatenate' in str(error)
             if not is_empty:
-                raise DataError(f'{describe(dataset)} cannot be read: {reason(error)}') from error
+                raise DataError(f'cannot read {describe(dataset)}: {reason(error)}') from error
         if is_empty:
             raise DataError(
-                f'{describe(dataset)} has no sample to use: no images, or none with objects of the '
-                'classes (filter_cfg)'
+                f'{describe(dataset)} is empty: no images, or none with objects of its classes '
+                '(filter_cfg)'
             )
         for leaf in leaves(self.dataset):
             check_categories(leaf)
@@ -82,7 +78,7 @@ class CheckedDataset:
             return self.dataset[int(index)]
         except DataError:
             raise
-        except Exception as error:  # of a pipeline around several datasets, or of no pipeline
+        except Exception as error:  # from a pipeline around several datasets, or without pipeline
             name = type(self.dataset).__name__
             raise DataError(f'sample {int(index)} of {name}: {reason(error)}') from error
 
@@ -90,12 +86,12 @@ class CheckedDataset:
         return len(self.dataset)
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'dataset':  # not there yet, while this object is being copied
+        if name == 'dataset':  # not set yet while this object is being copied
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets an attribute of the other dataset, such as the pipeline that a hook exchanges."""
+        """Sets an attribute of the wrapped dataset, such as a pipeline that a hook replaces."""
         if name == 'dataset':
             super().__setattr__(name, value)
         elif name == 'pipeline':
@@ -105,163 +101,130 @@ class CheckedDataset:
 
 
 class CheckedPipeline(Compose):
-    """A dataset's pipeline, with checks of what goes in and what comes out.
+    """A pipeline that checks the files of a sample and what its transforms deliver.
 
     Args:
         pipeline: The pipeline; its transforms are shared.
-        dataset: Of which it is; says which labels there are.
+        dataset: The dataset it belongs to, which states its classes.
     """
 
     def __init__(self, pipeline: Callable, dataset: Any) -> None:
         super().__init__(getattr(pipeline, 'transforms', [pipeline]))
-        # mmseg's datasets have both; values of other labels, such as panoptic, are not looked at.
         self.num_classes = len(getattr(dataset, 'metainfo', {}).get('classes') or ())
         self.ignore_index = getattr(dataset, 'ignore_index', None)
+        # Only mmseg's datasets have both. Panoptic labels number segments, in three channels.
         self.has_class_labels = self.num_classes > 0 and self.ignore_index is not None
-        self.turns_images = turns_images(self.transforms)
 
     def __call__(self, data: dict) -> dict | None:
         image, labels = data.get('img_path'), data.get('seg_map_path')
         try:
-            check_files(
-                image,
-                labels,
-                (data.get('width'), data.get('height')),
-                labels_are_classes=self.has_class_labels,
-                is_turned=self.turns_images,
-            )
+            check_jpeg(image)
+            if self.has_class_labels:
+                check_label_mode(labels)
             check_boxes(data.get('instances') or ())
-            result = super().__call__(data)
-            for sample in samples_of(result):
-                self._check_sample(sample)
-        except Exception as error:  # of any transform: raised again, with the names of the files
+            known = set(data)
+            for transform in self.transforms:
+                data = transform(data)
+                if data is None:  # the dataset tries another sample
+                    return None
+                if isinstance(data, Mapping):
+                    check_sizes(data, data.keys() - known)
+                    known = set(data)
+            if self.has_class_labels:
+                for sample in tree_flatten(data.get('data_samples'))[0]:
+                    self._check_classes(sample)
+        except Exception as error:  # of any transform
             files = f'image {image}' + (f' with labels {labels}' if labels else '')
             raise DataError(f'{files}: {reason(error)}') from error
-        return result
+        return data
 
-    def _check_sample(self, sample: Any) -> None:
-        labels = sample.get('gt_sem_seg')
-        if labels is not None and self.has_class_labels:
-            labels = labels.data
+    def _check_classes(self, sample: Any) -> None:
+        """Checks the values of packed labels."""
+        if 'gt_sem_seg' in (sample or ()):
+            labels = sample.gt_sem_seg.data
             wrong = labels[(labels >= self.num_classes) & (labels != self.ignore_index)]
             if len(wrong):
                 raise ValueError(
-                    f'labels {wrong.unique().tolist()[:5]} are of no class: there are 0 to '
-                    f'{self.num_classes - 1}, and {self.ignore_index} for what does not count, '
-                    'after what the pipeline does to the values of the file (reduce_zero_label)'
+                    f'labels {wrong.unique().tolist()[:5]} are not a class (0 to '
+                    f'{self.num_classes - 1}) and not {self.ignore_index} (ignored); these values '
+                    'are those after the pipeline (reduce_zero_label)'
                 )
 
 
-def check_files(
-    image: Any,
-    labels: Any,
-    annotated_size: tuple[int | None, int | None] = (None, None),
-    *,
-    labels_are_classes: bool = True,
-    is_turned: bool = True,
-) -> None:
-    """Looks at files before they are decoded: at their headers and at the end of the image.
-
-    What is not a path of this machine, or not readable, is left to the pipeline.
-
-    Args:
-        image: Path of an image.
-        labels: Path of its semantic or panoptic labels, or None.
-        annotated_size: Width and height that the annotations give, if they do.
-        labels_are_classes: Whether a value of the labels is a class. Panoptic labels number the
-            segments, in three channels.
-        is_turned: Whether the image will be turned as its EXIF data say; see `turns_images`.
+def check_jpeg(path: Any) -> None:
+    """Checks that a local JPEG file is complete; OpenCV before 4.12 fills the rest with grey.
 
     Raises:
-        ValueError: The image is cut off or of another size than annotated, or the labels have
-            another size than the image, or are classes and not of one channel with 8 bits.
+        ValueError: The file is truncated.
+        OSError: It cannot be opened.
     """
-    if not isinstance(image, (str, os.PathLike)) or '://' in str(image):
-        return
-    try:
-        size = size_as_loaded(image, is_turned)
-        if None not in annotated_size and size != annotated_size:
-            raise ValueError(f'has {text(size)} pixels, {text(annotated_size)} are annotated')
-        if labels is None:
-            return
-        with Image.open(labels) as picture:
-            label_size, mode = picture.size, picture.mode
-    # Not there, not an image, of a format that only others know, or larger than Pillow likes.
-    except (OSError, Image.DecompressionBombError):
-        return
-    if labels_are_classes and mode not in LABEL_MODES:
-        raise ValueError(
-            f'labels must be a picture of one channel with 8 bits, got mode {mode!r} of Pillow'
-        )
-    if label_size != size:
-        raise ValueError(f'labels of {text(label_size)} pixels for an image of {text(size)}')
-    if labels_are_classes and 1 in label_size:  # mmseg squeezes them
-        raise ValueError(f'labels must have two pixels a side or more, got {text(label_size)}')
-
-
-def text(size: tuple[int | None, int | None]) -> str:
-    """A width and height for a message."""
-    return f'{size[0]}x{size[1]}'
-
-
-def turns_images(transforms: Iterable) -> bool:
-    """Whether what loads the images turns them as their EXIF data say, as mmcv does by default."""
-    # Loaders of labels have a backend too, but no type of colour.
-    loader = next((item for item in transforms if hasattr(item, 'color_type')), None)
-    backend = getattr(loader, 'imdecode_backend', 'cv2')
-    return (
-        getattr(loader, 'color_type', 'color') in TURNING_COLOR_TYPES
-        and backend not in UNTURNING_BACKENDS
-    )
-
-
-def size_as_loaded(image: str | os.PathLike, is_turned: bool = True) -> tuple[int, int]:
-    """Width and height of an image as it is loaded.
-
-    Args:
-        image: Path of an image.
-        is_turned: Whether it is turned as its EXIF data say, as OpenCV does.
-
-    Raises:
-        ValueError: It is a JPEG file that is cut off. OpenCV before 4.12 fills the rest with grey.
-        OSError: It cannot be read.
-    """
-    with Image.open(image) as picture:
-        if picture.format == 'JPEG' and not ends_as_jpeg(image):
-            try:
-                picture.load()
-            except OSError as error:
-                raise ValueError(f'the file is cut off or broken: {error}') from error
-        width, height = picture.size
-        # Asking another format than JPEG for EXIF data that it has not would decode the picture.
-        has_exif = is_turned and 'exif' in picture.info
-        is_on_its_side = has_exif and picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return (height, width) if is_on_its_side else (width, height)
-
-
-def ends_as_jpeg(path: str | os.PathLike) -> bool:
-    """Whether the end of a file holds a JPEG's end; without it the file may be whole or not."""
+    if not isinstance(path, (str, os.PathLike)) or not os.path.isfile(path):
+        return  # left to the pipeline
     with open(path, 'rb') as file:
-        file.seek(-min(TAIL, os.path.getsize(path)), os.SEEK_END)
-        return END_OF_JPEG in file.read()
+        if file.read(2) != START_OF_JPEG:
+            return
+        file.seek(max(0, os.path.getsize(path) - TAIL))
+        if END_OF_JPEG in file.read():
+            return
+    try:  # complete files can have more than TAIL bytes appended
+        with Image.open(path) as image:
+            image.load()
+    except OSError as error:
+        raise ValueError(f'the file is truncated or broken: {error}') from error
+
+
+def check_label_mode(path: Any) -> None:
+    """Checks that labels have one channel of 8 bits; mmseg casts others without a warning.
+
+    Raises:
+        ValueError: They have not.
+    """
+    try:
+        with Image.open(path) as labels:
+            mode = labels.mode
+    except (OSError, AttributeError, Image.DecompressionBombError):
+        return  # no path, or a file that only the pipeline can read
+    if mode not in LABEL_MODES:
+        raise ValueError(f'labels must have one channel of 8 bits, got Pillow mode {mode!r}')
 
 
 def check_boxes(instances: Iterable[Mapping]) -> None:
-    """Checks the boxes of an image, as annotated.
+    """Checks that annotated boxes are finite.
 
     Raises:
-        ValueError: One has a number that is NaN or infinite.
+        ValueError: One is not.
     """
     for instance in instances:
         box = instance.get('bbox', ())
         if not all(map(math.isfinite, box)):
-            raise ValueError(f'box {list(box)} is not of finite numbers')
+            raise ValueError(f'box {list(box)} is not finite')
+
+
+def check_sizes(data: Mapping, new: set[str]) -> None:
+    """Checks the sizes of an image and its labels when they have been loaded.
+
+    Args:
+        data: What a transform returned.
+        new: The keys that it added.
+
+    Raises:
+        ValueError: The image has another size than its annotations say, or the labels have another
+            size than the image.
+    """
+    shape = data.get('ori_shape')  # (H, W) of the image as it was loaded
+    if shape is None:
+        return
+    annotated = data.get('height'), data.get('width')
+    if 'img' in new and None not in annotated and annotated != tuple(shape):
+        raise ValueError(f'image has shape {shape}, annotations say {annotated}')
+    if 'gt_seg_map' in new and np.shape(data['gt_seg_map']) != tuple(shape):
+        raise ValueError(f'labels have shape {np.shape(data["gt_seg_map"])}, the image has {shape}')
 
 
 def check_categories(dataset: Any) -> None:
-    """Checks that an annotation file in COCO's format has all classes of its dataset.
+    """Checks that a COCO annotation file has all classes of its dataset.
 
-    mmdet numbers the classes that it finds, so that one that is missing moves all others.
+    mmdet numbers the classes that it finds, so a missing one shifts the labels after it.
 
     Raises:
         DataError: Classes are missing.
@@ -271,13 +234,13 @@ def check_categories(dataset: Any) -> None:
     if category_ids is not None and len(category_ids) != len(classes):
         raise DataError(
             f'{dataset.ann_file} has {len(category_ids)} of the {len(classes)} classes of '
-            f'{type(dataset).__name__} among its categories: give those that it has as '
-            'dataset.metainfo.classes, or correct the file (tools/prepare_data.py names them)'
+            f'{type(dataset).__name__} in its categories: set dataset.metainfo.classes to the '
+            'classes of the file, or correct the file (tools/prepare_data.py names them)'
         )
 
 
 def leaves(dataset: Any) -> Iterator[Any]:
-    """The datasets inside wrappers of several or of one."""
+    """The datasets inside wrappers such as `ConcatDataset`."""
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
     if inner == [None]:
         yield dataset
@@ -286,25 +249,17 @@ def leaves(dataset: Any) -> Iterator[Any]:
             yield from leaves(other)
 
 
-def samples_of(result: Any) -> list:
-    """What a pipeline has packed: one sample, or at test time one for each augmentation."""
-    samples = result.get('data_samples') if isinstance(result, Mapping) else None
-    if samples is None:
-        return []
-    return samples if isinstance(samples, list) else [samples]
-
-
 def describe(settings: Mapping) -> str:
-    """The type of a dataset and the files it is made from, by its config."""
+    """Type and files of a dataset, from its config."""
     prefixes = settings.get('data_prefix') or {}
     folders = list(prefixes.values()) if isinstance(prefixes, Mapping) else [prefixes]
     root = settings.get('data_root') or ''
     files = [settings['ann_file']] if settings.get('ann_file') else folders
     paths = ', '.join(os.path.join(root, file) for file in files) or root
-    return f'dataset {settings.get("type")}' + (f' of {paths}' if paths else '')
+    return f'dataset {settings.get("type")}' + (f' ({paths})' if paths else '')
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, in one line, with its type unless it is one of ours."""
+    """The message of an exception in one line, with its type unless it is a plain ValueError."""
     words = ' '.join(str(error).split())
     return words if type(error) is ValueError else f'{type(error).__name__}: {words}'

@@ -1,11 +1,10 @@
-"""Settings that depend on the machine, which a config cannot know: `ReliableRunner` fills them in.
+"""Settings that depend on the machine, which `ReliableRunner` fills in.
 
-What a config says itself stays as it is.
+A setting that the config makes itself is kept.
 """
 
 from __future__ import annotations
 
-import copy
 from inspect import isclass, signature
 from typing import Any
 
@@ -14,29 +13,25 @@ from mmengine.device import get_device
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import OPTIMIZERS
 
-# Where a step is fused; torch can on a CPU too, where launches are cheap.
-FUSED_ON = ('cuda',)
-# How torch's optimizers compute a step; none changes what they compute. A config that names one
-# has chosen.
+FUSED_ON = ('cuda',)  # device types; torch has fused steps on CPUs too, where launches are cheap
+# torch's implementations of an optimizer step. A config that names one has chosen.
 IMPLEMENTATIONS = ('fused', 'foreach', 'differentiable', 'capturable')
-# What torch's DataLoader refuses where there are no worker processes.
-OF_WORKERS = ('persistent_workers', 'prefetch_factor')
-PLAIN_WRAPPER = 'MMDistributedDataParallel'  # what mmengine takes where no type is named
+WRAPPER = 'MMDistributedDataParallel'  # mmengine's default
 
 
 def with_fused_step(optim_wrapper: dict, device: torch.device) -> dict:
-    """Settings of an optim wrapper with `optimizer.fused=True` where torch has that.
+    """Sets `optimizer.fused=True`, which torch does not do by itself.
 
-    A fused step is a few kernels for each parameter group, where the others launch some for each
-    operation. It works with gradient clipping, accumulation and loss scaling.
+    A fused step takes a few kernels for each parameter group, other implementations take some for
+    each operation. It works with gradient clipping, accumulation and loss scaling.
 
     Args:
-        optim_wrapper: Settings of a config, unchanged.
-        device: Of the parameters.
+        optim_wrapper: Settings of a config.
+        device: Device of the parameters.
 
     Returns:
-        A changed copy, or `optim_wrapper` itself where nothing is to change: on other devices than
-        CUDA, for optimizers without the argument, and if one of `IMPLEMENTATIONS` is set.
+        A changed copy; `optim_wrapper` itself on other devices than CUDA, for optimizers without
+        the argument, and if the config sets one of `IMPLEMENTATIONS`.
     """
     optimizer = optim_wrapper.get('optimizer')
     if device.type not in FUSED_ON or not isinstance(optimizer, dict):
@@ -47,21 +42,18 @@ def with_fused_step(optim_wrapper: dict, device: torch.device) -> dict:
     has_chosen = any(key in optimizer for key in IMPLEMENTATIONS)
     if has_chosen or not is_torchs or 'fused' not in signature(cls).parameters:
         return optim_wrapper
-    optim_wrapper = copy.deepcopy(optim_wrapper)
-    optim_wrapper['optimizer']['fused'] = True
-    return optim_wrapper
+    return {**optim_wrapper, 'optimizer': {**optimizer, 'fused': True}}
 
 
 def keep_own_step(saved: dict, optim_wrapper: Any) -> None:
-    """Makes the state of an optimizer go on with the implementation of this run.
+    """Replaces `fused` and `foreach` in a checkpoint by those of this run.
 
-    A checkpoint holds `fused` and `foreach` of the run that wrote it, perhaps on another device,
-    and torch loads them.
+    torch would load them from the checkpoint, which may come from another device.
 
     Args:
-        saved: What a checkpoint holds under `optimizer`, changed in place; it has the groups of
-            the run (see `mmconv2former.checkpoint.loading.check_optimizer`).
-        optim_wrapper: The run's, an `OptimWrapper` or an `OptimWrapperDict` of mmengine.
+        saved: The checkpoint's `optimizer`, changed in place, with the same groups as the run (see
+            `mmconv2former.checkpoint.loading.check_optimizer`).
+        optim_wrapper: The run's `OptimWrapper` or `OptimWrapperDict`.
     """
     if isinstance(optim_wrapper, OptimWrapperDict):
         for name, part in optim_wrapper.items():
@@ -72,40 +64,34 @@ def keep_own_step(saved: dict, optim_wrapper: Any) -> None:
 
 
 def distributed_wrapper(settings: dict | None, find_unused_parameters: bool) -> dict:
-    """Settings of the wrapper for several processes: gradients live in the buckets they travel in.
+    """Sets `gradient_as_bucket_view=True`, which saves a copy of all gradients.
 
-    That saves a copy of all gradients and the memory of one. `static_graph` is not set: with
-    `find_unused_parameters=False`, which the recipes have as they use every parameter, there is no
-    search for unused ones that it could save, and with gradients accumulated from the first
-    iteration on it fails (an internal assertion in torch 2.12).
+    `static_graph` is not set. It saves the search for unused parameters, which
+    `find_unused_parameters=False` does too, and with gradient accumulation from the first iteration
+    on it fails (an internal assertion in torch 2.12).
 
     Args:
-        settings: `model_wrapper_cfg` of a config, unchanged.
-        find_unused_parameters: Of the config, where there is no `model_wrapper_cfg`.
+        settings: `model_wrapper_cfg` of a config, or None.
+        find_unused_parameters: The config's, used without `model_wrapper_cfg`.
 
     Returns:
-        A copy with defaults; settings of other wrappers as they are.
+        A copy of the settings; those of other wrappers are unchanged.
     """
-    if settings is None:
-        # As mmengine does where nothing is said.
+    if settings is None:  # mmengine's defaults
         settings = dict(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)
-    settings = copy.copy(settings)
-    if settings.setdefault('type', PLAIN_WRAPPER) == PLAIN_WRAPPER:
+    settings = {'type': WRAPPER, **settings}
+    if settings['type'] == WRAPPER:
         settings.setdefault('gradient_as_bucket_view', True)
     return settings
 
 
 def usable_loader(settings: dict) -> dict:
-    """Settings of a data loader without what cannot be had here.
+    """Drops settings of a data loader that this run cannot use.
 
-    `persistent_workers` and `prefetch_factor` go where `num_workers` is 0, so that
-    `train_dataloader.num_workers=0` is enough to load in the process itself; `pin_memory` goes on a
-    CPU, where torch would warn.
+    torch refuses `persistent_workers` and `prefetch_factor` with `num_workers=0`, and warns about
+    `pin_memory` without a GPU.
     """
-    settings = dict(settings)
-    if settings.get('num_workers', 0) == 0:
-        for key in OF_WORKERS:
-            settings.pop(key, None)
+    dropped = [] if settings.get('num_workers', 0) else ['persistent_workers', 'prefetch_factor']
     if get_device() == 'cpu':
-        settings.pop('pin_memory', None)
-    return settings
+        dropped.append('pin_memory')
+    return {key: value for key, value in settings.items() if key not in dropped}

@@ -1,14 +1,14 @@
-"""Numbers that are not finite: found at once, named, and never written to a checkpoint.
+"""Non-finite losses and weights: training stops, and they are never saved.
 
-mmengine trains on with a loss that is NaN, and mmdet's `CheckInvalidLossHook` looks at every 50th
-sum of losses only and says that it is not finite. What is said here is what one needs to find the
-cause: which terms, in which iteration, on which images, and where to go on from.
+mmengine trains on with a NaN loss. mmdet's `CheckInvalidLossHook` looks at every 50th loss only and
+says no more than that it is not finite. The errors here name the loss terms, the iteration, the
+images and the last checkpoint to resume from.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,28 +16,21 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from ..registry import HOOKS, register
 
 
 class NonFiniteError(RuntimeError):
-    """A run has lost its numbers; to go on, change something and resume from the checkpoint."""
-
-
-class NonFiniteLossError(NonFiniteError):
-    """A term of the loss is NaN or infinite."""
-
-
-class NonFiniteWeightsError(NonFiniteError):
-    """Weights are NaN or infinite, although no loss was."""
+    """A loss or a weight is NaN or infinite."""
 
 
 @register(HOOKS)
 class BatchImagesHook(Hook):
-    """Remembers which images are in work, for whoever has to report what went wrong with them.
+    """Keeps the paths of the current batch's images, for `images_on_error`.
 
     Attributes:
-        images: Paths of the images that the model has at the moment, none between iterations.
+        images: Paths of the images, empty between iterations.
     """
 
     priority = 'HIGHEST'
@@ -56,12 +49,11 @@ class BatchImagesHook(Hook):
 
 @register(HOOKS)
 class FiniteLossHook(Hook):
-    """Stops training at the first loss that is not finite.
+    """Stops training at the first non-finite loss.
 
-    Costs no waiting for a GPU: the values are those that mmengine's `RuntimeInfoHook`, one of the
-    default hooks, has just fetched for the log. Runs behind that and before weights are averaged
-    (`EMAHook`) or saved (`CheckpointHook`). In a run of several processes each looks at its own
-    batch.
+    It reads the values that mmengine's `RuntimeInfoHook`, a default hook, has fetched for the log,
+    so it does not wait for the GPU. It runs after that hook and before weights are averaged
+    (`EMAHook`) or saved (`CheckpointHook`). Each process checks its own batch.
     """
 
     priority = 'HIGH'
@@ -73,21 +65,20 @@ class FiniteLossHook(Hook):
         data_batch: Any = None,
         outputs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Looks at every value that the model reports, the sum of the losses and its terms.
+        """Checks the loss and its terms.
 
         Raises:
-            NonFiniteLossError: One is NaN or infinite.
+            NonFiniteError: One is NaN or infinite.
         """
         values = {
             name: runner.message_hub.get_scalar(f'train/{name}').current() for name in outputs or ()
         }
-        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+        wrong = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         if wrong:
-            raise NonFiniteLossError(
-                f'iteration {runner.iter + 1}: '
-                + ', '.join(f'{name} is {value}' for name, value in wrong.items())
-                + f'; images: {", ".join(image_paths(data_batch)) or "unknown"}; '
-                + last_good_checkpoint(runner)
+            images = ', '.join(image_paths(data_batch)) or 'unknown'
+            raise NonFiniteError(
+                f'iteration {runner.iter + 1}: {", ".join(wrong)}; images: {images}; '
+                + last_checkpoint(runner)
             )
 
 
@@ -95,64 +86,43 @@ def check_weights(runner: Runner) -> None:
     """Checks the weights that are about to be saved.
 
     Raises:
-        NonFiniteWeightsError: One is NaN or infinite, as after an update with such a gradient.
+        NonFiniteError: One is NaN or infinite, e.g. after an update with a non-finite gradient.
     """
-    names = non_finite_parameters(runner.model)
+    names = non_finite_tensors(runner.model)
     if names:
-        raise NonFiniteWeightsError(
-            f'iteration {runner.iter}: {len(names)} tensors of the model are not finite and are '
-            f'not saved, such as {names[:3]}; ' + last_good_checkpoint(runner)
+        raise NonFiniteError(
+            f'iteration {runner.iter}: {len(names)} tensors of the model are not finite, such as '
+            f'{names[:3]}; they are not saved; {last_checkpoint(runner)}'
         )
 
 
-def last_good_checkpoint(runner: Runner) -> str:
-    """Which checkpoint a run can go on from, for a message."""
+def last_checkpoint(runner: Runner) -> str:
+    """Where a run can resume, for a message."""
     checkpoint = find_latest_checkpoint(runner.work_dir)
     return f'last good checkpoint: {checkpoint}' if checkpoint else 'no checkpoint was saved yet'
 
 
 @contextmanager
 def images_on_error(runner: Runner) -> Iterator[None]:
-    """Logs which images the model had when anything goes wrong inside the context."""
+    """Logs the images of the current batch if anything fails in this context."""
     try:
         yield
     except Exception:  # of any library, and raised again
         for hook in runner.hooks:
             if isinstance(hook, BatchImagesHook) and hook.images:
-                runner.logger.error(f'It went wrong with {", ".join(hook.images)}')
+                runner.logger.error(f'The failing batch has the images {", ".join(hook.images)}')
         raise
 
 
 def image_paths(data_batch: Any) -> list[str]:
-    """The image files of a batch as a data loader of mmdet, mmseg or mmpretrain gives it.
-
-    Without augmentation at test time `data_samples` is a list of samples, with it one of lists.
-    """
-    samples = data_batch.get('data_samples') if isinstance(data_batch, Mapping) else None
-    paths = (path_of(sample) for sample in flat(samples or ()))
-    return list(dict.fromkeys(path for path in paths if path is not None))
+    """The image files of a batch, also with test-time augmentation."""
+    samples = tree_flatten(data_batch)[0]
+    paths = (getattr(sample, 'img_path', None) for sample in samples)
+    return list(dict.fromkeys(str(path) for path in paths if path is not None))
 
 
-def path_of(sample: Any) -> str | None:
-    """The file of the image of a sample, if the sample names it."""
-    path = getattr(sample, 'img_path', None)
-    return None if path is None else str(path)
-
-
-def flat(items: Iterable) -> Iterable:
-    """Items of lists and tuples within lists and tuples, one after another."""
-    for item in items:
-        if isinstance(item, (list, tuple)):
-            yield from flat(item)
-        else:
-            yield item
-
-
-def non_finite_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters and buffers of a model that are not finite in all their elements.
-
-    Waits for the device once, not once a tensor.
-    """
+def non_finite_tensors(model: nn.Module) -> list[str]:
+    """Names of parameters and buffers with non-finite elements; waits for the device once."""
     tensors = {
         name: value
         for name, value in model.state_dict().items()

@@ -1,48 +1,60 @@
-"""Layer-wise learning-rate decay for any backbone that can tell its layer depth.
+"""Layer-wise learning-rate decay for any backbone that states the depth of its layers.
 
-The method is BEiT's (arXiv 2106.08254), as ConvNeXt (arXiv 2201.03545) uses it: the learning rate
-of layer i of n, counted from the stem, is the base rate times `decay_rate ** (n - 1 - i)`; layer
-n - 1 is all that is not the pretrained backbone.
+The method is BEiT's (arXiv 2106.08254), as used by ConvNeXt (arXiv 2201.03545): layer i of n,
+counted from the stem, has the base rate times `decay_rate ** (n - 1 - i)`. Layer n - 1 is
+everything outside the pretrained backbone.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
 
 from mmengine.logging import MMLogger, print_log
 from mmengine.optim import DefaultOptimWrapperConstructor
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS, register
 
-# The name of the backbone's method that tells depth and number of layers of a parameter.
+# The backbone's method that returns (depth, number of layers) of a parameter.
 DEPTH_METHODS = {'layer_wise': 'get_layer_depth', 'stage_wise': 'get_stage_depth'}
+
+
+def lr_scale(name: str, depth_methods: Mapping[str, Any], decay_rate: float) -> float:
+    """Factor of the learning rate of a parameter.
+
+    Args:
+        name: Name of the parameter in the model.
+        depth_methods: For each backbone its prefix, such as 'backbone.', and its depth method.
+        decay_rate: Factor from one layer to the one before it.
+    """
+    for prefix, get_depth in depth_methods.items():
+        if name.startswith(prefix):
+            depth, num_layers = get_depth(name, prefix)
+            return float(decay_rate ** (num_layers - 1 - depth))
+    return 1.0
 
 
 @register(OPTIM_WRAPPER_CONSTRUCTORS)
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
-    """Builds an optimizer whose learning rates fall towards the stem.
+    """Builds an optimizer whose learning rates decay towards the stem.
 
-    Works for any model that has modules named `backbone` with a method `get_layer_depth` (and
-    `get_stage_depth` for stage-wise decay): detectors, segmentors, classifiers. The number of
-    layers comes from the backbone. Norms, biases and all other parameters of one dimension (layer
-    scales) get no weight decay, unless `paramwise_cfg` says otherwise. A parameter that several
-    layers share is in one group.
+    Works for any model with modules named `backbone` that have a method `get_layer_depth` (or
+    `get_stage_depth` for stage-wise decay): detectors, segmentors, classifiers. Norms, biases and
+    other one-dimensional parameters (layer scales) get no weight decay, unless `paramwise_cfg` says
+    otherwise. Parameters with the same settings share a group.
 
     Args:
-        optim_wrapper_cfg: As mmengine's `DefaultOptimWrapperConstructor`; the optimizer may be of
-            any type.
+        optim_wrapper_cfg: As in mmengine's `DefaultOptimWrapperConstructor`.
         paramwise_cfg: `decay_rate` in (0, 1], `decay_type` ('layer_wise', the default, or
-            'stage_wise'), and any key of mmengine's constructor, such as `custom_keys`, which
-            multiply with the decay.
+            'stage_wise'), and any key of mmengine's constructor. The `lr_mult` of `custom_keys`
+            multiplies with the decay.
 
     Raises:
-        ValueError: `decay_rate` or `decay_type` is missing or not as above, or there is no learning
-            rate to decay.
-        TypeError: The model has no backbone that can tell its depths (when called).
+        ValueError: `decay_rate` or `decay_type` is missing or not as above, or the optimizer has no
+            `lr`.
+        TypeError: The model has no backbone with the method (when called).
 
     Source: arXiv 2106.08254, arXiv 2201.03545.
     """
@@ -51,25 +63,19 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         options = dict(paramwise_cfg or {})
         self.decay_rate = options.pop('decay_rate', None)
         self.decay_type = options.pop('decay_type', 'layer_wise')
-        is_number = isinstance(self.decay_rate, (int, float))
-        if not is_number or not 0 < self.decay_rate <= 1:
+        optimizer = optim_wrapper_cfg['optimizer']
+        if not isinstance(self.decay_rate, (int, float)) or not 0 < self.decay_rate <= 1:
             raise ValueError(f'decay_rate must be a number in (0, 1], got {self.decay_rate!r}')
         if self.decay_type not in DEPTH_METHODS:
             raise ValueError(
                 f'decay_type must be one of {list(DEPTH_METHODS)}, got {self.decay_type!r}'
             )
-        if self.decay_rate < 1 and optim_wrapper_cfg['optimizer'].get('lr') is None:
-            raise ValueError(
-                f'decay_rate={self.decay_rate} needs optim_wrapper.optimizer.lr: the rate that an '
-                "optimizer takes by default is not the constructor's to know"
-            )
-        if 'num_layers' in options:
-            raise ValueError('num_layers must not be given: it comes from the backbone')
-        if optim_wrapper_cfg['optimizer'].get('weight_decay') is not None:
+        if optimizer.get('lr') is None:
+            raise ValueError('decay_rate needs a learning rate: set optim_wrapper.optimizer.lr')
+        if optimizer.get('weight_decay') is not None:
             for key in ('norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult'):
                 options.setdefault(key, 0.0)
-        # mmengine's constructor makes parameter groups only if it is given some option.
-        options.setdefault('custom_keys', {})
+        options.setdefault('custom_keys', {})  # without any option mmengine makes no groups
         super().__init__(optim_wrapper_cfg, options)
 
     def add_params(
@@ -79,82 +85,63 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         prefix: str = '',
         is_dcn_module: bool | None = None,
     ) -> None:
-        """Adds the groups of `module`: mmengine's for submodules, decayed and merged at the top."""
+        """Adds the groups of `module`; those of the whole model are decayed and merged."""
         if prefix:
             super().add_params(params, module, prefix, is_dcn_module)
             return
-        scales = self._scales(module)
-        single_groups: list[dict] = []
+        depth_methods = self._depth_methods(module)
+        single_groups: list[dict] = []  # one for each parameter
         logger = MMLogger.get_current_instance()
-        was_disabled, logger.disabled = logger.disabled, True  # else a line for each parameter
+        was_disabled, logger.disabled = logger.disabled, True  # mmengine logs every parameter
         try:
             super().add_params(single_groups, module, prefix, is_dcn_module)
         finally:
             logger.disabled = was_disabled
 
         names = {id(param): name for name, param in module.named_parameters()}
-        merged: dict[tuple, dict] = defaultdict(lambda: {'params': []})
+        merged: dict[tuple, dict] = {}
         for group in single_groups:
             (param,) = group.pop('params')
             name = names.pop(id(param), None)
-            if name is None:  # of two layers, as in RTMDet's head, and in a group already
+            if name is None:  # shared by two layers, as in RTMDet's head
                 continue
-            scale = scales[name]
-            if self.base_lr is not None:
-                group.setdefault('lr', self.base_lr)
-                group['lr'] *= scale
+            group['lr_scale'] = lr_scale(name, depth_methods, self.decay_rate)
+            group['lr'] = group.get('lr', self.base_lr) * group['lr_scale']
             if self.base_wd is not None:
                 group.setdefault('weight_decay', self.base_wd)
-            key = (scale, *sorted(group.items()))
-            merged[key].update(group, lr_scale=scale)
-            merged[key]['params'].append(param)
-        params.extend(merged[key] for key in sorted(merged, key=lambda key: key[0]))
+            key = tuple(sorted(group.items()))
+            merged.setdefault(key, dict(group, params=[]))['params'].append(param)
+        params.extend(sorted(merged.values(), key=lambda group: group['lr_scale']))
         print_log(describe_groups(params), logger='current', level=logging.INFO)
 
-    def _scales(self, model: nn.Module) -> dict[str, float]:
-        """The factor of the learning rate of each parameter of `model`, by name."""
+    def _depth_methods(self, model: nn.Module) -> dict[str, Any]:
+        """The depth method of each backbone, by prefix."""
         method = DEPTH_METHODS[self.decay_type]
-        named_backbones = {
+        backbones = {
             name: module
             for name, module in model.named_modules()
             if name.split('.')[-1] == 'backbone'
         }
-        capable = {
+        methods = {
             f'{name}.': getattr(module, method)
-            for name, module in named_backbones.items()
+            for name, module in backbones.items()
             if hasattr(module, method)
         }
-        if not capable:
-            found = {name: type(module).__name__ for name, module in named_backbones.items()}
+        if not methods:
+            found = {name: type(module).__name__ for name, module in backbones.items()}
             raise TypeError(
                 f"decay_type='{self.decay_type}' needs a backbone with a method "
                 f'{method}(param_name, prefix), got {found or "no module named backbone"} '
                 f'in {type(model).__name__}'
             )
-        scales = {}
-        for name, _ in model.named_parameters():
-            scales[name] = 1.0
-            for prefix, get_depth in capable.items():
-                if name.startswith(prefix):
-                    depth, num_layers = get_depth(name, prefix)
-                    scales[name] = self.decay_rate ** (num_layers - 1 - depth)
-        return scales
+        return methods
 
 
 def describe_groups(groups: list[dict]) -> str:
-    """A table of an optimizer's parameter groups, as text."""
-    table = Table(title='Parameter groups', title_justify='left')
-    for column in ('rate scale', 'learning rate', 'weight decay', 'tensors', 'parameters'):
-        table.add_column(column, justify='right')
+    """A table of parameter groups."""
+    lines = ['Parameter groups:', f'{"lr scale":>9} {"lr":>9} {"decay":>7} {"parameters":>12}']
     for group in groups:
-        table.add_row(
-            f'{group["lr_scale"]:.4f}',
-            f'{group["lr"]:.3g}' if 'lr' in group else "optimizer's",
-            f'{group["weight_decay"]:g}' if 'weight_decay' in group else "optimizer's",
-            str(len(group['params'])),
-            f'{sum(param.numel() for param in group["params"]):,}',
-        )
-    console = Console(width=88)
-    with console.capture() as capture:
-        console.print(table)
-    return '\n' + capture.get()
+        decay = group.get('weight_decay', '')  # the optimizer's default
+        count = sum(param.numel() for param in group['params'])
+        lines.append(f'{group["lr_scale"]:9.4f} {group["lr"]:9.3g} {decay:>7} {count:12,}')
+    return '\n'.join(lines)

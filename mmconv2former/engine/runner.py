@@ -269,7 +269,7 @@ class ReliableRunner(Runner):
 
         Raises:
             OSError: The folder is not writable or the disk is full; what was there is untouched.
-            NonFiniteWeightsError: Weights are NaN or infinite; what was there is untouched.
+            NonFiniteError: Weights are NaN or infinite; what was there is untouched.
         """
         check_weights(self)
         is_local = backend_args is None and kwargs.get('file_client_args') is None

@@ -1,10 +1,9 @@
-"""Random numbers that depend on the seed and on how far a run has come, on nothing else.
+"""Random numbers that depend only on the run's seed and the position in the run.
 
-mmengine seeds once, when a run starts, so that a run that was interrupted goes on with other random
-numbers than one that was not, and data workers repeat the augmentations of its first epoch. Here
-every sample and every iteration gets a seed of its own, made from the run's seed and from its
-position: what happened before, how often the run was resumed and with how many workers, does not
-matter.
+mmengine seeds once, when a run starts. A resumed run then draws other random numbers than an
+uninterrupted one, and its data workers repeat the augmentations of the first epoch. Here each
+sample and each iteration has its own seed, derived from the run's seed and its position, whatever
+happened before and however many data workers there are.
 """
 
 from __future__ import annotations
@@ -20,27 +19,27 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_dist_info
 from torch.utils.data import DataLoader, Sampler
 
-# What a seed is for, so that no two uses share one.
+# First number of the key of a seed, so that no two uses share a seed.
 SAMPLES, ITERATIONS = 0, 1
 
 
 def derived_seed(*key: int) -> int:
-    """A seed (32 bits) made from non-negative numbers, different ones for different keys."""
+    """A 32-bit seed derived from non-negative numbers."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def seed_all(seed: int) -> None:
-    """Seeds Python, NumPy and torch, of the latter the CPU and the GPU in use."""
+    """Seeds Python, NumPy, and torch on the CPU and the current GPU."""
     random.seed(seed)
     np.random.seed(seed)
-    # `torch.manual_seed` would queue a call for CUDA in every data worker, with a stack trace.
+    # `torch.manual_seed` would queue a CUDA call, with its stack trace, in every data worker.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
 
 
 class SampleIndex(int):
-    """Index of a sample that carries the seed of its augmentation to the data worker."""
+    """Index of a sample, with the seed of its augmentation."""
 
     seed: int
 
@@ -54,39 +53,39 @@ class SampleIndex(int):
 
 
 class PositionedSampler(Sampler):
-    """The indices of another sampler, each with a seed made from its position in the run.
+    """Wraps a sampler: gives each index a seed derived from its position in the run.
 
-    Everything else (`set_epoch`, `dataset`, ...) is the other sampler's.
+    Other attributes (`set_epoch`, `dataset`, ...) are those of the sampler.
 
     Args:
-        sampler: A sampler of indices of this process.
-        seed: The run's, the same in all processes.
+        sampler: A sampler of this process.
+        seed: Seed of the run, the same in all processes.
     """
 
-    sampler: Any  # of any library: torch's `Sampler` has no length, `seed` or `epoch`
+    sampler: Any  # torch's `Sampler` has no length, `seed` or `epoch`; those of libraries have
 
     def __init__(self, sampler: Sampler, seed: int) -> None:
         self.sampler = sampler
         self.begin(seed)
 
     def begin(self, seed: int, skip: int = 0) -> None:
-        """Sets the seed of the order and of the samples, and how many indices are left out next.
+        """Sets the seed, and how many indices to skip next.
 
         Args:
-            seed: See above.
-            skip: Indices of this process that a resumed run has used: since the first one of an
-                infinite sampler, since the epoch's first one of another.
+            seed: Seed of the run.
+            skip: Indices of this process that the run has used: since the start of an infinite
+                sampler, since the start of the epoch of others.
         """
         self.run_seed = seed
         self.skip = skip
-        if self.is_infinite:  # what has begun cannot be rewound
+        if self.is_infinite:  # it cannot be rewound
             self.sampler = InfiniteSampler(self.sampler.dataset, self.sampler.shuffle, seed)
         elif hasattr(self.sampler, 'seed'):
             self.sampler.seed = seed
 
     @property
     def is_infinite(self) -> bool:
-        """Whether samples come without an end, as for a run of iterations."""
+        """Whether the sampler never ends, as in a run of iterations."""
         return type(self.sampler) is InfiniteSampler
 
     def __iter__(self) -> Iterator[SampleIndex]:
@@ -101,39 +100,36 @@ class PositionedSampler(Sampler):
         return len(self.sampler)
 
     def __getattr__(self, name: str) -> Any:
-        if name == 'sampler':  # not there yet, while this object is being copied
+        if name == 'sampler':  # not set yet while this object is being copied
             raise AttributeError(name)
         return getattr(self.sampler, name)
 
 
 def give_positions(dataloader: DataLoader, seed: int) -> None:
-    """Puts a `PositionedSampler` around the sampler of a data loader that mmengine has built.
-
-    Loaders without batches of indices (of iterable datasets) stay as they are.
-    """
-    batch_sampler: Any = dataloader.batch_sampler  # to torch any iterable of lists
+    """Wraps the sampler of a data loader in a `PositionedSampler`, unless it is iterable-style."""
+    batch_sampler: Any = dataloader.batch_sampler
     if isinstance(getattr(batch_sampler, 'sampler', None), Sampler):
-        # The loader's own attributes are sealed; what it iterates is its batch sampler.
+        # A data loader refuses a new sampler, but it iterates over its batch sampler only.
         batch_sampler.sampler = PositionedSampler(batch_sampler.sampler, seed)
 
 
 class ResumedBatches:
-    """Endless batches of a data loader, from a position on, without loading those before.
+    """Endless batches of a data loader from a position on, without loading those before it.
 
-    Takes the place of the iterator in mmengine's `IterBasedTrainLoop`, which in the original
-    releases loads all batches before the position and throws them away.
+    Replaces the iterator of mmengine's `IterBasedTrainLoop`, which in the original releases loads
+    all batches before the position and discards them.
 
     Args:
-        dataloader: One that `give_positions` has seen, with torch's own `BatchSampler`.
-        seed: The run's.
-        position: Batches of this process that the run has used before.
-        ignored_calls: How often the loop will ask for a batch only to throw it away.
+        dataloader: A loader after `give_positions`, with torch's own `BatchSampler`.
+        seed: Seed of the run.
+        position: Number of batches of this process that the run has used.
+        ignored_calls: Number of batches that the loop will request and discard.
     """
 
     def __init__(
         self, dataloader: DataLoader, seed: int, position: int, ignored_calls: int
     ) -> None:
-        batch_sampler: Any = dataloader.batch_sampler  # to torch any iterable of lists
+        batch_sampler: Any = dataloader.batch_sampler
         self.dataloader = dataloader
         self.sampler: PositionedSampler = batch_sampler.sampler
         self.ignored_calls = ignored_calls
@@ -145,7 +141,7 @@ class ResumedBatches:
         self.iterator = iter(dataloader)
 
     def skip_iter(self, num_iters: int) -> None:
-        """How later releases of mmengine ask to go to the position, where this is already."""
+        """Does nothing: newer mmengine asks to skip to the position, where this already is."""
 
     def __iter__(self) -> ResumedBatches:
         return self

@@ -1,4 +1,4 @@
-"""mmcv's RoIAlign misreads channels_last memory, and does not with the guard."""
+"""mmcv's RoIAlign misreads channels_last memory without the guard."""
 
 import sys
 from importlib import import_module
@@ -14,7 +14,7 @@ FUNCTION = import_module('mmcv.ops.roi_align').RoIAlignFunction
 
 @pytest.fixture
 def stock(monkeypatch):
-    """The operator as mmcv has it, for one test."""
+    """mmcv's operator without the guard."""
     forward = FUNCTION.forward
     monkeypatch.setattr(FUNCTION, 'forward', getattr(forward, '__wrapped__', forward))
 
@@ -30,7 +30,7 @@ def features():
 
 
 def test_guard_is_needed(stock, features):
-    """When this fails, mmcv has learned it and the guard can go."""
+    """If this fails, mmcv handles channels_last and the guard can go."""
     misread = align(features.to(memory_format=torch.channels_last))
     assert (misread - align(features)).abs().max() > 0.1
 
@@ -52,7 +52,7 @@ def test_any_memory_format_with_the_guard(stock, features):
 
 
 def test_gradient_in_channels_last(stock, features):
-    """As heads with channels_last weights hand it back."""
+    """Heads with channels_last weights return such gradients."""
     guard_roi_align()
     gradients = []
     for layout in (torch.contiguous_format, torch.channels_last):

@@ -1,13 +1,12 @@
 """`train.py --amp`: which format it takes on which device, and resuming in another one.
 
-No GPU here: torch is told of one, up to where the runner would be built.
+Without a GPU: torch is told that there is one, up to where the runner would be built.
 """
 
 import os
 import subprocess
 import sys
 from functools import partial
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,12 +15,11 @@ from helpers.commands import parse
 from helpers.half_precision import needs_float16, needs_scaler
 from helpers.in_process import SEGMENTATION, load_tool, refusal_of, with_data, write_tiny_config
 from helpers.tiny import WITHOUT_WORKERS
+from mmengine.config import Config
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 
 from mmconv2former.checkpoint.reading import read_checkpoint
 from mmconv2former.engine.amp import CpuAmpOptimWrapper, ReliableAmpOptimWrapper
-
-pytestmark = pytest.mark.usefixtures('in_process')
 
 OFF = dict(enabled=False)
 CPU = 'mmconv2former.CpuAmpOptimWrapper'
@@ -30,125 +28,84 @@ GPUS = {'A100': (8, 0), 'H100': (9, 0), 'V100': (7, 0), 'T4': (7, 5)}  # compute
 
 
 @pytest.fixture
-def use_device(monkeypatch):
-    """Makes `train.py` see one of GPUS, 'cpu' or another device of mmengine."""
+def set_precision(monkeypatch):
+    """`train.py`'s function of that name, on a device and for settings of `optim_wrapper`.
 
-    def use(name):
-        monkeypatch.setattr(load_tool('train'), 'get_device',
-                            lambda: 'cuda' if name in GPUS else name)  # fmt: skip
-        if name in GPUS:
-            is_new = GPUS[name] >= (8, 0)
-            fakes = {
-                'get_device_name': lambda device=None: f'NVIDIA {name}',
-                'get_device_capability': lambda device=None: GPUS[name],
-                # As torch answers: by default emulation counts.
-                'is_bf16_supported': lambda including_emulation=True: including_emulation or is_new,
-            }
-            for function, fake in fakes.items():
-                monkeypatch.setattr(torch.cuda, function, fake)
-
-    return use
-
-
-@pytest.fixture
-def configure(monkeypatch, tmp_path):
-    """The `optim_wrapper` that `train.py` makes of a command line, and what it logs."""
+    The device is one of GPUS, 'cpu' or another device of mmengine.
+    """
     train = load_tool('train')
 
-    def run(*words):
-        configs, runner = [], Mock()
-        monkeypatch.setattr(train, 'check_files', lambda *args, **kwargs: None)
-        monkeypatch.setattr(train, 'build_runner', lambda config: configs.append(config) or runner)
-        train.main([*map(str, words), '--work-dir', str(tmp_path)])
-        logged = [call.args[0] for call in runner.logger.info.call_args_list]
-        return configs[0].optim_wrapper, logged
+    def run(device, format_, **own):
+        monkeypatch.setattr(train, 'get_device', lambda: 'cuda' if device in GPUS else device)
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda: f'NVIDIA {device}')
+        monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda: GPUS[device])
+        config = Config(dict(optim_wrapper=own))
+        return config.optim_wrapper, train.set_precision(config, format_)
 
     return run
 
 
 CHOICES = [
-    # device, --amp and the config's own; dtype and loss_scale, with what the log says
-    ('A100', ['--amp'], [], 'bfloat16', OFF, 'bfloat16 (the default on NVIDIA A100)'),
-    ('H100', ['--amp', 'auto'], [], 'bfloat16', OFF, 'loss scaling: off'),
-    ('V100', ['--amp'], [], 'float16', 'dynamic', 'on NVIDIA V100, which has no bfloat16'),
-    ('T4', ['--amp'], [], 'float16', 'dynamic', 'loss scaling: dynamic'),
-    ('cpu', ['--amp'], [], 'bfloat16', OFF, 'bfloat16 (the default on cpu)'),
-    ('npu', ['--amp'], [], 'float16', 'dynamic', 'float16 (the default on npu)'),
-    ('A100', ['--amp', 'float16'], [], 'float16', 'dynamic', 'float16 (--amp float16)'),
-    ('A100', ['--amp', 'bfloat16'], [], 'bfloat16', OFF, 'bfloat16 (--amp bfloat16)'),
-    ('V100', ['--amp', 'float16'], [], 'float16', 'dynamic', 'float16 (--amp float16)'),
-    ('cpu', ['--amp', 'float16'], [], 'float16', 'dynamic', 'float16 (--amp float16)'),
-    ('cpu', ['--amp=bfloat16'], [], 'bfloat16', OFF, 'bfloat16 (--amp bfloat16)'),
+    # device, --amp, the config's own; dtype, loss scale, words of the log
+    ('A100', 'auto', {}, 'bfloat16', OFF, 'bfloat16 (the default on NVIDIA A100)'),
+    ('H100', 'auto', {}, 'bfloat16', OFF, 'loss scaling: off'),
+    ('V100', 'auto', {}, 'float16', 'dynamic', 'on NVIDIA V100, which has no bfloat16'),
+    ('T4', 'auto', {}, 'float16', 'dynamic', 'loss scaling: dynamic'),
+    ('cpu', 'auto', {}, 'bfloat16', OFF, 'bfloat16 (the default on cpu)'),
+    ('npu', 'auto', {}, 'float16', 'dynamic', 'float16 (the default on npu)'),
+    ('A100', 'float16', {}, 'float16', 'dynamic', 'float16 (--amp float16)'),
+    ('A100', 'bfloat16', {}, 'bfloat16', OFF, 'bfloat16 (--amp bfloat16)'),
+    ('V100', 'float16', {}, 'float16', 'dynamic', 'float16 (--amp float16)'),
+    ('cpu', 'float16', {}, 'float16', 'dynamic', 'float16 (--amp float16)'),
     # The config's own stay without a format on the command line.
-    ('A100', ['--amp'], ['dtype=float16'], 'float16', 'dynamic', '(optim_wrapper.dtype=float16)'),
-    ('A100', ['--amp'], ['loss_scale=8.0'], 'bfloat16', 8.0, 'loss scaling: 8.0'),
-    ('A100', ['--amp'], ['dtype=float16', 'loss_scale=8.0'], 'float16', 8.0, ': 8.0'),
-    ('cpu', ['--amp'], ['dtype=bfloat16'], 'bfloat16', OFF, '(optim_wrapper.dtype=bfloat16)'),
-    # One on the command line wins; a scale for the other format goes.
-    ('A100', ['--amp', 'bfloat16'], ['dtype=float16', 'loss_scale=8.0'], 'bfloat16', OFF, ''),
-    ('A100', ['--amp', 'float16'], ['dtype=bfloat16', 'loss_scale.enabled=False'],
-     'float16', 'dynamic', ''),
-    ('A100', ['--amp', 'float16'], ['dtype=float16', 'loss_scale=8.0'], 'float16', 8.0, ''),
-    ('A100', ['--amp', 'float16'], ['loss_scale=8.0'], 'float16', 8.0, ''),
-    ('V100', ['--amp', 'float16'], ['dtype=bfloat16'], 'float16', 'dynamic', ''),
-    # Types that mixed precision has already, also in the config that an earlier run saved.
-    ('A100', ['--amp'], ['type=AmpOptimWrapper'], 'bfloat16', OFF, ''),
-    ('A100', ['--amp'], [f'type={CPU}'], 'bfloat16', OFF, ''),
-    ('cpu', ['--amp'], [f'type={GPU}'], 'bfloat16', OFF, ''),
-]  # fmt: skip
+    ('A100', 'auto', dict(dtype='float16'), 'float16', 'dynamic', '(optim_wrapper.dtype=float16)'),
+    ('A100', 'auto', dict(loss_scale=8.0), 'bfloat16', 8.0, 'loss scaling: 8.0'),
+    ('A100', 'auto', dict(dtype='float16', loss_scale=8.0), 'float16', 8.0, ': 8.0'),
+    ('cpu', 'auto', dict(dtype='bfloat16'), 'bfloat16', OFF, '(optim_wrapper.dtype=bfloat16)'),
+    # One on the command line wins, and drops a loss scale of the other format.
+    ('A100', 'bfloat16', dict(dtype='float16', loss_scale=8.0), 'bfloat16', OFF, ''),
+    ('A100', 'float16', dict(dtype='bfloat16', loss_scale=OFF), 'float16', 'dynamic', ''),
+    ('A100', 'float16', dict(dtype='float16', loss_scale=8.0), 'float16', 8.0, ''),
+    ('A100', 'float16', dict(loss_scale=8.0), 'float16', 8.0, ''),
+    ('V100', 'float16', dict(dtype='bfloat16'), 'float16', 'dynamic', ''),
+    # Types that have mixed precision already, e.g. in the config that an earlier run saved.
+    ('A100', 'auto', dict(type='AmpOptimWrapper'), 'bfloat16', OFF, ''),
+    ('A100', 'auto', dict(type=CPU), 'bfloat16', OFF, ''),
+    ('cpu', 'auto', dict(type=GPU), 'bfloat16', OFF, ''),
+]
 
 
-@pytest.mark.parametrize(
-    ('device', 'amp', 'own', 'dtype', 'loss_scale', 'reason'),
-    CHOICES,
-    ids=[' '.join([case[0], *case[1], *case[2]]) for case in CHOICES],
-)
-def test_format(device, amp, own, dtype, loss_scale, reason, use_device, configure):
-    use_device(device)
-    options = [f'optim_wrapper.{option}' for option in own]
-    settings, logged = configure(SEGMENTATION, *amp, *(['--cfg-options', *options] if own else []))
+@pytest.mark.parametrize(('device', 'format_', 'own', 'dtype', 'loss_scale', 'reason'), CHOICES)
+def test_format(device, format_, own, dtype, loss_scale, reason, set_precision):
+    settings, line = set_precision(device, format_, **own)
     assert settings.type == (CPU if device == 'cpu' else GPU)
     assert settings.dtype == dtype
     assert settings.loss_scale == loss_scale
-    (line,) = logged
     assert line.startswith(f'Mixed precision: {dtype} (')
     assert reason in line
 
 
-def test_without_amp_nothing_changes(use_device, configure):
-    use_device('A100')
-    settings, logged = configure(SEGMENTATION)
-    assert settings.get('type', 'OptimWrapper') == 'OptimWrapper'
-    assert not {'dtype', 'loss_scale'} & set(settings)
-    assert logged == []
-
-
 @pytest.mark.parametrize(
-    ('amp', 'options', 'source'),
+    ('format_', 'own', 'source'),
     [
-        (['--amp', 'bfloat16'], [], '--amp bfloat16'),
-        (
-            ['--amp'],
-            ['--cfg-options', 'optim_wrapper.dtype=bfloat16'],
-            'optim_wrapper.dtype=bfloat16',
-        ),
+        ('bfloat16', {}, '--amp bfloat16'),
+        ('auto', dict(dtype='bfloat16'), 'optim_wrapper.dtype=bfloat16'),
     ],
 )
-def test_gpu_without_bfloat16(amp, options, source, use_device, no_data):
-    use_device('T4')
-    assert refusal_of('train', SEGMENTATION, *amp, *options) == (
+def test_gpu_without_bfloat16(format_, own, source, set_precision):
+    with pytest.raises(SystemExit) as stop:
+        set_precision('T4', format_, **own)
+    assert str(stop.value) == (
         f'error: {source}: NVIDIA T4 has no bfloat16, only float16 (bfloat16 needs compute '
         'capability 8.0 or later); use --amp float16'
     )
 
 
-@pytest.mark.parametrize('device', ['A100', 'cpu'])
-@pytest.mark.parametrize('type_', ['ApexOptimWrapper', 'DeepSpeedOptimWrapper'])
-def test_other_wrappers_are_refused(device, type_, use_device, no_data):
-    use_device(device)
-    options = ['--cfg-options', f'optim_wrapper.type={type_}']
+def test_other_wrappers_are_refused(no_data):
+    options = ['--cfg-options', 'optim_wrapper.type=ApexOptimWrapper']
     assert refusal_of('train', SEGMENTATION, '--amp', 'float16', *options) == (
-        f'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, got {type_}'
+        'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, got '
+        'ApexOptimWrapper'
     )
 
 
@@ -174,30 +131,25 @@ def test_order_of_arguments(words, format_):
     assert arguments.amp == format_
 
 
-@pytest.mark.parametrize('words', [['CONFIG', '--amp', 'fp16'], ['--amp', 'bf16', 'CONFIG']])
-def test_unknown_format(words, capsys):
+def test_unknown_format(capsys):
     with pytest.raises(SystemExit):
-        parse(['tools/train.py', *words])
+        parse(['tools/train.py', 'CONFIG', '--amp', 'fp16'])
     said = capsys.readouterr().err
     assert 'argument --amp: invalid choice' in said
-    for format_ in ('auto', 'bfloat16', 'float16'):
-        assert format_ in said
+    assert all(format_ in said for format_ in ('auto', 'bfloat16', 'float16'))
 
 
-@pytest.mark.parametrize(
-    ('amp', 'format_'), [(['--amp'], 'auto'), (['--amp', 'float16'], 'float16')]
-)
 @pytest.mark.parametrize(
     ('script', 'before', 'after', 'launcher'),
     [('dist_train', [], ['2'], 'pytorch'), ('slurm_train', ['gpu', 'job'], [], 'slurm')],
 )
-def test_scripts_hand_it_on(script, before, after, launcher, amp, format_, tmp_path):
+def test_scripts_hand_it_on(script, before, after, launcher, tmp_path):
     for program in ('python', 'srun'):
         path = tmp_path / program
         path.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
         path.chmod(0o755)
     result = subprocess.run(
-        [f'tools/{script}.sh', *before, 'config.py', *after, *amp],
+        [f'tools/{script}.sh', *before, 'config.py', *after, '--amp', 'float16'],
         cwd=ROOT,
         env=os.environ | {'PATH': f'{tmp_path}:{os.environ["PATH"]}'},
         capture_output=True,
@@ -206,7 +158,7 @@ def test_scripts_hand_it_on(script, before, after, launcher, amp, format_, tmp_p
     )
     words = result.stdout.splitlines()
     arguments = parse(['tools/train.py', *words[words.index('tools/train.py') + 1 :]])
-    assert (arguments.config, arguments.amp) == ('config.py', format_)
+    assert (arguments.config, arguments.amp) == ('config.py', 'float16')
     assert arguments.launcher == launcher
 
 
@@ -284,3 +236,16 @@ def test_optimizer_and_scale_are_loaded(cls, loss_scale, fresh, saved, monkeypat
     assert wrapper.loss_scaler.get_scale() == scale
     changes = (saved == 'scaled') != (loss_scale == 'dynamic')
     assert len(messages) == changes
+
+
+@needs_scaler
+@pytest.mark.parametrize(
+    ('arguments', 'words'),
+    [
+        (dict(dtype='float8'), "dtype must be one of .*, got 'float8'"),
+        (dict(loss_scale='static'), "'static'"),
+    ],
+)
+def test_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        make_wrapper(CpuAmpOptimWrapper, **arguments)

@@ -1,14 +1,13 @@
-"""CUDA graphs without a GPU: a stand-in records the operators of a capture and runs them again.
+"""CUDA graphs without a GPU: a stand-in records the operators of a capture and replays them.
 
-It has what makes graphs difficult: a replay reads and writes the tensors of the capture, whatever
-happened to them since. `test_gpu.py` has the same on a GPU.
+As with real graphs, a replay reads and writes the tensors of the capture, whatever happened to them
+since. `test_gpu.py` has the same on a GPU.
 """
 
 import copy
 import pickle
 from types import SimpleNamespace
 
-import predict
 import pytest
 import torch
 from common import inference
@@ -16,7 +15,6 @@ from helpers.comparisons import randomized
 from helpers.in_process import load_tool, refusal_of, with_data, write_tiny_config
 from helpers.simulated_graphs import StandIn
 from helpers.tiny import scalars
-from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -27,8 +25,6 @@ from mmconv2former.engine import cuda_graphs
 from mmconv2former.engine.cuda_graphs import VaryingSizeError
 
 ARCH = dict(channels=(8, 12), depths=(1, 2), kernel_size=5)
-
-pytestmark = pytest.mark.usefixtures('in_process')  # some call a tool's `main`
 
 
 def build(**options):
@@ -42,7 +38,7 @@ def isotropic():
 
 
 class Small(nn.Module):
-    """Drop path by dropout, BatchNorm, outputs in a dict, a parameter without use."""
+    """Dropout, BatchNorm, outputs in a dict, an unused and a frozen parameter."""
 
     def __init__(self):
         super().__init__()
@@ -81,13 +77,13 @@ def test_replays_compute_what_the_network_does(make, mode, simulated):
     with mode():
         kept = model(first)
         assert_equal(model(second), plain(second))
-        assert_equal(kept, plain(first))  # a later call has not written over it
+        assert_equal(kept, plain(first))  # not overwritten by the later call
     assert (StandIn.made, StandIn.replays) == (1, 2)
-    with torch.no_grad():  # also where the graph was captured in inference mode
+    with torch.no_grad():  # also if the graph was captured in inference mode
         assert_equal(model(first), plain(first))
 
 
-def test_where_graphs_do_not_apply_the_network_runs_as_ever(simulated, monkeypatch):
+def test_other_calls_run_without_graphs(simulated, monkeypatch):
     model = build()
     plain = copy.deepcopy(model)
     use_cuda_graphs(model)
@@ -101,14 +97,14 @@ def test_where_graphs_do_not_apply_the_network_runs_as_ever(simulated, monkeypat
         small = use_cuda_graphs(Small().eval())
         found = torch.func.vmap(small)(x[None])
         assert_equal([value[0] for value in tree_leaves(found)], small.forward.plain(x))
-        with StandIn():  # stands for any dispatch mode
+        with StandIn():  # as an example of a dispatch mode
             model.eval()(x)
         monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: True)
         assert_equal(model(x), plain.eval()(x))
     assert StandIn.replays == 0
 
 
-def test_other_programs_see_the_network_without_graphs(monkeypatch):
+def test_compilers_and_exporters_see_the_network_without_graphs(monkeypatch):
     model = build()
     x = images(1, 3, 32, 32)
     with torch.no_grad():
@@ -116,7 +112,7 @@ def test_other_programs_see_the_network_without_graphs(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(torch.cuda, 'is_available', lambda: True)
             use_cuda_graphs(model)
-        with pytest.raises(RuntimeError, match='on cpu'):  # a graph would be wanted
+        with pytest.raises(RuntimeError, match='on cpu'):
             model(x)
         compiled = torch.compile(model, fullgraph=True, backend='eager')
         assert_equal(compiled(x), expected)
@@ -148,7 +144,7 @@ def test_a_graph_for_each_precision(simulated):
     with torch.no_grad():
         for _ in range(2):
             assert_equal(model(x), plain(x))
-            # Entered anew, as autocast forgets the casts that it keeps when it is left.
+            # Entered again, as autocast drops its cached casts at the end.
             with torch.autocast('cpu', torch.bfloat16):
                 for seed in (1, 2):
                     found, expected = (
@@ -175,38 +171,29 @@ def test_autocast_keeps_no_casts_during_a_capture(simulated, monkeypatch):
     assert seen == [False] * (cuda_graphs.WARM_UP_CALLS + 1)
 
 
-def test_sizes_that_vary_are_refused(simulated):
+@torch.no_grad()
+def test_other_sizes_are_refused(simulated):
     model = use_cuda_graphs(build())
     plain = copy.deepcopy(model)
-    with torch.no_grad():
-        model(images(2, 3, 32, 64))
-        for shape in [(2, 3, 64, 32), (2, 3, 32, 65), (3, 3, 32, 64), (1, 3, 64, 64)]:
-            with pytest.raises(ValueError, match='one size') as error:
-                model(images(*shape))
-            assert 'captured for (2, 3, 32, 64)' in str(error.value)
-            assert f'got {shape}' in str(error.value)
-            assert 'keep_ratio=False' in str(error.value)
-        assert StandIn.made == 1
-        last = images(1, 3, 32, 64)  # of a data set, whose number of images is odd
-        assert_equal(model(last), plain(last))
-        assert StandIn.replays == 1
-        use_cuda_graphs(model, max_sizes=2)  # sets it anew
-        for shape in [(2, 3, 32, 64), (1, 3, 32, 64), (2, 3, 32, 64)]:
-            assert_equal(model(images(*shape)), plain(images(*shape)))
-        assert (StandIn.made, StandIn.replays) == (3, 4)
-        with pytest.raises(VaryingSizeError, match=r'\(1, 3, 32, 64\) and \(2, 3, 32, 64\), got'):
-            model(images(1, 3, 32, 65))
-
-
-def write(model):
-    model.load_state_dict({key: 0.5 * value for key, value in model.state_dict().items()})
+    model(images(2, 3, 32, 64))
+    for shape in [(2, 3, 64, 32), (2, 3, 32, 65), (3, 3, 32, 64), (1, 3, 64, 64)]:
+        with pytest.raises(VaryingSizeError, match='one size') as error:
+            model(images(*shape))
+        assert f'captured for (2, 3, 32, 64), got {shape}' in str(error.value)
+        assert 'keep_ratio=False' in str(error.value)
+    last = images(1, 3, 32, 64)  # of a data set with an odd number of images
+    assert_equal(model(last), plain(last))
+    assert (StandIn.made, StandIn.replays) == (1, 1)
+    with torch.autocast('cpu', torch.bfloat16):  # has a graph of its own
+        model(images(1, 3, 64, 64))
+    assert (StandIn.made, StandIn.replays) == (2, 2)
 
 
 def assign(model):
     model.load_state_dict({k: 0.5 * v for k, v in model.state_dict().items()}, assign=True)
 
 
-def exchange(model):
+def replace(model):
     model.norm1 = copy.deepcopy(model.norm0)
     model.norm1 = nn.LayerNorm(12)
 
@@ -220,11 +207,10 @@ def write_buffer(model):
 
 
 CHANGES = {
-    'written': write,
     'assigned': assign,
     'one written': write_one,
     'a buffer written': write_buffer,
-    'a module replaced': exchange,
+    'a module replaced': replace,
     'moved': nn.Module.double,
     'deployed': Conv2Former.switch_to_deploy,
 }
@@ -248,12 +234,12 @@ def test_changed_weights_are_captured_again(change, simulated):
 
 @torch.no_grad()
 def test_memory_that_a_graph_reads_is_kept(simulated):
-    """Else another tensor could get the address of a weight, and look like it."""
+    """Otherwise another tensor could get the address of a weight and look like it."""
     model = use_cuda_graphs(nn.Linear(3, 4).eval())
     address = model.weight.data_ptr()
     casts = []
     for dtype in (torch.float32, torch.bfloat16):
-        model.cast = [torch.zeros(5)]  # as of a network that keeps the last one only
+        model.cast = [torch.zeros(5)]  # as in a network that keeps its last cast only
         casts.append(model.cast[0].data_ptr())
         with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
             model(images(2, 3))
@@ -299,7 +285,7 @@ def test_training_is_the_same(make, simulated):
         assert found[1][1].keys() == found[0][1].keys()
         assert_equal(model.state_dict(), plain.state_dict())
     assert (StandIn.made, StandIn.replays) == (2, 6)
-    with torch.no_grad():  # as in a validation between
+    with torch.no_grad():  # as in a validation
         assert_equal(model.eval()(x), plain.eval()(x))
     assert StandIn.replays == 6
 
@@ -324,41 +310,39 @@ def test_gradients_are_accumulated(simulated):
     assert_equal([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
 
 
-def test_outputs_without_use_and_outputs_of_one_step(simulated):
+def test_unused_outputs_and_outputs_of_an_earlier_step(simulated):
     model = use_cuda_graphs(build().train(), training=True)
     first = model(images(2, 3, 32, 32))
     kept = [output.detach().clone() for output in first]
     first[0].sum().backward()
-    assert not model.norm1.weight.grad.any()  # zeros: only an output without use depends on it
+    assert not model.norm1.weight.grad.any()  # zeros: only the unused output depends on it
     assert model.norm0.weight.grad.any()
     model(images(2, 3, 32, 32, seed=2))
     assert_equal(first, kept)
 
 
-def test_a_backward_pass_is_of_the_last_forward_pass(simulated):
+def test_one_backward_pass_after_each_forward_pass(simulated):
     model = use_cuda_graphs(build().train(), training=True)
     loss = model(images(2, 3, 32, 32))[0].sum()
     other = model(images(2, 3, 32, 32))[0].sum()
-    with pytest.raises(RuntimeError, match='was called again before the backward pass'):
+    with pytest.raises(RuntimeError, match='call backward once after each call of the network'):
         loss.backward()
     other.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match='had its backward pass already'):
+    with pytest.raises(RuntimeError, match='call backward once after each call of the network'):
         other.backward()
 
 
-def test_sizes_of_training_and_inference_are_counted_apart(simulated):
+def test_training_and_inference_may_have_different_sizes(simulated):
     model = use_cuda_graphs(build(), training=True)
     model.train()(images(2, 3, 32, 32))
     with torch.no_grad():
         model.eval()(images(1, 3, 64, 64))
-    with pytest.raises(
-        VaryingSizeError, match=r'captured for \(2, 3, 32, 32\), got \(2, 3, 64, 64'
-    ):
+    with pytest.raises(VaryingSizeError, match=r'for \(2, 3, 32, 32\), got \(2, 3, 64, 64\)'):
         model.train()(images(2, 3, 64, 64))
     assert StandIn.made == 3
 
 
-def test_another_choice_of_what_is_trained_is_captured_again(simulated):
+def test_frozen_parameters_are_captured_again(simulated):
     model = use_cuda_graphs(build().train(), training=True)
     x = images(2, 3, 32, 32)
     step(model, x)
@@ -371,45 +355,17 @@ def test_another_choice_of_what_is_trained_is_captured_again(simulated):
     assert StandIn.made == 4
 
 
-# -------------------------------------------------------------------------------------------- hook
-def runner_of(backbone):
-    model = nn.Module()
-    model.backbone = backbone
-    return SimpleNamespace(model=model)
-
-
-def test_hook(simulated, monkeypatch):
+# ------------------------------------------------------------------------------ hook and refusals
+def test_hook(simulated):
     hook = HOOKS.build(dict(type='mmconv2former.CudaGraphsHook'))
-    assert isinstance(hook, Hook)
     assert isinstance(hook, mmconv2former.CudaGraphsHook)
-    runner = runner_of(build())
-    hook.before_train(runner)
-    step(runner.model.backbone.train(), images(2, 3, 32, 32))
+    model = nn.ModuleDict(dict(backbone=build()))
+    hook.before_train(SimpleNamespace(model=model))
+    step(model.backbone.train(), images(2, 3, 32, 32))
     assert StandIn.replays == 2
-    with pytest.raises(ValueError, match='max_sizes must be at least 1, got 0'):
-        HOOKS.build(dict(type='CudaGraphsHook', max_sizes=0)).before_train(runner)
-    monkeypatch.setattr(cuda_graphs, 'is_model_wrapper', lambda model: True)
-    with pytest.raises(RuntimeError, match='got a model in Module'):
-        hook.before_train(runner)
 
 
-# ---------------------------------------------------------------------------------------- refusals
-def test_no_gpu_is_one_error(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(
-        RuntimeError, match=r'^CUDA graphs need a CUDA device, and torch finds none'
-    ):
-        use_cuda_graphs(build())
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    model = use_cuda_graphs(build())
-    with (
-        torch.no_grad(),
-        pytest.raises(RuntimeError, match=r'Conv2Former uses CUDA graphs.* on cpu'),
-    ):
-        model(images(1, 3, 32, 32))
-
-
-def test_training_is_refused_where_it_would_be_wrong(simulated, monkeypatch):
+def test_refusals(simulated, monkeypatch):
     with pytest.raises(ValueError, match='with_cp=False'):
         use_cuda_graphs(build(with_cp=True), training=True)
     use_cuda_graphs(build(with_cp=True))
@@ -417,46 +373,47 @@ def test_training_is_refused_where_it_would_be_wrong(simulated, monkeypatch):
     compiled.compile()
     with pytest.raises(RuntimeError, match='Conv2Former is compiled'):
         use_cuda_graphs(compiled)
-    model = use_cuda_graphs(build().train(), training=True)
-    x = images(2, 3, 32, 32)
-    with pytest.raises(ValueError, match='gradient of the input'):
-        model(x.clone().requires_grad_())
-    with pytest.raises(RuntimeError, match=r'transforms of torch\.func'):
-        torch.func.grad(lambda scale: model(scale * x)[0].sum())(torch.ones(()))
-    assert StandIn.replays == 0
-    monkeypatch.setattr(cuda_graphs, 'get_world_size', lambda: 2)
-    with pytest.raises(RuntimeError, match='one process only, got 2'):
+    monkeypatch.setattr(cuda_graphs, 'is_distributed', lambda: True)
+    with pytest.raises(RuntimeError, match='need a single process'):
         use_cuda_graphs(build(), training=True)
     use_cuda_graphs(build())
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(RuntimeError, match='CUDA graphs need a CUDA device'):
+        use_cuda_graphs(build())
 
 
-def test_what_cannot_be_captured_says_so(simulated):
+def test_training_without_graphs_where_they_would_be_wrong(simulated):
+    model = use_cuda_graphs(build(norm_eval=True).train(), training=True)
+    x = images(2, 3, 32, 32).requires_grad_()
+    model(x)[0].sum().backward()
+    assert x.grad.any()
+    scale = torch.func.grad(lambda scale: model(scale * x.detach())[0].sum())(torch.ones(()))
+    assert scale != 0
+    assert StandIn.replays == 0
+
+
+@torch.no_grad()
+def test_what_cannot_be_captured(simulated):
     class Waits(nn.Module):
         def forward(self, x):
             return x if x.sum().item() > 0 else -x
 
     model = use_cuda_graphs(Waits().eval())
-    with (
-        torch.no_grad(),
-        pytest.raises(RuntimeError, match=r'Waits cannot be captured .*operation'),
-    ):
+    with pytest.raises(RuntimeError, match=r'cannot capture Waits .*operation.*disable'):
         model(torch.ones(3))
 
 
 # ------------------------------------------------------------------------------------------- tools
 def test_option_needs_a_gpu(tmp_path, monkeypatch):
-    tool = load_tool('test')
-    monkeypatch.setattr(tool, 'get_device', lambda: 'cpu')
+    monkeypatch.setattr(load_tool('test'), 'get_device', lambda: 'cpu')
     expected = 'error: --cuda-graphs needs a CUDA device, the device is cpu'
     assert refusal_of('test', 'config.py', 'none', '--cuda-graphs') == expected
-    options = ['--cuda-graphs', '--device', 'cpu', '--out', str(tmp_path)]
-    with pytest.raises(SystemExit) as stop:
-        predict.main(['config.py', 'none.pth', 'x.jpg', *options])
-    assert str(stop.value) == expected
+    options = ['--cuda-graphs', '--device', 'cpu', '--out', tmp_path]
+    assert refusal_of('predict', 'config.py', 'none.pth', 'x.jpg', *options) == expected
 
 
 def for_graphs_only(module, monkeypatch):
-    """A CUDA device that is there for `use_cuda_graphs` alone, as a module has it."""
+    """Lets only the `use_cuda_graphs` of a module see a CUDA device."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
 
     def use(*args, **kwargs):
@@ -485,7 +442,7 @@ def test_training_of_a_recipe(simulated, sample, tmp_path, monkeypatch):
 
 
 def test_option_of_an_evaluation(simulated, sample, tmp_path, monkeypatch, capsys):
-    """One size of images, sizes that vary, and the augmentation that makes several."""
+    """Images of one size, of varying sizes, and test-time augmentation."""
     for_graphs_only(inference, monkeypatch)
     monkeypatch.setattr(load_tool('test'), 'get_device', lambda: 'cuda')
     config = write_tiny_config(tmp_path / 'tiny.py')

@@ -1,35 +1,21 @@
 """Several processes compute what one does."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
-from helpers import ROOT
+from helpers import gradients_worker
 from helpers.gradients_worker import VARIANTS
-from helpers.training_server import free_port
-
-ENVIRONMENT = os.environ | {
-    'PYTHONPATH': f'{ROOT}/tests:{ROOT}/tools',
-    'OMP_NUM_THREADS': '1',
-}
 
 
 @pytest.fixture(scope='module', params=['detection', 'segmentation'])
-def gradients(request, tmp_path_factory):
+def gradients(request, server, tmp_path_factory):
     """Gradients by variant and parameter, of one process and of two."""
     folder = tmp_path_factory.mktemp('gradients')
-    launchers = {'one': [], 'two': ['-m', 'torch.distributed.run', '--nproc_per_node=2',
-                                    f'--master_port={free_port()}']}  # fmt: skip
-    for name, launcher in launchers.items():
-        command = [sys.executable, *launcher, 'tests/helpers/gradients_worker.py']
-        result = subprocess.run(
-            [*command, request.param, folder / name],
-            cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stdout + result.stderr
-    return torch.load(folder / 'one'), torch.load(folder / 'two')
+    log = folder / 'log'
+    for processes in (1, 2):
+        argv = ['gradients_worker', request.param, folder / str(processes)]
+        codes = server.run(argv, log, processes, main=gradients_worker.main)
+        assert not any(codes), log.read_text()
+    return torch.load(folder / '1'), torch.load(folder / '2')
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

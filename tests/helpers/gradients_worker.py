@@ -1,80 +1,68 @@
 """Saves the gradients of a recipe's loss, in one process or as one of several.
 
-    python gradients_worker.py detection FILE.pt
-    torchrun --nproc_per_node 2 gradients_worker.py detection FILE.pt
-
-The same four pictures are in one batch, or two in each of two processes, wrapped as our runner
-does. Everything random is taken out, and the losses' normalisers are the same for all pictures, as
-averages of averages are not the average otherwise.
+All processes together have the same four images, wrapped as our runner does. Nothing is random, and
+the losses have the same normalisers for all images, as otherwise the average over processes would
+not be the average over images.
 """
 
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
-from demo import MODEL
 from mmcv.ops import batched_nms
-from mmengine.config import Config, DictAction
+from mmdet.models.task_modules.samplers import RandomSampler
+from mmdet.registry import TASK_UTILS
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import HorizontalBoxes
+from mmdet.structures.mask import BitmapMasks
 from mmengine.registry import MODEL_WRAPPERS, MODELS, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from mmseg.structures import SegDataSample
 from torch import nn
 
+from helpers.tiny import tiny_config
 from mmconv2former.engine.device_defaults import distributed_wrapper
 
-ROOT = Path(__file__).parents[2]
-SIDE, PICTURES, OBJECTS, ROIS = 64, 4, 4, 32
+SIDE, IMAGES, OBJECTS, ROIS = 64, 4, 4, 32
 VARIANTS = {
     'plain': {},
     'frozen stages': {'model.backbone.frozen_stages': 2},
     'checkpointing': {'model.backbone.with_cp': True},
 }
-SMALL = {
-    'model.backbone.init_cfg': None,
+COMMON = {
     'model.backbone.drop_path_rate': 0.0,
     'model.backbone.layer_scale_init_value': 1.0,
     'model.backbone.norm_eval': True,
 }
+FIRST = dict(type='FirstSampler', add_gt_as_proposals=True, neg_pos_ub=-1)
+OPTIONS = {
+    # As many positives as an image has objects: those are proposals themselves.
+    'detection': {
+        'model.train_cfg.rpn.sampler': FIRST | dict(num=64, pos_fraction=0.5),
+        'model.train_cfg.rcnn.sampler': FIRST | dict(num=ROIS, pos_fraction=OBJECTS / ROIS),
+    },
+    'segmentation': {
+        'model.decode_head.dropout_ratio': 0.0,
+        'model.auxiliary_head.dropout_ratio': 0.0,
+    },
+}
 
 
-def detection_config():
-    config = Config.fromfile(ROOT / 'configs/detection/mask_rcnn_conv2former_n.py')
-    options = (option.split('=') for option in MODEL)
-    config.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in options})
-    first = dict(type='mmdet.FirstSampler', add_gt_as_proposals=True, neg_pos_ub=-1)
-    # as many positives as a picture has objects: those are proposals themselves
-    config.merge_from_dict(
-        {
-            'model.train_cfg.rpn.sampler': first | dict(num=64, pos_fraction=0.5),
-            'model.train_cfg.rcnn.sampler': first | dict(num=ROIS, pos_fraction=OBJECTS / ROIS),
-        }
-    )
-    return config
+class FirstSampler(RandomSampler):
+    def random_choice(self, gallery, num):
+        return gallery[:num]
 
 
 def use_double_precision():
+    """NMS knows float32 only, and its result has no gradient."""
     extension = sys.modules[batched_nms.__module__].ext_module
-    nms = extension.nms  # for float32 only, and its result has no gradient
+    nms = extension.nms
     extension.nms = lambda boxes, scores, **options: nms(boxes.float(), scores.float(), **options)
 
 
-def register_first_sampler():
-    from mmdet.models.task_modules.samplers import RandomSampler
-    from mmdet.registry import TASK_UTILS
-
-    class FirstSampler(RandomSampler):
-        def random_choice(self, gallery, num):
-            return gallery[:num]
-
-    TASK_UTILS.register_module(module=FirstSampler)
-
-
 def detection_sample(rng):
-    import numpy as np
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.bbox import HorizontalBoxes
-    from mmdet.structures.mask import BitmapMasks
-    from mmengine.structures import InstanceData
-
     corner = torch.rand(OBJECTS, 2, generator=rng) * SIDE / 2
     boxes = torch.cat([corner, corner + SIDE / 4 + corner.flip(1) / 2], 1)
     masks = np.zeros((OBJECTS, SIDE, SIDE), np.uint8)
@@ -92,35 +80,13 @@ def detection_sample(rng):
     return sample
 
 
-def segmentation_config():
-    config = Config.fromfile(ROOT / 'configs/segmentation/upernet_conv2former_n.py')
-    config.merge_from_dict(
-        {
-            'model.data_preprocessor.size': (SIDE, SIDE),
-            'model.decode_head.channels': 32,
-            'model.decode_head.dropout_ratio': 0.0,
-            'model.decode_head.norm_cfg.type': 'BN',  # SyncBN works on CUDA only
-            'model.auxiliary_head.norm_cfg.type': 'BN',
-            'model.auxiliary_head.channels': 32,
-            'model.auxiliary_head.dropout_ratio': 0.0,
-        }
-    )
-    return config
-
-
 def segmentation_sample(rng):
-    from mmengine.structures import PixelData
-    from mmseg.structures import SegDataSample
-
     sample = SegDataSample(metainfo=dict(img_shape=(SIDE, SIDE), ori_shape=(SIDE, SIDE)))
-    labels = torch.randint(150, (1, SIDE, SIDE), generator=rng)
-    sample.gt_sem_seg = PixelData(data=labels)
+    sample.gt_sem_seg = PixelData(data=torch.randint(150, (1, SIDE, SIDE), generator=rng))
     return sample
 
 
-def gradients(config, options, make_sample):
-    config = config.copy()
-    config.merge_from_dict(SMALL | options)
+def gradients(config, make_sample, rank, processes):
     torch.manual_seed(0)
     model = MODELS.build(config.model)
     model.init_weights()
@@ -128,11 +94,9 @@ def gradients(config, options, make_sample):
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    rank, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    share = PICTURES // processes
-    mine = range(rank * share, (rank + 1) * share)
+    share = IMAGES // processes
     inputs, samples = [], []
-    for index in mine:
+    for index in range(rank * share, (rank + 1) * share):
         rng = torch.Generator().manual_seed(index)
         inputs.append(torch.randint(256, (3, SIDE, SIDE), generator=rng).byte())
         samples.append(make_sample(rng))
@@ -142,31 +106,26 @@ def gradients(config, options, make_sample):
     if processes > 1:
         settings = distributed_wrapper(None, find_unused_parameters=False)
         forward = MODEL_WRAPPERS.build(settings, default_args=dict(module=model))
-    for _ in range(2):  # an unused parameter would be reported by the second
+    for _ in range(2):  # the second step would report unused parameters
         model.zero_grad()
         loss, _ = model.parse_losses(forward(**batch, mode='loss'))
         loss.backward()
-    return {
-        name: parameter.grad for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }  # fmt: skip
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def main():
-    kind, path = sys.argv[1:]
-    if 'RANK' in os.environ:
+    task, path = sys.argv[1:3]
+    rank, processes = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if processes > 1:
         torch.distributed.init_process_group('gloo')
-    if kind == 'detection':
-        use_double_precision()
-        register_first_sampler()
-        config, make_sample = detection_config(), detection_sample
-    else:
-        config, make_sample = segmentation_config(), segmentation_sample
-    init_default_scope(config.default_scope)
-    results = {name: gradients(config, options, make_sample) for name, options in VARIANTS.items()}
-    if int(os.environ.get('RANK', 0)) == 0:
+    use_double_precision()
+    TASK_UTILS.register_module(module=FirstSampler)
+    init_default_scope('mmdet' if task == 'detection' else 'mmseg')
+    make_sample = detection_sample if task == 'detection' else segmentation_sample
+    results = {}
+    for name, variant in VARIANTS.items():
+        options = COMMON | OPTIONS[task] | variant
+        config = tiny_config(task, Path('unused'), 'unused', 1, options=options)
+        results[name] = gradients(config, make_sample, rank, processes)
+    if rank == 0:
         torch.save(results, path)
-
-
-if __name__ == '__main__':
-    main()

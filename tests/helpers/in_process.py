@@ -1,16 +1,21 @@
-"""Runs the tools in the process of the tests, which saves the imports of the host libraries."""
+"""Runs tools in the process of the tests, which saves importing the host libraries each time."""
 
 import importlib.util
+import os
 import runpy
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import cache
 
+import torch
 from evidence import segmentation_size
+from mmengine.registry import DefaultScope
+from mmengine.runner import CheckpointLoader
+from mmengine.utils import ManagerMixin
 
 from helpers import ROOT
 from helpers.tiny import FOUR_ITERATIONS
-from helpers.tools import forget_instances
 
 
 @cache
@@ -18,17 +23,57 @@ def load_tool(name):
     """The module of a tool; `test` and `train` are names of other modules too."""
     spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / f'tools/{name}.py')
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look there
     spec.loader.exec_module(module)
     return module
 
 
+def managers(cls=ManagerMixin):
+    """The classes whose instances mmengine keeps by name: loggers, visualizers, scopes, ..."""
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from managers(subclass)
+
+
+@contextmanager
+def isolated():
+    """Restores what a run changes in its process; hides loggers and visualizers of earlier runs."""
+    environment, argv, folder = dict(os.environ), sys.argv, os.getcwd()
+    threads, schemes = torch.get_num_threads(), dict(CheckpointLoader._schemes)
+    instances = {cls: dict(cls._instance_dict) for cls in managers()}
+    for cls in instances:
+        if cls is not DefaultScope:
+            cls._instance_dict.clear()
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv = argv
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        CheckpointLoader._schemes = schemes
+        for cls in managers():
+            cls._instance_dict.clear()
+            cls._instance_dict.update(instances.get(cls, {}))
+
+
+@contextmanager
+def typed(words):
+    """The process of a tool after `words` were typed."""
+    with isolated():
+        DefaultScope._instance_dict.clear()
+        sys.argv = [str(word) for word in words]
+        yield
+
+
 def refusal_of(tool, *arguments):
     """What a tool says as it ends with an error; '' if it ends without one."""
-    forget_instances()  # runs in the same second have loggers of the same name
-    try:
-        load_tool(tool).main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        return str(error)
+    with typed([f'tools/{tool}.py', *arguments]):
+        try:
+            load_tool(tool).main()
+        except SystemExit as error:
+            return str(error)
     return ''
 
 
@@ -39,15 +84,14 @@ def run_command(command, options, monkeypatch, capfd):
     )
     python, script, *arguments = expanded.stdout.splitlines()
     assert python == 'python'
-    monkeypatch.setattr(sys, 'argv', [script, *arguments, '--cfg-options', *options])
     capfd.readouterr()
-    runpy.run_path(script, run_name='__main__')
-    forget_instances()
+    with typed([script, *arguments, '--cfg-options', *options]):
+        runpy.run_path(script, run_name='__main__')
     return ''.join(capfd.readouterr())
 
 
 SEGMENTATION = ROOT / 'configs/segmentation/upernet_conv2former_n.py'
-# A network of which no copy takes time, in the recipe's place.
+# The recipe with a network that takes no time to copy.
 TINY = f"""
 _base_ = {str(SEGMENTATION)!r}
 model = dict(

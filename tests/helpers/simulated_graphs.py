@@ -15,7 +15,7 @@ def alias(value):
 
 
 class StandIn(TorchDispatchMode):
-    """A CUDA graph of a CPU: records operators while it is entered."""
+    """Stands for a CUDA graph: records operators in its context."""
 
     made = 0
     replays = 0
@@ -28,7 +28,7 @@ class StandIn(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError('operation not permitted when stream is capturing')
-        # Other tensors of the same memory, as an operator in place may change a tensor's shape.
+        # Aliases of the tensors, as in-place operators may change their shape.
         inputs = tree_map(alias, (args, kwargs or {}))
         result = function(*args, **(kwargs or {}))
         self.calls.append((function, *inputs, tree_map(alias, result)))
@@ -50,7 +50,7 @@ class StandIn(TorchDispatchMode):
 
 @pytest.fixture
 def simulated(monkeypatch):
-    """A machine that seems to have a CUDA device; its tensors are the CPU's."""
+    """Makes CUDA graphs believe that the CPU is a CUDA device."""
 
     @contextmanager
     def capturing(graph, device, pool=None):

@@ -1,42 +1,55 @@
 """Runs tools and looks at what they wrote."""
 
-import subprocess
+import os
 import sys
+import tempfile
+import traceback
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import cv2
 import numpy as np
-from mmengine.logging import MessageHub, MMLogger
-from mmengine.registry import DefaultScope
-from mmengine.visualization import Visualizer
 
 from helpers import ROOT
+from helpers.in_process import load_tool, typed
 
 
-def forget_visualizers():
-    """What mmengine keeps by name, of each class and of their base, for the whole process."""
-    classes = {type(visualizer) for visualizer in Visualizer._instance_dict.values()}
-    for cls in (Visualizer, *classes):
-        cls._instance_dict.clear()
-
-
-def forget_instances():
-    """The same, and all loggers and scopes: for a second run in one test."""
-    forget_visualizers()
-    for manager in (MMLogger, MessageHub, DefaultScope):
-        manager._instance_dict.clear()
+@contextmanager
+def captured(file):
+    """Writes what this process and its children print into a file."""
+    saved = [os.dup(1), os.dup(2)]
+    try:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        with redirect_stdout(file), redirect_stderr(file):
+            yield
+    finally:
+        for stream, copy in enumerate(saved, start=1):
+            os.dup2(copy, stream)
+            os.close(copy)
 
 
 def run_tool(name, *args, succeeds=True):
     """Runs a tool from the root of the project and returns what it printed, errors included."""
-    result = subprocess.run(
-        [sys.executable, f'tools/{name}', *map(str, args)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert (result.returncode == 0) == succeeds, result.stdout
-    return result.stdout
+    error = None
+    with (
+        tempfile.TemporaryFile('w+', buffering=1, errors='replace') as file,
+        captured(file),
+        typed([f'tools/{name}', *args]),
+    ):
+        os.chdir(ROOT)
+        try:
+            load_tool(name.removesuffix('.py')).main()
+        except SystemExit as stop:
+            error = stop.code
+            if isinstance(error, str):
+                print(error)
+        except Exception as failure:  # as the interpreter ends
+            error = failure
+            traceback.print_exc(file=sys.stdout)
+        file.seek(0)
+        output = file.read()
+    assert (not error) == succeeds, output
+    return output
 
 
 def assert_drawn_beside(drawing, picture):

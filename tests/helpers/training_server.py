@@ -1,88 +1,51 @@
-"""Runs tools in forked processes, which saves each the five seconds of its imports.
+"""Runs train.py and test.py in processes that tests kill or freeze, or that work together.
 
-    python training_server.py      # then a line of JSON on its input for each run: see `serve`
-
-Each process of a run is the leader of a session, of which its data workers are members.
-`TrainingServer` is the client.
+Each process is the leader of a session that its data workers belong to. The processes are forked
+from one that has imported the host libraries, which saves each of them five seconds.
 """
 
-import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-import traceback
 from contextlib import suppress
-from pathlib import Path
+from multiprocessing import forkserver, get_context
 
-TESTS = Path(__file__).parent
+import torch
+
+from helpers.in_process import load_tool, typed
+
+CONTEXT = get_context('forkserver')
 
 
-def serve():
-    answers = os.fdopen(os.dup(1), 'w')
-    os.dup2(2, 1)  # what is printed elsewhere is no answer
-    sys.path.insert(0, str(TESTS.parents[1] / 'tools'))
-    import mmseg.evaluation
-    import mmseg.models  # noqa: F401
-    import test as test_tool
-    import train
-
-    mains = {'train.py': train.main, 'test.py': test_tool.main}
-    for line in sys.stdin:
-        request = json.loads(line)
-        pids = []
-        for environment in request['environments']:
-            pid = os.fork()
-            if pid == 0:
-                run(mains[request['argv'][0]], request['argv'], request['log'], environment)
-            pids.append(pid)
-        print(json.dumps(pids), file=answers, flush=True)
-        statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-        print(json.dumps(statuses), file=answers, flush=True)
+def main_of_tool():
+    load_tool(sys.argv[0].removesuffix('.py')).main()
 
 
 def run(main, argv, log, environment):
-    """What a forked process does: the main function of a tool, and no more."""
+    """What a new process does."""
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    sys.argv = argv
-    os.environ |= environment
-    status = 1
-    try:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with typed(argv):
         main()
-        status = 0
-    except SystemExit as error:
-        print(error)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
 
 
 class TrainingServer:
-    """Client of the above, one run at a time."""
+    """Starts one run at a time, as one process or as several of a distributed run."""
 
     def __init__(self):
-        self.process = subprocess.Popen(
-            [sys.executable, str(TESTS / 'training_server.py')],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'},
-            start_new_session=True,
-        )
-        self.pids = []
-        self.is_over = True
+        self.processes = []
+        CONTEXT.set_forkserver_preload(['mmdet.models', 'mmseg.models', 'mmseg.evaluation'])
+        forkserver.ensure_running()  # with the environment that no test has changed
 
-    def start(self, argv, log, processes=1, environment=None):
-        """Starts a tool, as one process or as one of several of a distributed run."""
-        self.stop()  # what a test that failed has left
+    def start(self, argv, log, processes=1, environment=None, main=main_of_tool):
+        """Starts a tool, such as 'train.py' with arguments, or another function that reads argv."""
+        self.stop()  # what a failed test left
         environments = [environment or {}]
         if processes > 1:
             argv = [*argv, '--launcher', 'pytorch']
@@ -91,19 +54,20 @@ class TrainingServer:
                 common | {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': str(processes)}
                 for rank in map(str, range(processes))
             ]
-        request = dict(argv=[str(arg) for arg in argv], log=str(log), environments=environments)
-        self.process.stdin.write(json.dumps(request) + '\n')
-        self.process.stdin.flush()
-        self.pids = json.loads(self.process.stdout.readline())
-        self.is_over = False
+        argv = [str(arg) for arg in argv]
+        self.processes = [
+            CONTEXT.Process(target=run, args=(main, argv, str(log), variables))
+            for variables in environments
+        ]
+        for process in self.processes:
+            process.start()
+
+    @property
+    def pids(self):
+        return [process.pid for process in self.processes]
 
     def is_running(self, rank=0):
-        """Whether a process of the run is there (a zombie, not waited for yet, is not)."""
-        try:
-            stat = Path(f'/proc/{self.pids[rank]}/stat').read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            return False
-        return stat.rpartition(')')[2].split()[0] != 'Z'
+        return self.processes[rank].is_alive()
 
     def kill_when(self, moment, rank=0, seconds=240, number=signal.SIGKILL):
         """Signals a process of the run, and its workers, when `moment()` is true.
@@ -114,43 +78,34 @@ class TrainingServer:
         while self.is_running(rank):
             assert time.monotonic() < deadline, f'the moment did not come in {seconds} s'
             if moment():
-                with suppress(ProcessLookupError):  # before it has made its session
+                with suppress(ProcessLookupError):  # it has no session yet
                     os.killpg(self.pids[rank], number)
                     return True
             time.sleep(0.0002)
         return False
 
-    def run(self, argv, log, processes=1, environment=None):
-        """Exit statuses of the processes of a whole run."""
-        self.start(argv, log, processes, environment)
+    def run(self, *args, **kwargs):
+        """Starts a run and returns the exit codes of its processes."""
+        self.start(*args, **kwargs)
         return self.wait()
 
     def wait(self):
-        """The exit status of each process (negative: the signal that killed it), when all ended."""
-        self.is_over = True
-        return json.loads(self.process.stdout.readline())
+        """The exit codes of all processes at their end; negative: the signal that killed one."""
+        for process in self.processes:
+            process.join()
+        return [process.exitcode for process in self.processes]
 
     def stop(self):
         """Ends the run, if there is one."""
-        if self.is_over:
-            return
-        for pid in self.pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-                os.killpg(pid, signal.SIGKILL)  # none, if it has not made its session yet
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         self.wait()
-
-    def close(self):
-        self.stop()
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def free_port():
     with socket.socket() as server:
         server.bind(('127.0.0.1', 0))
         return server.getsockname()[1]
-
-
-if __name__ == '__main__':
-    serve()

@@ -1,21 +1,19 @@
-"""Bad data in the real recipes' pipelines: handled as mmdet and mmseg do, or refused by name.
+"""Bad data in the recipes' pipelines: handled as mmdet and mmseg do, or refused by name.
 
-Each fault is put into a copy of the embedded sample, whose training split is then loaded as in
-training, in the process itself and in two data workers, and as in evaluation, and looked through by
-`tools/prepare_data.py`.
+Each fault is put into a copy of the embedded sample. Its training split is then loaded as in
+training and as in evaluation, and checked by `tools/prepare_data.py`.
 """
 
 import copy
-import ctypes
 import json
 import os
 import pickle
 import re
 import shutil
 import signal
-from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -30,15 +28,15 @@ from PIL import ExifTags, Image
 from prepare_data import CHECKS, Report
 
 from mmconv2former import ReliableRunner
-from mmconv2former.datasets.checked import CheckedDataset, CheckedPipeline, DataError, check_files
+from mmconv2former.datasets.checked import CheckedDataset, CheckedPipeline, DataError
 
 NAME = '000000000001'
 DATA = {'detection': ('coco', 'coco'), 'segmentation': ('ade', 'ade/ADEChallengeData2016')}
 IMAGES = {'detection': 'train2017', 'segmentation': 'images/training'}
-COUNT = 4  # pictures of the training split that are loaded, the faulty one among them
+COUNT = 4  # images of the training split that are loaded, the faulty one among them
 
 
-# ----------------------------------------------------------------------------------- what is done
+# ------------------------------------------------------------------------------------ the faults
 def image_of(task, root):
     return root / IMAGES[task] / f'{NAME}.jpg'
 
@@ -73,37 +71,28 @@ def with_object(**fields):
     return with_annotations(lambda content: content['annotations'][0].update(fields))
 
 
-def with_all_objects(**fields):
-    return with_annotations(lambda content: [a.update(fields) for a in content['annotations']])
-
-
 def keep(share):
     """Keeps the first part of a file."""
     return lambda path: path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
 
 
-def make_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
 def save_as(format, convert):
-    """Writes the image anew; its name stays, as the content says what a file is."""
+    """Converts an image and saves it under the same name, whatever its format."""
 
     def write(path):
-        with Image.open(path) as picture:
-            changed = convert(picture)
+        with Image.open(path) as image:
+            changed = convert(image)
         changed.save(path, format)
 
     return write
 
 
-def sixteen_bits(picture):
-    return Image.fromarray(np.asarray(picture.convert('L')).astype(np.uint16) * 257)
+def sixteen_bits(image):
+    return Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
 
 
 def of_size(width, height):
-    """The fault of an image of that size, with annotations and labels that fit."""
+    """The fault of an image of this size, with annotations and labels that fit."""
 
     def change(task, root):
         pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
@@ -127,25 +116,8 @@ def of_size(width, height):
     return change
 
 
-def with_odd_name(task, root):
-    """An image's name with a space and letters beyond ASCII, as the folder's is."""
-    name = 'ein Bild, größer 图.jpg'
-    image_of(task, root).rename(image_of(task, root).with_name(name))
-    if task == 'segmentation':
-        labels_of(root).rename(labels_of(root).with_name(name.replace('.jpg', '.png')))
-    else:
-        with_annotations(lambda content: content['images'][0].update(file_name=name))(task, root)
-
-
-def same_file_twice(task, root):
-    def edit(content):
-        content['images'][1]['file_name'] = content['images'][0]['file_name']
-
-    with_annotations(edit)(task, root)
-
-
 def write_labels(change):
-    """The fault of other label values, computed from the right ones."""
+    """The fault of other labels, computed from the right ones."""
 
     def write(path):
         cv2.imwrite(str(path), change(cv2.imread(str(path), cv2.IMREAD_UNCHANGED)))
@@ -160,25 +132,19 @@ def one_label_of_151(labels):
 
 
 # --------------------------------------------------------------------------------------- the table
-FORBIDDEN = with_image(lambda path: path.chmod(0))
 BOTH, DETECTION, SEGMENTATION = ('detection', 'segmentation'), ('detection',), ('segmentation',)
-# Name, tasks, what is done, words of the refusal (the name of the file is always asked for) or None
-# if it is handled, what the user sees then, and the kind under which prepare_data.py lists it.
+# Name, tasks, fault, words of the refusal (which must name the file too) or None if it is handled,
+# what the user sees then, and the kind under which prepare_data.py lists it.
 FAULTS = [
-    ('JPEG cut in its header', BOTH, with_image(keep(0.1)), ['failed to load image'],
+    ('JPEG cut in its header', BOTH, with_image(keep(0.1)), ['truncated or broken'],
      '', 'image cannot be read'),
-    ('JPEG cut in its body', BOTH, with_image(keep(0.7)), ['cut off'], '', 'image cannot be read'),
+    ('JPEG cut in its body', BOTH, with_image(keep(0.7)), ['truncated or broken'], '',
+     'image cannot be read'),
     ('image is missing', DETECTION, with_image(lambda path: path.unlink()), ['No such file'], '',
      'missing'),
     ('image is missing', SEGMENTATION, with_image(lambda path: path.unlink()), None,
      'not trained on: the list is what the folder holds', 'missing'),
     ('image of no bytes', BOTH, with_image(keep(0)), [], '', 'image cannot be read'),
-    ('text as image', BOTH, with_image(lambda p: p.write_text('none')), [], '', 'cannot be read'),
-    ("folder in an image's place", DETECTION, with_image(make_folder), ['Is a directory'], '',
-     'missing'),
-    ("folder in an image's place", SEGMENTATION, with_image(make_folder), None,
-     'not trained on: the list is what the folder holds', 'missing'),
-    ('image without read permission', BOTH, FORBIDDEN, ['Permission'], '', None),
     ('16-bit PNG', BOTH, with_image(save_as('PNG', sixteen_bits)), None, 'trained on, in 8 bits',
      None),
     ('RGBA PNG', BOTH, with_image(save_as('PNG', lambda p: p.convert('RGBA'))), None,
@@ -187,20 +153,16 @@ FAULTS = [
      'trained on, as RGB', None),
     ('image of 1x1 pixel', DETECTION, of_size(1, 1), None, 'trained on and evaluated, enlarged',
      None),
-    ('image of 1x1 pixel', SEGMENTATION, of_size(1, 1), ['two pixels a side or more'], '', None),
+    ('image of 1x1 pixel', SEGMENTATION, of_size(1, 1), [], '', None),
     ('image of 10000x20 pixels', BOTH, of_size(10_000, 20), None,
      'trained on and evaluated, padded to 32 pixels', None),
     ('image of 20x10000 pixels', BOTH, of_size(20, 10_000), None,
      'trained on and evaluated, padded to 32 pixels', None),
-    ('spaces and letters beyond ASCII in paths', BOTH, with_odd_name, None, 'trained on', None),
-
     ('JSON cut in half', DETECTION,
      lambda task, root: keep(0.5)(root / 'annotations/instances_train2017.json'),
-     ['instances_train2017.json cannot be read', 'JSONDecodeError'], '', 'not JSON'),
+     ['cannot read dataset', 'instances_train2017.json', 'JSONDecodeError'], '', 'not JSON'),
     ('category that the file has not', DETECTION, with_object(category_id=12), None,
      'this object is left out', 'unknown category'),
-    ('all objects of unknown categories', DETECTION, with_all_objects(category_id=12),
-     ['instances_train2017.json has no sample to use'], '', 'unknown category'),
     ('category renamed in the file', DETECTION,
      with_annotations(lambda content: content['categories'][0].update(name='human')),
      ['instances_train2017.json has 79 of the 80 classes'], '', "category is not COCO's"),
@@ -211,7 +173,7 @@ FAULTS = [
     ('box of NaN', DETECTION, with_object(bbox=[5, 5, float('nan'), 4]), None,
      'this object is left out', 'box is not four finite numbers'),
     ('box without end', DETECTION, with_object(bbox=[5, 5, float('inf'), 4]),
-     ['is not of finite numbers'], '', 'box is not four finite numbers'),
+     ['is not finite'], '', 'box is not four finite numbers'),
     ('polygon of two points', DETECTION, with_object(segmentation=[[1, 1, 20, 20]]), None,
      'this object is ignored', 'polygon is not three points or more'),
     ('mask outside the image', DETECTION,
@@ -223,36 +185,41 @@ FAULTS = [
      [], '', 'mask of another size'),
     ('no image has objects', DETECTION,
      with_annotations(lambda content: content['annotations'].clear()),
-     ['instances_train2017.json has no sample to use'], '', 'images without objects'),
+     ['instances_train2017.json', 'is empty'], '', 'images without objects'),
     ('image of another size than annotated', DETECTION,
      with_image(save_as('JPEG', lambda p: p.resize((80, 48)))),
-     ['80x48 pixels, 64x64 are annotated'], '', 'another size than annotated'),
-    ('same file in two records', DETECTION, same_file_twice, None, 'trained on twice', None),
-
-    ('label 151', SEGMENTATION, write_labels(one_label_of_151), ['labels [150] are of no class'],
+     ['has shape (48, 80), annotations say (64, 64)'], '', 'another size than annotated'),
+    ('label 151', SEGMENTATION, write_labels(one_label_of_151), ['labels [150] are not a class'],
      '', 'label above 150'),
     ('labels of 16 bits', SEGMENTATION, write_labels(lambda labels: labels.astype(np.uint16)),
-     ['one channel with 8 bits'], '', 'one channel with 8 bits'),
+     ['one channel of 8 bits'], '', 'one channel with 8 bits'),
     ('labels as RGB', SEGMENTATION, write_labels(lambda labels: np.dstack([labels] * 3)),
-     ['one channel with 8 bits'], '', 'one channel with 8 bits'),
+     ['one channel of 8 bits'], '', 'one channel with 8 bits'),
     ('labels of another size', SEGMENTATION, write_labels(lambda labels: labels[:, :32]),
-     ['labels of 32x64 pixels for an image of 64x64'], '', 'labels of another size'),
+     ['labels have shape (64, 32), the image has (64, 64)'], '', 'labels of another size'),
     ('labels are missing', SEGMENTATION, with_labels(lambda path: path.unlink()), [], '',
      'label picture is missing'),
     ('labels cut off', SEGMENTATION, with_labels(keep(0.5)), [], '', 'image cannot be read'),
-    ('labels of no bytes', SEGMENTATION, with_labels(keep(0)), [], '', 'image cannot be read'),
 ]  # fmt: skip
 CASES = [(task, *fault) for fault in FAULTS for task in fault[1]]
 
 
-# ------------------------------------------------------------------------------------- how it ends
+# ---------------------------------------------------------------------------------- what they cause
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """The embedded sample with few images."""
+    folder = tmp_path_factory.mktemp('small')
+    run_tool('make_sample.py', folder, '--train', COUNT, '--val', 1, '--size', 64)
+    return folder
+
+
 @cache
 def recipe(task):
     return tiny_config(task, Path('sample'), 'work_dir', length=1, images=COUNT)
 
 
-def loader_of(task, root, phase, workers):
-    """The data loader of training or evaluation, over the first pictures of the training split."""
+def loader_of(task, root, phase, workers=0, full_size=False):
+    """The data loader of training or evaluation, over the first images of the training split."""
     config = recipe(task)
     settings = copy.deepcopy(config[f'{phase}_dataloader'])
     train = config.train_dataloader.dataset
@@ -260,19 +227,17 @@ def loader_of(task, root, phase, workers):
     if task == 'detection':
         dataset['ann_file'] = train.ann_file
     settings.dataset.update(dataset)
-    if task == 'detection' and phase == 'train':  # of the recipe's sizes, as the shape counts
+    if full_size and task == 'detection' and phase == 'train':
         settings.dataset.pipeline[3].transforms[0][0].scales = [(480, 1333)]
-    elif task == 'detection':
+    elif full_size and task == 'detection':
         settings.dataset.pipeline[1].scale = (1333, 800)
-    settings.update(num_workers=workers)
-    settings.update(timeout=60 if workers else 0)  # seconds: none may hang
+    settings.update(num_workers=workers, timeout=60 if workers else 0)  # seconds: none may hang
     init_default_scope(config.default_scope)
     return ReliableRunner.build_dataloader(settings, seed=0)
 
 
-def load_all(task, root, phase, workers):
-    """Paths of the images that come through; each one of the dataset is asked for."""
-    loader = loader_of(task, root, phase, workers)
+def load_all(loader):
+    """Paths of the images that are loaded, of as many samples as the dataset has."""
     iterator = iter(loader)
     paths = []
     try:
@@ -281,29 +246,9 @@ def load_all(task, root, phase, workers):
             assert all(torch.isfinite(image.float()).all() for image in batch['inputs'])
             paths += [sample.img_path for sample in batch['data_samples']]
     finally:
-        if workers:  # else the garbage collector would wait for them, five seconds each
+        if loader.num_workers:  # else the garbage collector would wait five seconds for each
             iterator._shutdown_workers()
     return paths
-
-
-@contextmanager
-def permissions_count():
-    """Takes from root the right to read what permissions forbid (capabilities 1 and 2 of Linux)."""
-    if os.geteuid() != 0:
-        yield
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
-    rights = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice 32 bits
-    assert libc.capget(header, rights) == 0
-    effective = rights[0]
-    try:
-        rights[0] = effective & ~0b110
-        assert libc.capset(header, rights) == 0
-        yield
-    finally:
-        rights[0] = effective
-        assert libc.capset(header, rights) == 0
 
 
 @pytest.mark.parametrize(
@@ -312,22 +257,23 @@ def permissions_count():
     ids=[f'{case[0]}: {case[1]}' for case in CASES],
 )
 def test_bad_data(
-    task, fault, tasks, inject, refusal, seen, reported, sample, tmp_path, fault_report
+    task, fault, tasks, inject, refusal, seen, reported, small, tmp_path, fault_report, slow
 ):
     kind, folder = DATA[task]
-    root = shutil.copytree(sample / folder, tmp_path / f'ein Ordner, größer 图, {kind}')
+    root = shutil.copytree(small / folder, tmp_path / f'ein Ordner, größer 图, {kind}')
     inject(task, root)
-    runs = [('train', 0), ('train', 2), ('val', 0)]
+    runs = [('train', 0), ('val', 0)] + [('train', 2)] * slow
     survived = 0
     for phase, workers in runs:
-        # An annotation file without objects can be evaluated: without truth there is no score.
-        is_handled = refusal is None or (phase == 'val' and 'no sample to use' in str(refusal))
-        with permissions_count() if inject is FORBIDDEN else nullcontext():
-            message, paths = None, []
-            try:
-                paths = load_all(task, root, phase, workers)
-            except DataError as error:
-                message = str(error)
+        # Evaluation does not drop images without objects.
+        is_handled = refusal is None or (phase == 'val' and 'is empty' in refusal)
+        message, paths = None, []
+        try:
+            paths = load_all(
+                loader_of(task, root, phase, workers, full_size=fault.startswith('image of'))
+            )
+        except DataError as error:
+            message = str(error)
         assert (message is None) == is_handled, message or 'was not refused'
         if is_handled:
             assert len(set(paths)) >= COUNT - 1
@@ -340,25 +286,21 @@ def test_bad_data(
     fault_report('Data', f'{fault} ({task})', len(runs), survived, seen)
     assert survived == len(runs)
     if task == 'detection' or reported:
-        assert_reported(kind, root, reported)
+        report = Report()
+        CHECKS[kind](root, report, workers=1)
+        kinds = [*report.errors, *report.notes]
+        assert reported is None or any(reported in kind for kind in kinds), kinds
 
 
-def assert_reported(kind, root, reported):
-    report = Report()
-    CHECKS[kind](root, report, workers=1)
-    kinds = [*report.errors, *report.notes]
-    assert reported is None or any(reported in kind for kind in kinds), kinds
-
-
-# ------------------------------------------------------------------------------- the rest of a run
+# ------------------------------------------------------------------------------------ data workers
 def kill_worker(results):
     if torch.utils.data.get_worker_info() is not None:
         os.kill(os.getpid(), signal.SIGKILL)
     return results
 
 
-def test_killed_data_worker(sample, fault_report):
-    loader = loader_of('segmentation', sample / DATA['segmentation'][1], 'train', workers=2)
+def test_killed_data_worker(small, fault_report):
+    loader = loader_of('segmentation', small / DATA['segmentation'][1], 'train', workers=2)
     loader.dataset.pipeline.transforms.append(kill_worker)
     words = r'error: DataLoader worker .*Fewer workers'
     with pytest.raises(SystemExit, match=words) as error, run_errors(traceback=False):
@@ -371,7 +313,7 @@ def collate_badly(samples):
     raise KeyError('gt_label')
 
 
-def test_error_of_a_data_worker_is_not_called_lack_of_memory():
+def test_error_of_a_data_worker():
     loader = torch.utils.data.DataLoader([0], num_workers=1, collate_fn=collate_badly)
     words = r"^error: in a data worker: KeyError: 'gt_label' \(--traceback shows where\)$"
     with pytest.raises(SystemExit, match=words), run_errors(traceback=False):
@@ -380,26 +322,13 @@ def test_error_of_a_data_worker_is_not_called_lack_of_memory():
         next(iter(loader))
 
 
-@pytest.mark.parametrize(
-    'words',
-    [
-        'DataLoader worker (pid 7) is killed by signal: Killed. ',
-        'DataLoader worker (pid(s) 7, 8) exited unexpectedly',
-        'DataLoader worker (pid 7) exited unexpectedly with exit code 1. Details are lost',
-    ],
-)
-def test_words_of_torch_for_dead_workers(words):
-    with pytest.raises(SystemExit, match='too little memory'), run_errors(traceback=False):
-        raise RuntimeError(words)
-
-
-def test_refusal_ends_a_real_run_in_one_line(sample, tmp_path, fault_report):
+def test_refusal_ends_a_real_run_in_one_line(small, tmp_path, fault_report):
     """From a data worker of `tools/train.py` to its last line."""
-    root = shutil.copytree(sample / DATA['segmentation'][1], tmp_path / 'ade')
+    root = shutil.copytree(small / DATA['segmentation'][1], tmp_path / 'ade')
     for path in (root / 'annotations/training').iterdir():
         cv2.imwrite(str(path), np.full((64, 64), 151, np.uint8))
     settings = tmp_path / 'config.py'
-    config = tiny_config('segmentation', sample, tmp_path / 'run', length=4)
+    config = tiny_config('segmentation', small, tmp_path / 'run', length=4)
     config.train_dataloader.num_workers = 2
     for loader in (config.train_dataloader, config.val_dataloader):
         loader.dataset.data_root = f'{root}/'
@@ -409,27 +338,27 @@ def test_refusal_ends_a_real_run_in_one_line(sample, tmp_path, fault_report):
     fault_report('Data', 'label 151, through tools/train.py', 1, 1,
                  last_line.replace(f'{root}/', ''))  # fmt: skip
     assert last_line.startswith(f'error: image {root}/images/training/')
-    assert 'labels [150] are of no class' in last_line
+    assert 'labels [150] are not a class' in last_line
     assert 'Traceback' not in output
     assert not list(tmp_path.glob('run/*.pth'))
 
 
 @pytest.mark.parametrize(('width', 'height'), [(10_000, 20), (20, 10_000)])
-def test_thin_pictures_are_segmented(width, height, sample, tmp_path):
-    """The segmentor's slide over a picture that is thinner than the backbone's least input."""
-    root = shutil.copytree(sample / DATA['segmentation'][1], tmp_path / 'ade')
+def test_thin_images_are_segmented(width, height, small, tmp_path):
+    """Sliding windows over an image that is thinner than the backbone's smallest input."""
+    root = shutil.copytree(small / DATA['segmentation'][1], tmp_path / 'ade')
     of_size(width, height)('segmentation', root)
     config = recipe('segmentation')
     init_default_scope('mmseg')
     torch.manual_seed(0)
     model = MODELS.build(config.model).eval()
-    loader = loader_of('segmentation', root, 'val', workers=0)
+    loader = loader_of('segmentation', root, 'val')
     batch = next(iter(loader))
     assert min(batch['inputs'][0].shape[1:]) < 32
     with torch.no_grad():
         (result,) = model.val_step(batch)
     assert result.pred_sem_seg.data.shape == (1, height, width)
-    # Others are not padded: the published numbers stay as they are.
+    # Other images are not padded, so published numbers stay.
     other = list(loader)[1]
     with torch.no_grad():
         (padded,) = model.val_step(copy.deepcopy(other))
@@ -440,8 +369,8 @@ def test_thin_pictures_are_segmented(width, height, sample, tmp_path):
 
 
 # ---------------------------------------------------------------------------------- the dataset
-def test_everything_else_is_the_other_datasets(sample):
-    dataset = loader_of('detection', sample / 'coco', 'train', workers=0).dataset
+def test_attributes_are_those_of_the_wrapped_dataset(small):
+    dataset = loader_of('detection', small / 'coco', 'train').dataset
     assert isinstance(dataset, CheckedDataset)
     assert len(dataset) == len(dataset.dataset) == COUNT
     assert dataset.metainfo == dataset.dataset.metainfo
@@ -450,14 +379,14 @@ def test_everything_else_is_the_other_datasets(sample):
     assert copied.get_data_info(0) == dataset.get_data_info(0)
     with pytest.raises(AttributeError, match='no_such'):
         _ = dataset.no_such
-    dataset.pipeline = Compose([])  # as hooks of mmdet and mmpretrain exchange it
+    dataset.pipeline = Compose([])  # as hooks of mmdet and mmpretrain replace it
     assert isinstance(dataset.dataset.pipeline, CheckedPipeline)
     assert dataset[0]['img_path'] == dataset.get_data_info(0)['img_path']
 
 
-def test_datasets_in_wrappers_are_checked_too(sample, tmp_path):
+def test_datasets_in_wrappers_are_checked_too(small, tmp_path):
     config = recipe('detection').train_dataloader.dataset
-    root = shutil.copytree(sample / 'coco', tmp_path / 'coco')
+    root = shutil.copytree(small / 'coco', tmp_path / 'coco')
     config = dict(config, data_root=f'{root}/')
     init_default_scope('mmdet')
     repeated = dict(type='RepeatDataset', times=2, dataset=config)
@@ -475,75 +404,48 @@ def test_message_of_a_worker_is_the_message():
     )
 
 
-def test_turned_photographs_fit_labels_that_are_turned(tmp_path):
-    """OpenCV turns a JPEG as its EXIF data say; the header's size is from before."""
-    image, labels = tmp_path / 'image.jpg', tmp_path / 'labels.png'
+@pytest.mark.parametrize('color_type', ['color', 'unchanged'])
+def test_sizes_are_those_of_the_loaded_image(color_type, tmp_path):
+    """OpenCV rotates a JPEG as its EXIF data say, unless it loads it unchanged."""
+    image, labels = tmp_path / 'a.jpg', tmp_path / 'a.png'
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new('RGB', (40, 30)).save(image, exif=exif)
-    assert cv2.imread(str(image)).shape[:2] == (40, 30)
-    Image.new('L', (30, 40)).save(labels)
-    check_files(image, labels)
-    Image.new('L', (40, 30)).save(labels)
-    with pytest.raises(ValueError, match='labels of 40x30 pixels for an image of 30x40'):
-        check_files(image, labels)
+    init_default_scope('mmseg')
+    transforms = [
+        dict(type='LoadImageFromFile', color_type=color_type), dict(type='LoadAnnotations'),
+    ]  # fmt: skip
+    dataset = SimpleNamespace(metainfo=dict(classes=('a',)), ignore_index=255)
+    pipeline = CheckedPipeline(Compose([TRANSFORMS.build(item) for item in transforms]), dataset)
+    height, width = (40, 30) if color_type == 'color' else (30, 40)
+
+    def load(size, **annotated):
+        Image.new('L', size).save(labels)
+        common = dict(img_path=str(image), seg_map_path=str(labels), seg_fields=[])
+        return pipeline(dict(common, reduce_zero_label=False, **annotated))
+
+    assert load((width, height), width=width, height=height)['img'].shape == (height, width, 3)
+    words = rf'labels have shape \({width}, {height}\), the image has \({height}, {width}\)'
+    with pytest.raises(DataError, match=words):
+        load((height, width))
+    words = rf'image has shape \({height}, {width}\), annotations say \({width}, {height}\)'
+    with pytest.raises(DataError, match=words):
+        load((width, height), width=height, height=width)
 
 
-@pytest.mark.parametrize('color_type', ['color', 'unchanged', 'color_ignore_orientation'])
-@pytest.mark.parametrize('backend', ['cv2', 'pillow'])
-def test_sizes_are_compared_with_what_the_loader_gives(color_type, backend, panoptic, tmp_path):
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = 6
-    Image.new('RGB', (30, 40)).save(tmp_path / 'a.jpg', exif=exif)
-    loader = dict(type='LoadImageFromFile', color_type=color_type, imdecode_backend=backend)
-    data = dict(img_path=str(tmp_path / 'a.jpg'))
-    height, width = TRANSFORMS.build(loader)(data)['ori_shape']
-    assert (width, height) == ((40, 30) if color_type == 'color' else (30, 40))
-
-    panoptic['pipeline'][0] = loader
-    annotations = json.loads((tmp_path / 'a.json').read_text())
-    for size, is_fitting in (((width, height), True), ((height, width), False)):
-        Image.new('RGB', size).save(tmp_path / 'a.png')
-        annotations['images'][0].update(width=size[0], height=size[1])
-        (tmp_path / 'a.json').write_text(json.dumps(annotations))
-        words = f'has {width}x{height} pixels, {size[0]}x{size[1]} are annotated'
-        with nullcontext() if is_fitting else pytest.raises(DataError, match=words):
-            assert CheckedDataset(panoptic)[0]['inputs'].shape == (3, height, width)
-
-
-def test_whole_jpegs_with_something_behind_are_taken(tmp_path):
+def test_complete_jpegs_with_appended_data_are_taken(tmp_path):
     path = tmp_path / 'image.jpg'
     Image.new('RGB', (40, 30)).save(path)
     path.write_bytes(path.read_bytes() + bytes(5000))
-    check_files(path, None)
+    assert CheckedPipeline(lambda data: data, None)(dict(img_path=str(path)))
 
 
-@pytest.fixture
-def panoptic(tmp_path):
-    """Config of a panoptic dataset of one picture, with COCO's coloured labels."""
-    Image.new('RGB', (40, 30)).save(tmp_path / 'a.jpg')
+def test_only_labels_of_classes_have_one_channel(tmp_path):
+    """Panoptic labels number segments, in three."""
     Image.new('RGB', (40, 30), (7, 1, 0)).save(tmp_path / 'a.png')
-    segment = dict(id=7 + 256, category_id=1, area=1200, bbox=[0, 0, 40, 30], iscrowd=0)
-    content = dict(
-        images=[dict(id=1, file_name='a.jpg', width=40, height=30)],
-        annotations=[dict(image_id=1, file_name='a.png', segments_info=[segment])],
-        categories=[dict(id=1, name='person', isthing=1)],
-    )
-    (tmp_path / 'a.json').write_text(json.dumps(content))
-    init_default_scope('mmdet')
-    return dict(
-        type='CocoPanopticDataset',
-        data_root=str(tmp_path),
-        ann_file='a.json',
-        data_prefix=dict(img='', seg=''),
-        metainfo=dict(classes=('person',), thing_classes=('person',), stuff_classes=()),
-        pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs', meta_keys=())],
-    )
-
-
-def test_panoptic_labels_are_coloured(panoptic, tmp_path):
-    sample = CheckedDataset(panoptic)[0]
-    assert sample['inputs'].shape == (3, 30, 40)
-    Image.new('RGB', (40, 20)).save(tmp_path / 'a.png')
-    with pytest.raises(DataError, match='labels of 40x20 pixels for an image of 40x30'):
-        CheckedDataset(panoptic)[0]
+    data = dict(seg_map_path=str(tmp_path / 'a.png'))
+    panoptic = SimpleNamespace(metainfo=dict(classes=('a',)))
+    assert CheckedPipeline(dict, panoptic)(data) == data
+    semantic = SimpleNamespace(metainfo=dict(classes=('a',)), ignore_index=255)
+    with pytest.raises(DataError, match="one channel of 8 bits, got Pillow mode 'RGB'"):
+        CheckedPipeline(dict, semantic)(data)

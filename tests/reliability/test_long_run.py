@@ -1,4 +1,4 @@
-"""A long run grows neither in memory nor in open files nor in time, and its logs are complete."""
+"""Memory, open files and time of an iteration do not grow, and logs are complete."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_two_thousand_iterations(server, sample, tmp_path, fault_report):
         measured.append((iteration, *resources(server.pids[0])))
     assert server.wait() == [0], (tmp_path / 'output.txt').read_text()
 
-    # Evaluation has a worker of its own, and saving holds a checkpoint in memory for a moment.
+    # The last iterations include the worker of evaluation, and a checkpoint in memory.
     steady = np.array([row for row in measured if WARM_UP < row[0] < ITERATIONS - 10])
     iterations, memory, files = steady.T
     growth = np.polyfit(iterations, memory, 1)[0] * 1000
@@ -98,7 +98,7 @@ def test_two_thousand_iterations(server, sample, tmp_path, fault_report):
 
 
 def test_log_in_memory_has_an_end(fault_report):
-    """The state after a week, with two scalars of which one has not been logged often."""
+    """The state after a week, with a scalar that is logged often and one that is not."""
 
     class Runner:
         iter = SHORTEST_LOG // 100 - 1

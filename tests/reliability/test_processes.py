@@ -1,4 +1,4 @@
-"""Several processes (gloo): one that dies or hangs ends the run, which then resumes."""
+"""Several processes (gloo): if one dies or hangs, the run ends and can be resumed."""
 
 import json
 import signal
@@ -32,7 +32,7 @@ def reached(work_dir):
 def end_of_others(server, victim):
     """Seconds until all processes but one have ended."""
     begin = time.monotonic()
-    others = [rank for rank in range(len(server.pids)) if rank != victim]
+    others = [rank for rank in range(len(server.processes)) if rank != victim]
     while any(server.is_running(rank) for rank in others):
         assert time.monotonic() - begin < TIME_OUT + 60, 'the others hang'
         time.sleep(0.05)
@@ -51,7 +51,7 @@ def test_one_process_ends_all(processes, number, server, sample, tmp_path, fault
     victim = processes - 1
     assert server.kill_when((work_dir / 'last_checkpoint').exists, victim, number=number)
     seconds = end_of_others(server, victim)
-    server.kill_when(lambda: True, victim)  # one that was only stopped
+    server.kill_when(lambda: True, victim)  # if it was only stopped
     assert all(server.wait()), log.read_text()
     assert 0 < reached(work_dir) < LENGTH
     error = next(line for line in log.read_text().splitlines()[::-1] if 'Error' in line)
@@ -76,7 +76,7 @@ def test_one_process_ends_all(processes, number, server, sample, tmp_path, fault
     'task', [pytest.param('detection', marks=pytest.mark.slow), 'segmentation']
 )
 def test_uneven_batches_and_evaluation(task, server, sample, tmp_path, fault_report, slow):
-    """Seven pictures to train and six to evaluate, for two and four processes."""
+    """Seven images to train and six to evaluate, for two and four processes."""
     length = {'detection': 1, 'segmentation': 4}[task]
     batches = {'detection': {1: 4, 2: 2, 4: 1}, 'segmentation': dict.fromkeys((1, 2, 4), 4)}[task]
     config = write_config(tmp_path, task, sample, length=length, interval=length, images=7)
@@ -98,6 +98,6 @@ def test_uneven_batches_and_evaluation(task, server, sample, tmp_path, fault_rep
     assert all(values == metrics[1] for values in metrics.values()), metrics
     assert len(metrics[1]) > 2
     count = len(numbers) - 1
-    fault = f'{task}: 7 pictures to train, 6 to evaluate, {numbers[1:]} processes'
+    fault = f'{task}: 7 images to train, 6 to evaluate, {numbers[1:]} processes'
     seen = f'all {len(metrics[1])} metrics equal those of one process'
     fault_report('Processes', fault, count, count, seen)
