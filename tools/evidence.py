@@ -43,7 +43,7 @@ import mmengine
 import torch
 import torchvision
 from benchmark import device_name
-from common.cli import set_backbone
+from common.backbones import set_backbone
 from common.measuring import Budget
 from make_tables import (
     BACKBONES,
