@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 import torch
-from demo import MODEL
+from demo import CONFIG
 from mmcv.ops import batched_nms
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODEL_WRAPPERS, MODELS, init_default_scope
 from torch import nn
 
@@ -37,9 +37,9 @@ SMALL = {
 
 
 def detection_config():
-    config = Config.fromfile(ROOT / 'configs/detection/mask_rcnn_conv2former_n.py')
-    options = (option.split('=') for option in MODEL)
-    config.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in options})
+    config = Config.fromfile(ROOT / CONFIG)
+    config.model.backbone.arch = 'nano'
+    config.model.neck.in_channels = [64, 128, 256, 512]
     first = dict(type='mmdet.FirstSampler', add_gt_as_proposals=True, neg_pos_ub=-1)
     # as many positives as a picture has objects: those are proposals themselves
     config.merge_from_dict(

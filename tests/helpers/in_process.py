@@ -6,10 +6,8 @@ import subprocess
 import sys
 from functools import cache
 
-from evidence import segmentation_size
-
 from helpers import ROOT
-from helpers.tiny import FOUR_ITERATIONS
+from helpers.tiny import FOUR_ITERATIONS, SMALL_SEGMENTATION
 from helpers.tools import forget_instances
 
 
@@ -49,7 +47,7 @@ def run_command(command, options, monkeypatch, capfd):
 SEGMENTATION = ROOT / 'configs/segmentation/upernet_conv2former_n.py'
 # A network of which no copy takes time, in the recipe's place.
 TINY = f"""
-_base_ = {str(SEGMENTATION)!r}
+_base_ = {str(ROOT / SMALL_SEGMENTATION)!r}
 model = dict(
     backbone=dict(
         arch=dict(
@@ -70,7 +68,6 @@ def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), init_cfg=None, more='
 
 # What `quick_segmentation` of the tools' tests adds, without what this network has already.
 SMALL_DATA = [
-    *segmentation_size(64),
     *FOUR_ITERATIONS,
     'val_dataloader.dataset.indices=1',
     'test_dataloader.dataset.indices=1',
