@@ -577,7 +577,7 @@ def measure_backbone(name: str) -> dict:
 
     Detection and segmentation with whole models are counted for some.
     """
-    size = 224 if name in OURS else find_baseline(name).published.size
+    size = 224 if name in OURS else find_baseline(name).size
     network = build_network(name)
     result = {
         'classification': {

@@ -2,7 +2,11 @@
 
 import itertools
 import json
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
 
+import torch
 from common.image_sizes import scale_images
 from mmengine.config import Config
 
@@ -108,3 +112,11 @@ def quick_segmentation(sample, work_dir, *options):
     data_root = sample / 'ade/ADEChallengeData2016'
     return ['--data-root', data_root, '--work-dir', work_dir,
             '--cfg-options', *FOUR_ITERATIONS, *options]  # fmt: skip
+
+
+@contextmanager
+def without_values():
+    """Modules that are built here have shapes only."""
+    # mmpretrain takes numbers out of a linspace.
+    with patch('torch.linspace', partial(torch.linspace, device='cpu')), torch.device('meta'):
+        yield
