@@ -366,6 +366,7 @@ def fit_config(fit: Fit, recipe: Path, seconds: float, side: int | None) -> Conf
     if side is not None:
         scale_images(config, side)
         narrow_heads(model)
+        config.train_dataloader.num_workers = 1
     model.backbone.update(init_cfg=None, drop_path_rate=0.0, layer_scale_init_value=0.1)
     load, *others = config.test_dataloader.dataset.pipeline
     test = {step.type: step for step in others}

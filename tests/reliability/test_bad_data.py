@@ -238,7 +238,7 @@ FAULTS = [
     ('labels of another size', SEGMENTATION, write_labels(lambda labels: labels[:, :32]),
      ['labels of 32x64 pixels for an image of 64x64'], '', 'labels of another size'),
     ('labels are missing', SEGMENTATION, with_labels(lambda path: path.unlink()), [], '',
-     'label picture is missing'),
+     'label image is missing'),
     ('labels cut off', SEGMENTATION, with_labels(keep(0.5)), [], '', 'image cannot be read'),
     ('labels of no bytes', SEGMENTATION, with_labels(keep(0)), [], '', 'image cannot be read'),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`evidence.py`: what its runs change in a recipe, what it records, and what the tables make of it."""
+"""`evidence.py`: what its runs change in a recipe, what it records, and the tables of that."""
 
 import json
 from types import SimpleNamespace
