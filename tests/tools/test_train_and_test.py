@@ -319,9 +319,9 @@ def test_subset_of_ade(sample, tmp_path):
 
 def test_subset_refuses(sample, tmp_path):
     arguments = ['subset_data.py', sample / 'coco', tmp_path, '--train', 1, '--val', 99]
-    assert 'exists already' in run_tool(*arguments, succeeds=False)
+    assert 'already exists' in run_tool(*arguments, succeeds=False)
     arguments[2] = tmp_path / 'new'
-    assert '99 were asked for' in run_tool(*arguments, succeeds=False)
+    assert '99 were requested' in run_tool(*arguments, succeeds=False)
     arguments[-1] = '1.5'
     assert 'must be a share in (0, 1) or a count' in run_tool(*arguments, succeeds=False)
     assert not (tmp_path / 'new').exists()
