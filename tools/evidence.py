@@ -107,7 +107,8 @@ def main() -> None:
     names = args.names or known
 
     if args.kind == 'fit':
-        for fit_ in plan_fits([name for name in names if name in FITS], args.images):
+        fitted = [name for name in names if name in FITS]
+        for fit_ in plan_fits(fitted, args.images, args.true_size):
             print(f'\n--- fit: {fit_.name}, {fit_.label}', flush=True)
             result = measure_fit(fit_, args)
             keys = [fit_.name, 'true_size', fit_.label] if args.true_size else [fit_.name, 'fit']
@@ -287,12 +288,15 @@ class Fit:
         return max(FITS[self.name].least_batch, min(LARGEST_BATCH, self.images // 4))
 
 
-def plan_fits(names: list[str], images: list[int]) -> list[Fit]:
-    """Each recipe with each number of images of each sample, or all where there are fewer."""
+def plan_fits(names: list[str], images: list[int], all_samples: bool) -> list[Fit]:
+    """Each recipe with each number of images, or all where there are fewer, of its samples.
+
+    Without `all_samples` the last one only.
+    """
     return [
         Fit(name, sample, count)
         for name in names
-        for sample in FITS[name].samples
+        for sample in FITS[name].samples[0 if all_samples else -1 :]
         for count in sorted({min(count, count_images(sample)) for count in images})
     ]
 
@@ -391,7 +395,8 @@ def fit_config(fit: Fit, recipe: Path, seconds: float, side: int | None) -> Conf
     config.train_cfg = dict(type='IterBasedTrainLoop', max_iters=ENDLESS, val_interval=ENDLESS)
     config.custom_imports.imports = [*config.custom_imports.imports, 'time_budget']
     config.custom_hooks = [dict(type='TimeBudgetHook', seconds=seconds)]
-    config.default_hooks.logger.update(interval=10, log_metric_by_epoch=False)
+    interval = 10 if side is None else 1  # an iteration on a CPU takes seconds
+    config.default_hooks.logger.update(interval=interval, log_metric_by_epoch=False)
     config.default_hooks.checkpoint = None
     config.log_processor = dict(by_epoch=False, window_size=10)
     config.randomness = dict(seed=0)

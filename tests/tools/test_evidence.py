@@ -98,7 +98,8 @@ def test_steps_have_small_images():
 
 
 def test_plan_takes_all_images_where_there_are_fewer(samples):
-    plan = evidence.plan_fits(['mask_rcnn_conv2former_t', 'upernet_conv2former_t'], [128, 8])
+    names = ['mask_rcnn_conv2former_t', 'upernet_conv2former_t']
+    plan = evidence.plan_fits(names, [128, 8], all_samples=True)
     assert [(fit.name.split('_')[0], fit.label, fit.batch) for fit in plan] == [
         ('mask', 'coco_sample, 8 images', 2),
         ('mask', 'coco_sample, 39 images', 8),  # one image has no object
@@ -108,6 +109,8 @@ def test_plan_takes_all_images_where_there_are_fewer(samples):
         ('upernet', 'semantic_sample, 40 images', 8),
     ]
     assert len({fit.log for fit in plan}) == len(plan)
+    samples = [fit.sample for fit in evidence.plan_fits(names, [8], all_samples=False)]
+    assert samples == ['coco_sample', 'semantic_sample']
 
 
 @pytest.mark.parametrize(
