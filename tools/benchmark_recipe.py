@@ -47,7 +47,8 @@ from benchmark import (
     spread,
     table,
 )
-from common.cli import set_backbone, set_data_root
+from common.backbones import set_backbone
+from common.cli import set_data_root
 from common.data_layout import COCO_IDS
 from common.measuring import (
     COLUMNS,

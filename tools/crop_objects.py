@@ -1,10 +1,10 @@
-"""Cuts the objects out of COCO's images: a small classification data set in ImageNet's layout.
+"""Crops the objects of COCO's images: a small classification data set in ImageNet's layout.
 
     python tools/crop_objects.py data/coco data/coco_objects --classes 20 --max-objects 100
 
 Writes FOLDER/{train,val}/CATEGORY/IMAGE_OBJECT.jpg and FOLDER/meta/{train,val}.txt, which every
-classification recipe reads with `--data-root FOLDER`. Categories are those with most objects in the
-training images, numbered by name. Crowds and small objects are left out.
+classification recipe reads with `--data-root FOLDER`. Takes the categories with most objects in the
+training images, numbered by name. Leaves out crowds and small objects.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ def main() -> None:
     parser.add_argument('source', type=Path, help="folder in COCO's layout")
     parser.add_argument('folder', type=Path, help='new folder')
     parser.add_argument('--classes', type=int, default=20, help='categories (default: 20)')
-    parser.add_argument('--max-objects', type=int, help='of a category and split (default: all)')
+    parser.add_argument('--max-objects', type=int, help='per category and split (default: all)')
     parser.add_argument(
         '--min-side', type=int, default=32, help='pixels of the shorter side (default: 32)'
     )
-    parser.add_argument('--margin', type=float, default=0.1, help='around, of the size (0.1)')
+    parser.add_argument(
+        '--margin', type=float, default=0.1, help='around the box, as a share of its size (0.1)'
+    )
     args = parser.parse_args()
     if args.folder.exists():
-        parser.error(f'{args.folder} exists already')
+        parser.error(f'{args.folder} already exists')
     for name in ('classes', 'max_objects', 'min_side'):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f'--{name.replace("_", "-")} must be at least 1')
@@ -75,9 +77,9 @@ def large_objects(coco: COCO, min_side: int) -> list[dict]:
 def crop_split(
     coco: COCO, images: Path, folder: Path, names: dict[int, str], args: argparse.Namespace
 ) -> list[str]:
-    """Writes the crops of a split and returns a line for each, 'file label'."""
+    """Writes the crops of a split and returns a line 'file label' for each."""
     labels = {name: label for label, name in enumerate(sorted(names.values()))}
-    for name in labels:  # empty ones too: labels are counted from the folders
+    for name in labels:  # also without objects: labels are counted from the folders
         (folder / name).mkdir(parents=True)
     written: Counter[str] = Counter()
     lines = []
@@ -88,7 +90,7 @@ def crop_split(
         file_name = coco.imgs[object_['image_id']]['file_name']
         image = cv2.imread(str(images / file_name))
         if image is None:
-            raise SystemExit(f'error: {images / file_name} is missing or no picture')
+            raise SystemExit(f'error: {images / file_name} is missing or not an image')
         written[category] += 1
         path = Path(category, f'{Path(file_name).stem}_{object_["id"]}.jpg')
         cv2.imwrite(str(folder / path), crop(image, object_['bbox'], args.margin))

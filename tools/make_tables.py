@@ -1,7 +1,7 @@
 """Writes the tables of README and docs from the metafiles and docs/evidence.json.
 
     python tools/make_tables.py            # write
-    python tools/make_tables.py --check    # only say whether they are up to date
+    python tools/make_tables.py --check    # only report whether they are up to date
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is between is replaced.
 """
@@ -12,23 +12,30 @@ import argparse
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from common.tables import table, with_table
 from mmengine.config import Config
 
 from mmconv2former.models.baselines import BASELINES as TABLE
-from mmconv2former.models.baselines import Published
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / 'docs/evidence.json'
-PAGES = [
-    ROOT / 'README.md',
-    *(ROOT / f'docs/{name}.md' for name in ('recipes', 'classification', 'baselines')),
-]
-# The keys in evidence.json that are no recipes: whole models of others, and backbones.
+PAGES = [ROOT / 'README.md', ROOT / 'docs/model_zoo.md', ROOT / 'docs/baselines.md']
+# The keys in evidence.json that are not recipes: whole models of others, and backbones.
 BASELINES = 'baselines'
 BACKBONES = 'backbones'
+
+
+class Published(NamedTuple):
+    """Numbers on ImageNet-1K; millions of parameters and billions of multiply-adds."""
+
+    parameters: float
+    flops: float
+    top1: float | None
+    size: int = 224
+
 
 # From arXiv 2211.11943, nano from the official repository.
 OURS = {
@@ -41,7 +48,7 @@ OURS = {
 
 DENSE = ('detection', 'segmentation')
 
-# From least to most; what a recipe has shown on a machine of this project.
+# From least to most: what a recipe has shown on a machine of this project.
 LEVELS = (
     'builds',
     'steps on real data',
@@ -64,23 +71,22 @@ def main() -> None:
 
 
 def write_tables(dry_run: bool = False) -> list[str]:
-    """Brings the pages up to date and returns the names of those that were not."""
+    """Updates the pages and returns the names of those that were out of date."""
     evidence = read_evidence(EVIDENCE)
     tables = {
-        'recipes': recipe_table(evidence, DENSE),
-        'classification': recipe_table(evidence, ['classification']),
+        'recipes': zoo_table(evidence, DENSE),
+        'detection': zoo_table(evidence, ['detection'], with_memory=True),
+        'segmentation': zoo_table(evidence, ['segmentation'], with_memory=True),
+        'classification': zoo_table(evidence, ['classification']),
         'ablations': ablation_table(evidence),
-        'evidence': evidence_table(evidence, DENSE),
-        'true size': true_size_table(evidence, DENSE),
-        'classification evidence': evidence_table(evidence, ['classification', 'ablations']),
-        'cost': cost_table(evidence),
+        'evidence': evidence_table(evidence),
+        'counter': counter_table(evidence),
         'backbones': backbone_table(evidence),
         'backbones in dense prediction': dense_backbone_table(evidence),
     }
     outdated = []
     for page in PAGES:
-        old = page.read_text()
-        new = old
+        old = new = page.read_text()
         for name, content in tables.items():
             new = with_table(new, name, content)
         if new != old:
@@ -101,16 +107,17 @@ def models() -> list[dict]:
     return [model for path in metafiles() for model in yaml.safe_load(path.read_text())['Models']]
 
 
-def recipes(tasks: Collection[str] | None = None) -> dict[str, Path]:
-    """Config files by the recipe's name, in the order of the metafiles; of all tasks or some."""
-    configs = {model['Name']: ROOT / model['Config'] for model in models()}
-    return {
-        name: config for name, config in configs.items() if tasks is None or task(config) in tasks
-    }
+def models_of(tasks: Collection[str]) -> list[dict]:
+    return [model for model in models() if task(Path(model['Config'])) in tasks]
+
+
+def recipes() -> dict[str, Path]:
+    """Config files by the recipe's name, in the order of the metafiles."""
+    return {model['Name']: ROOT / model['Config'] for model in models()}
 
 
 def task(config: Path) -> str:
-    """'detection', 'segmentation', 'classification' or 'ablations' (of the second)."""
+    """'detection', 'segmentation', 'classification' or 'ablations' (of classification)."""
     return config.parent.name
 
 
@@ -121,134 +128,133 @@ def read_evidence(path: Path) -> dict[str, dict]:
 
 def level(record: dict) -> str:
     """The evidence level of a recipe."""
-    fit = record.get('fit')
-    if any(fits(found) and found['images'] >= LEAST_IMAGES for found in on_gpu(record).values()):
+    on_gpu = [result for result in record.get('true_size', {}).values() if is_on_gpu(result)]
+    if any(fits(result) and result['images'] >= LEAST_IMAGES for result in on_gpu):
         return LEVELS[3]
-    if fit and fits(fit):
+    if 'fit' in record and fits(record['fit']):
         return LEVELS[2]
     return LEVELS[1] if 'steps' in record else LEVELS[0]
 
 
 def fits(result: dict) -> bool:
-    """Whether a fit has reached the value that counts."""
+    """Whether a fit has reached its goal."""
     return result['metrics'][result['metric']] >= result['goal']
 
 
-def on_gpu(record: dict) -> dict[str, dict]:
-    """Fits of a recipe at its own size that ran on a GPU, by sample and number of images."""
-    found = record.get('true_size', {})
-    return {
-        label: result
-        for label, result in found.items()
-        if result['device'] == 'cuda' and not result['quick']
-    }
+def is_on_gpu(result: dict) -> bool:
+    return result['device'] == 'cuda'
 
 
-def recipe_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
-    """Size, cost, published number and what was shown, of the recipes of some tasks."""
-    rows = []
-    for model in models():
-        if task(ROOT / model['Config']) not in tasks:
-            continue
-        record = evidence.get(model['Name'], {})
-        published = model['Published']
-        rows.append(
-            [
-                f'[`{model["Name"]}`](/{model["Config"]})',
-                model['Metadata']['Pretraining'],
-                *cost_cells(record.get('cost')),
-                f'{published["Value"]} {published["Metric"]}' if published else 'not found',
-                level(record),
-            ]
-        )
+# ---------------------------------------------------------------------------------------- recipes
+def zoo_table(evidence: dict[str, dict], tasks: Collection[str], with_memory: bool = False) -> str:
+    """Size, cost, published number and status of the recipes of some tasks."""
     header = ['recipe', 'backbone from', 'parameters', 'FLOPs', 'published', 'shown here']
+    if with_memory:
+        header[4:4] = ['kept by the backbone', 'with `with_cp`']
+    rows = []
+    for model in models_of(tasks):
+        record = evidence.get(model['Name'], {})
+        row = [
+            link(model),
+            model['Metadata']['Pretraining'],
+            *cost_cells(record.get('cost')),
+            published_cell(model, with_metric=True),
+            level(record),
+        ]
+        if with_memory:
+            row[4:4] = memory_cells(record.get('cost'))
+        rows.append(row)
     return table(header, rows)
 
 
 def ablation_table(evidence: dict[str, dict]) -> str:
-    """The studies beside the networks that they vary."""
+    """The ablations beside the networks that they vary."""
     rows = []
     for model in models():
         is_base = model['Name'] in ('conv2former_t_in1k', 'conv2former_b_in1k')
-        if not is_base and task(ROOT / model['Config']) != 'ablations':
+        if not is_base and task(Path(model['Config'])) != 'ablations':
             continue
         record = evidence.get(model['Name'], {})
         backbone = Config.fromfile(ROOT / model['Config']).model.backbone
-        kernel_size = backbone.get('kernel_size', 11)
-        published = model['Published']
-        rows.append(
-            [
-                f'[`{model["Name"]}`](/{model["Config"]})',
-                backbone.arch,
-                f'{kernel_size}x{kernel_size}',
-                backbone.get('fusion', 'hadamard'),
-                *cost_cells(record.get('cost')),
-                f'{published["Value"]}' if published else 'not found',
-                level(record),
-            ]
-        )
-    rows.sort(key=lambda row: (row[1], row[3] != 'hadamard', int(row[2].split('x')[0])))
+        kernel, fusion = backbone.get('kernel_size', 11), backbone.get('fusion', 'hadamard')
+        row = [
+            link(model),
+            backbone.arch,
+            f'{kernel}x{kernel}',
+            fusion,
+            *cost_cells(record.get('cost')),
+            published_cell(model),
+            level(record),
+        ]
+        rows.append(((backbone.arch, fusion != 'hadamard', kernel), row))
+    rows.sort(key=lambda item: item[0])
     header = ['recipe', 'arch', 'kernel', 'fusion', 'parameters', 'FLOPs', 'published top-1']
-    return table([*header, 'shown here'], rows)
+    return table([*header, 'shown here'], [row for _, row in rows])
 
 
-def cost_cells(cost: dict | None) -> list[str]:
-    if cost is None:
-        return ['', '']
-    flops = cost['flops'] / 1e9
-    return [f'{cost["parameters"] / 1e6:.1f} M', f'{flops:,.{1 if flops < 200 else 0}f} G']
-
-
-def evidence_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
-    """What each run of the recipes of some tasks has printed."""
+def evidence_table(evidence: dict[str, dict]) -> str:
+    """The results of every run of the recipes."""
     rows = []
-    for name in recipes(tasks):
+    for name in recipes():
         record = evidence.get(name, {})
-        runs = {**record.get('steps', {}), 'fit': record.get('fit')}
-        for run, result in runs.items():
-            if result is None:
-                continue
-            what = f'fits {result["images"]} pictures' if run == 'fit' else run
-            rows.append([name, what, str(result['iterations']), *outcome_cells(result)])
+        runs = [(sample, result) for sample, result in record.get('steps', {}).items()]
+        if 'fit' in record:
+            runs.append((f'fits {record["fit"]["images"]} images', record['fit']))
+        runs += [
+            (f'fits {label}, [full size, {result["machine"]}]({result["log"]})', result)
+            for label, result in record.get('true_size', {}).items()
+            if is_on_gpu(result)
+        ]
+        for what, result in runs:
+            metrics = ', '.join(
+                f'{key.split("/")[-1]} {value:g}' for key, value in result['metrics'].items()
+            )
+            losses = f'{result["first_loss"]:.2f} → {result["last_loss"]:.2f}'
+            minutes = f'{result["seconds"] / 60:.1f} min'
+            rows.append([name, what, str(result['iterations']), losses, metrics, minutes])
     header = ['recipe', 'data', 'iterations', 'loss', 'evaluation', 'training time']
     return table(header, rows)
 
 
-def outcome_cells(result: dict) -> list[str]:
-    """First and last loss, metrics and minutes of a run."""
-    metrics = ', '.join(
-        f'{key.removeprefix("coco/")} {value:g}' for key, value in result['metrics'].items()
-    )
-    losses = f'{result["first_loss"]:.2f} → {result["last_loss"]:.2f}'
-    return [losses, metrics, f'{result["seconds"] / 60:.1f} min']
+def counter_table(evidence: dict[str, dict]) -> str:
+    """Models of others, whose published FLOPs show that ours are counted in the same way."""
+    rows = [
+        [
+            name,
+            '{}x{}'.format(*record['cost']['size']),
+            *cost_cells(record['cost']),
+            f'{record["published_gflops"]:,} G',
+        ]
+        for name, record in evidence.get(BASELINES, {}).items()
+    ]
+    return table(['model', 'input', 'parameters', 'FLOPs, counted', 'FLOPs, published'], rows)
 
 
-def true_size_table(evidence: dict[str, dict], tasks: Collection[str]) -> str:
-    """Fits at the recipes' own size on a GPU; nothing where there are none."""
-    rows = []
-    for name in recipes(tasks):
-        for label, result in on_gpu(evidence.get(name, {})).items():
-            iterations = f'{result["iterations"]} x {result["batch"]}'
-            log = f'[{result["machine"]}]({result["log"]})'
-            rows.append([name, label, iterations, *outcome_cells(result), log])
-    header = ['recipe', 'data', 'iterations x batch', 'loss', 'evaluation', 'training time', 'log']
-    return table(header, rows) if rows else ''
+def link(model: dict) -> str:
+    return f'[`{model["Name"]}`](/{model["Config"]})'
 
 
-def cost_table(evidence: dict[str, dict]) -> str:
-    rows = []
-    for name, record in evidence.get(BASELINES, {}).items():
-        published = f'{record["published_gflops"]:,} G'
-        rows.append([name, *size_and_cost(record['cost']), published, '', ''])
-    for name in recipes(DENSE):
-        cost = evidence.get(name, {}).get('cost')
-        if cost is not None:
-            kept = [f'{cost["kept"][key] / 2**30:.1f} GiB' for key in ('default', 'with_cp')]
-            rows.append([name, *size_and_cost(cost), '', *kept])
-    header = ['model', 'input', 'parameters', 'FLOPs, counted', 'FLOPs, published']
-    return table([*header, 'kept by the backbone', 'with `with_cp`'], rows)
+def published_cell(model: dict, with_metric: bool = False) -> str:
+    published = model['Published']
+    if published is None:
+        return 'not found'
+    return f'{published["Value"]} {published["Metric"]}' if with_metric else f'{published["Value"]}'
 
 
+def cost_cells(cost: dict | None, digits: int = 1) -> list[str]:
+    if cost is None:
+        return ['', '']
+    flops = cost['flops'] / 1e9
+    return [f'{cost["parameters"] / 1e6:.1f} M', f'{flops:,.{digits if flops < 200 else 0}f} G']
+
+
+def memory_cells(cost: dict | None) -> list[str]:
+    if cost is None:
+        return ['', '']
+    return [f'{cost["kept"][key] / 2**30:.1f} GiB' for key in ('default', 'with_cp')]
+
+
+# -------------------------------------------------------------------------------------- backbones
 def backbone_names() -> list[str]:
     return [*OURS, *TABLE]
 
@@ -257,9 +263,8 @@ def backbone_table(evidence: dict[str, dict]) -> str:
     """Ours and the baselines on ImageNet, counted and published."""
     rows = []
     for name in backbone_names():
-        cost = evidence.get(BACKBONES, {}).get(name, {}).get('classification')
-        published = OURS[name] if name in OURS else TABLE[name].published
-        parameters, flops = ('', '') if cost is None else precise_cells(cost)
+        published = OURS[name] if name in OURS else TABLE[name]
+        parameters, flops = cost_cells(cost_of(evidence, name, 'classification'), digits=2)
         rows.append(
             [
                 f'`{name}`',
@@ -277,38 +282,25 @@ def backbone_table(evidence: dict[str, dict]) -> str:
     return table([*header, 'top-1, published', 'source'], rows)
 
 
-def precise_cells(cost: dict) -> list[str]:
-    return [f'{cost["parameters"] / 1e6:.1f} M', f'{cost["flops"] / 1e9:.2f} G']
-
-
 def dense_backbone_table(evidence: dict[str, dict]) -> str:
-    rows = []
-    for name in backbone_names():
-        record = evidence.get(BACKBONES, {}).get(name, {})
-        if 'dense' not in record:
-            continue
-        rows.append(
-            [
-                f'`{name}`',
-                *cost_cells(record['dense']),
-                *cost_cells(whole_model(evidence, name, 'mask_rcnn')),
-                *cost_cells(whole_model(evidence, name, 'upernet')),
-            ]
-        )
+    """Backbones alone and in whole models."""
+    kinds = ('dense', 'mask_rcnn', 'upernet')
+    costs = {name: [cost_of(evidence, name, kind) for kind in kinds] for name in backbone_names()}
+    rows = [
+        [f'`{name}`', *(cell for cost in found for cell in cost_cells(cost))]
+        for name, found in costs.items()
+        if found[0] is not None
+    ]
     header = ['backbone', 'parameters', 'FLOPs', 'Mask R-CNN, parameters', 'Mask R-CNN, FLOPs']
     return table([*header, 'UperNet, parameters', 'UperNet, FLOPs'], rows)
 
 
-def whole_model(evidence: dict[str, dict], name: str, kind: str) -> dict | None:
-    """Cost of a recipe of ours, or of Conv2Former-T's with a baseline."""
-    if name in OURS:
+def cost_of(evidence: dict[str, dict], name: str, kind: str) -> dict | None:
+    """Cost of a backbone, or of a whole model with it: our recipe, or size T's with a baseline."""
+    if name in OURS and kind in ('mask_rcnn', 'upernet'):
         size = name.removeprefix('conv2former_')[0]
         return evidence.get(f'{kind}_conv2former_{size}', {}).get('cost')
-    return evidence[BACKBONES][name].get(kind)
-
-
-def size_and_cost(cost: dict) -> list[str]:
-    return ['{}x{}'.format(*cost['size']), *cost_cells(cost)]
+    return evidence.get(BACKBONES, {}).get(name, {}).get(kind)
 
 
 if __name__ == '__main__':

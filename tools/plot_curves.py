@@ -2,9 +2,9 @@
 
     python tools/plot_curves.py work_dirs/mask_rcnn_conv2former_t
 
-Reads the `vis_data/scalars.json` that mmengine writes; the parts of a run that was resumed are put
-together; a run from the start in the same folder replaces those before it. The same as
-`tools/visualize.py curves`.
+Reads the `vis_data/scalars.json` that mmengine writes. The parts of a resumed run are joined; a new
+run from the start in the same folder replaces earlier ones. `tools/visualize.py curves` is the
+same.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def main() -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `plot_curves`."""
     parser.add_argument('work_dir', type=Path)
-    parser.add_argument('--out', type=Path, help='picture to write (default: WORK_DIR/curves.png)')
+    parser.add_argument('--out', type=Path, help='image to write (default: WORK_DIR/curves.png)')
     parser.add_argument(
         '--metrics',
         nargs='+',
         default=['coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50', 'mIoU'],
-        help='those of them that the run has are drawn',
+        help='drawn if the run has them',
     )
 
 
@@ -64,7 +64,7 @@ def read_scalars(work_dir: Path, metric_names: list[str]) -> tuple[Curves, Curve
         records = [json.loads(line) for line in path.read_text().splitlines()]
         first_step = min((record['step'] for record in records if 'loss' in record), default=None)
         if losses and first_step is not None and first_step <= min(losses['loss']):
-            losses, metrics = {}, {}  # a run from the start, not one that was resumed
+            losses, metrics = {}, {}  # a new run, not a resumed one
         for record in records:
             is_training = 'loss' in record
             for name, value in record.items():
@@ -76,7 +76,7 @@ def read_scalars(work_dir: Path, metric_names: list[str]) -> tuple[Curves, Curve
 
 
 def draw(losses: Curves, metrics: Curves, out: Path) -> None:
-    """Losses on the left, metrics (if there are any) on the right, as a picture."""
+    """Draws losses on the left and metrics, if there are any, on the right."""
     figure, axes = plt.subplots(1, 2 if metrics else 1, figsize=(11, 4), squeeze=False)
     for axis, curves, title, label in zip(
         axes[0],

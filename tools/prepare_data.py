@@ -1,12 +1,12 @@
-"""Checks a data set before a long run: read-only, names every file that will make trouble.
+"""Checks a data set before a long run: reads it, changes nothing, names every bad file.
 
     python tools/prepare_data.py coco                 # data/coco
     python tools/prepare_data.py ade --root /data/ADEChallengeData2016
 
-Reads every annotation and decodes every image, in as many processes as there are cores, and ends
-with exit status 1 if there are errors. An error would stop a run or spoil its result; a note is
-worth knowing (such as a count that is not the official one). Says what to download, and where each
-file goes, if something is missing.
+Reads every annotation and decodes every image, in as many processes as there are cores. An error
+would stop a run or spoil its result, and makes the exit status 1; a note is worth knowing, such as
+a count that is not the official one. If files are missing, it says what to download and where each
+file goes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from common.data_layout import (
@@ -36,30 +36,22 @@ from common.data_layout import (
 from PIL import ExifTags, Image
 from rich.progress import track
 
-TOLERANCE = 1.0  # pixels that official boxes and polygons lie outside their image by rounding
+TOLERANCE = 1.0  # pixels by which official boxes and polygons exceed their image, by rounding
 NEEDED_FIELDS = {
     'images': {'id', 'file_name', 'width', 'height'},
     'annotations': {'id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd'},
     'categories': {'id', 'name'},
 }
-SHOWN = 10  # findings of a kind that are printed; the report file holds all
+THIN_BOX = 'box thinner than a pixel (not used in training)'  # not an error
+SHOWN = 10  # findings of a kind that are printed; the report file has all
 
 
-class Report:
-    """Errors and notes by kind, such as 'image cannot be read'."""
+class Finding(NamedTuple):
+    """Something found in a data set: its kind, the file or annotation, and whether it is fatal."""
 
-    def __init__(self) -> None:
-        self.errors: dict[str, list[str]] = defaultdict(list)
-        self.notes: dict[str, list[str]] = defaultdict(list)
-
-    def lines(self, most: int | None = None) -> Iterator[str]:
-        """The whole report, with at most so many findings of each kind."""
-        for title, findings in (('ERROR', self.errors), ('note', self.notes)):
-            for kind, items in findings.items():
-                yield f'{title}: {kind} ({len(items)})'
-                yield from (f'    {item}' for item in items[:most])
-                if most is not None and len(items) > most:
-                    yield f'    ... and {len(items) - most} more'
+    kind: str
+    item: str
+    is_error: bool = True
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,42 +61,54 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('dataset', choices=CHECKS)
     parser.add_argument('--root', type=Path, help=f'default: {DEFAULT_ROOT}')
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
-    parser.add_argument('--report', type=Path, help='file to write the whole report to')
+    parser.add_argument('--report', type=Path, help='file for the whole report')
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f'--workers must be at least 1, got {args.workers}')
     root = args.root or Path(DEFAULT_ROOT[args.dataset])
 
-    report = Report()
-    CHECKS[args.dataset](root, report, args.workers)
+    items: dict[tuple[bool, str], list[str]] = defaultdict(list)
+    for finding in CHECKS[args.dataset](root, args.workers):
+        items[not finding.is_error, finding.kind].append(finding.item)
     if args.report is not None:
-        args.report.write_text(''.join(f'{line}\n' for line in report.lines()))
-    print('\n'.join(report.lines(SHOWN)))
-    if report.errors:
-        if any('missing' in kind for kind in report.errors):
+        args.report.write_text(''.join(f'{line}\n' for line in report(items)))
+    print('\n'.join(report(items, SHOWN)))
+    errors = [kind for is_note, kind in items if not is_note]
+    if errors:
+        if any('missing' in kind for kind in errors):
             print('\n' + HOW_TO_GET[args.dataset].format(root=root))
-        raise SystemExit(f'\n{root} is not ready: errors of {len(report.errors)} kinds, see above')
+        raise SystemExit(f'\n{root} is not ready: {len(errors)} kinds of errors, see above')
     print(f'{root} is ready')
 
 
-def map_files(
-    function: Callable, *columns: Iterable, count: int, workers: int, title: str
-) -> Iterator:
-    """`map` over rows of arguments, in processes, with a progress bar."""
+def report(items: dict[tuple[bool, str], list[str]], most: int | None = None) -> Iterator[str]:
+    """The lines of a report, errors first, with at most so many findings of each kind."""
+    for (is_note, kind), found in sorted(items.items(), key=lambda entry: entry[0][0]):
+        yield f'{"note" if is_note else "ERROR"}: {kind} ({len(found)})'
+        yield from (f'    {item}' for item in found[:most])
+        if most is not None and len(found) > most:
+            yield f'    ... and {len(found) - most} more'
+
+
+def map_files(function: Callable, rows: list[tuple], workers: int, title: str) -> Iterator:
+    """Calls a function with each row of arguments, in processes, with a progress bar."""
     with ProcessPoolExecutor(workers) as pool:
-        results = pool.map(function, *columns, chunksize=32)
-        yield from track(results, description=title, total=count)
+        results = pool.map(function, *zip(*rows), chunksize=32)
+        yield from track(results, description=title, total=len(rows))
 
 
 # ------------------------------------------------------------------------------------------- COCO
-def check_coco(root: Path, report: Report, workers: int) -> None:
+def check_coco(root: Path, workers: int) -> Iterator[Finding]:
     """COCO's layout: annotation files of both splits, and the images that they name."""
     for split, name in COCO_SPLITS.items():
-        content = read_coco_file(root / f'annotations/instances_{name}.json', report)
-        if content is None:
+        path = root / f'annotations/instances_{name}.json'
+        problem = find_format_problem(path)
+        if problem is not None:
+            yield problem
             continue
-        check_categories(content['categories'], f'instances_{name}.json', report)
-        check_objects(content, f'instances_{name}.json', report)
+        content = json.loads(path.read_text())
+        yield from check_categories(content['categories'], path.name)
+        yield from check_objects(content, path.name)
         images = content['images']
         for what, found, official in (
             ('images', len(images), COCO_IMAGES[split]),
@@ -112,118 +116,114 @@ def check_coco(root: Path, report: Report, workers: int) -> None:
         ):
             if found != official:
                 text = f'{name}: {found:,} {what}, {official:,} in the official files'
-                report.notes['not the official count'].append(text)
-        paths = [root / name / image['file_name'] for image in images]
-        sizes = [(image['width'], image['height']) for image in images]
-        for findings in map_files(
-            check_image, paths, sizes, count=len(paths), workers=workers, title=name
-        ):
-            for kind, item in findings:
-                report.errors[kind].append(item)
+                yield Finding('not the official count', text, is_error=False)
+        rows = [
+            (root / name / image['file_name'], (image['width'], image['height']))
+            for image in images
+        ]
+        for findings in map_files(check_image, rows, workers, name):
+            yield from findings
 
 
-def read_coco_file(path: Path, report: Report) -> dict | None:
-    """The content of an annotation file, or None and an error."""
+def find_format_problem(path: Path) -> Finding | None:
+    """Why an annotation file cannot be read, if so."""
     if not path.is_file():
-        report.errors['annotation file is missing'].append(str(path))
-        return None
+        return Finding('annotation file is missing', str(path))
     try:
         content = json.loads(path.read_text())
     except ValueError as error:  # also of an encoding that is not UTF-8
-        report.errors['annotation file is not JSON (cut off?)'].append(f'{path}: {error}')
-        return None
+        return Finding('annotation file is not JSON (truncated?)', f'{path}: {error}')
     for key, fields in NEEDED_FIELDS.items():
         records = content.get(key) if isinstance(content, dict) else None
         if not isinstance(records, list):
-            report.errors['annotation file has no list of such name'].append(f'{path}: {key}')
-            return None
+            return Finding('annotation file lacks a list', f'{path}: {key}')
         for index, record in enumerate(records):
             missing = fields - set(record) if isinstance(record, dict) else fields
             if missing:
                 text = f'{path}: {key}[{index}] has no {", ".join(sorted(missing))}'
-                report.errors['record without a needed field'].append(text)
-                return None
-    return content
+                return Finding('record lacks a needed field', text)
+    return None
 
 
-def check_categories(categories: list[dict], where: str, report: Report) -> None:
+def check_categories(categories: list[dict], where: str) -> Iterator[Finding]:
     found = {category['name']: category['id'] for category in categories}
     for name in sorted(COCO_IDS.keys() | found.keys()):
         if found.get(name) != COCO_IDS.get(name):
             text = f'{where}: {name!r} has id {found.get(name)}, official is {COCO_IDS.get(name)}'
-            report.errors["category is not COCO's (recipes and metric need all 80)"].append(text)
+            yield Finding("category is not COCO's (recipes and metric need all 80)", text)
 
 
-def check_objects(content: dict, where: str, report: Report) -> None:
+def check_objects(content: dict, where: str) -> Iterator[Finding]:
     """Boxes, masks and references of all annotations."""
-    sizes = {image['id']: (image['width'], image['height']) for image in content['images']}
-    names = {image['id']: image['file_name'] for image in content['images']}
+    images = {image['id']: image for image in content['images']}
     category_ids = {category['id'] for category in content['categories']}
-    for kind, ids in (
-        ('image', [image['id'] for image in content['images']]),
-        ('annotation', [annotation['id'] for annotation in content['annotations']]),
-    ):
+    for key in ('images', 'annotations'):
+        ids = [record['id'] for record in content[key]]
         if len(set(ids)) < len(ids):
-            text = f'{where}: {len(ids) - len(set(ids))} {kind}s'
-            report.errors['id is used twice'].append(text)
+            yield Finding('id is used twice', f'{where}: {len(ids) - len(set(ids))} {key}')
     for annotation in content['annotations']:
-        image_id = annotation['image_id']
-        item = f'{where}: annotation {annotation["id"]} of {names.get(image_id, image_id)}'
-        if image_id not in sizes:
-            report.errors['annotation of an unknown image'].append(item)
+        image = images.get(annotation['image_id'])
+        name = annotation['image_id'] if image is None else image['file_name']
+        item = f'{where}: annotation {annotation["id"]} of {name}'
+        if image is None:
+            yield Finding('annotation of an unknown image', item)
             continue
         if annotation['category_id'] not in category_ids:
             text = f'{item}: {annotation["category_id"]}'
-            report.errors['annotation of an unknown category'].append(text)
-        for kind, is_error in faults_of_object(annotation, *sizes[image_id]):
-            findings = report.errors if is_error else report.notes
-            findings[kind].append(item)
-    empty = set(sizes) - {annotation['image_id'] for annotation in content['annotations']}
+            yield Finding('annotation of an unknown category', text)
+        size = image['width'], image['height']
+        for kind in (*box_errors(annotation, *size), *mask_errors(annotation, *size)):
+            yield Finding(kind, item, is_error=kind != THIN_BOX)
+    empty = set(images) - {annotation['image_id'] for annotation in content['annotations']}
     if empty:
-        report.notes['images without objects (not used in training)'].append(
-            f'{where}: {len(empty):,} images'
-        )
+        kind = 'images without objects (not used in training)'
+        yield Finding(kind, f'{where}: {len(empty):,} images', is_error=False)
 
 
-def faults_of_object(annotation: dict, width: float, height: float) -> Iterator[tuple[str, bool]]:
-    """Kind of each fault of an annotation, and whether it is an error."""
+def box_errors(annotation: dict, width: float, height: float) -> Iterator[str]:
     box = annotation['bbox']
-    if len(box) != 4 or not all(is_number(value) for value in box):
-        yield 'box is not four finite numbers', True
+    if len(box) != 4 or not all(map(is_number, box)):
+        yield 'box is not four finite numbers'
     else:
         x, y, w, h = box
         if w < 0 or h < 0:
-            yield 'box of negative size', True
+            yield 'box of negative size'
         elif w < 1 or h < 1:
-            yield 'box thinner than a pixel (not used in training)', False
-        if min(x, y) < -TOLERANCE or x + w > width + TOLERANCE or y + h > height + TOLERANCE:
-            yield 'box outside its image', True
+            yield THIN_BOX
+        if not is_inside([x, x + w], [y, y + h], width, height):
+            yield 'box outside its image'
     if annotation['iscrowd'] not in (0, 1):
-        yield 'iscrowd is neither 0 nor 1', True
+        yield 'iscrowd is neither 0 nor 1'
+
+
+def mask_errors(annotation: dict, width: float, height: float) -> Iterator[str]:
     mask = annotation.get('segmentation')
     if isinstance(mask, dict):
         if tuple(mask.get('size', ())) != (height, width):
-            yield 'mask of another size than its image', True
+            yield 'mask of another size than its image'
     elif not isinstance(mask, list) or not mask:
-        yield 'object without a mask', True
+        yield 'object without a mask'
     else:
         for polygon in mask:
             if len(polygon) < 6 or len(polygon) % 2 or not all(map(is_number, polygon)):
-                yield 'polygon is not three points or more', True
-                continue
-            xs, ys = polygon[::2], polygon[1::2]
-            if (
-                min(polygon) < -TOLERANCE
-                or max(xs) > width + TOLERANCE
-                or max(ys) > height + TOLERANCE
-            ):
-                yield 'polygon outside its image', True
+                yield 'polygon is not three points or more'
+            elif not is_inside(polygon[::2], polygon[1::2], width, height):
+                yield 'polygon outside its image'
+
+
+def is_inside(xs: Sequence[float], ys: Sequence[float], width: float, height: float) -> bool:
+    """Whether all coordinates are within an image and a tolerance around it."""
+    return all(
+        min(values) >= -TOLERANCE and max(values) <= size + TOLERANCE
+        for values, size in ((xs, width), (ys, height))
+    )
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+# ------------------------------------------------------------------------------------------ images
 def oriented_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an image as OpenCV loads it, rotated as its EXIF data say."""
     width, height = image.size
@@ -231,84 +231,84 @@ def oriented_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if is_on_its_side else (width, height)
 
 
-def check_image(path: Path, size: tuple[int, int] | None) -> list[tuple[str, str]]:
-    """Kind and text of what is wrong with an image file.
+def check_image(path: Path, size: tuple[int, int] | None) -> list[Finding]:
+    """What is wrong with an image file.
 
-    `size` is (width, height) as annotated, if known: of the image turned as its EXIF data say.
+    Args:
+        path: The file.
+        size: Width and height as annotated, if known: of the image rotated as its EXIF data say.
     """
     if not path.is_file():
-        return [('image is missing', str(path))]
+        return [Finding('image is missing', str(path))]
     try:
         with Image.open(path) as image:
             image.load()
-            found = oriented_size(image)
+        found = oriented_size(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return [('image cannot be read', f'{path}: {error}')]
+        return [Finding('image cannot be read', f'{path}: {error}')]
     if size is not None and found != size:
-        return [('image of another size than annotated', f'{path}: {found}, not {size}')]
+        return [Finding('image of another size than annotated', f'{path}: {found}, not {size}')]
     return []
 
 
 # ---------------------------------------------------------------------------------------- ADE20K
-def check_ade(root: Path, report: Report, workers: int) -> None:
-    """ADE20K's layout: for each image a label picture of the same name, with values up to 150."""
+def check_ade(root: Path, workers: int) -> Iterator[Finding]:
+    """ADE20K's layout: for each image a label image of the same name, with values up to 150."""
     for split, name in ADE_SPLITS.items():
         images, labels = root / 'images' / name, root / 'annotations' / name
         missing = [folder for folder in (images, labels) if not folder.is_dir()]
         if missing:
-            report.errors['folder is missing'].extend(map(str, missing))
+            yield from (Finding('folder is missing', str(folder)) for folder in missing)
             continue
         stems = {path.stem for path in images.glob('*.jpg')}
         label_stems = {path.stem for path in labels.glob('*.png')}
         for stem in sorted(stems - label_stems):
-            report.errors['label picture is missing'].append(str(labels / f'{stem}.png'))
+            yield Finding('label image is missing', str(labels / f'{stem}.png'))
         for stem in sorted(label_stems - stems):
-            report.errors['image is missing'].append(str(images / f'{stem}.jpg'))
-        others = [p for p in sorted(images.iterdir()) if p.suffix != '.jpg']
-        if others:
-            report.notes['not *.jpg, hence not used'].extend(map(str, others))
+            yield Finding('image is missing', str(images / f'{stem}.jpg'))
+        for path in sorted(images.iterdir()):
+            if path.suffix != '.jpg':
+                yield Finding('not *.jpg, so not used', str(path), is_error=False)
         pairs = sorted(stems & label_stems)
         if not pairs:
-            report.errors['images are missing'].append(str(images))
+            yield Finding('images are missing', str(images))
         if len(pairs) != ADE_IMAGES[split]:
             text = f'{name}: {len(pairs):,} pairs, {ADE_IMAGES[split]:,} in the official files'
-            report.notes['not the official count'].append(text)
+            yield Finding('not the official count', text, is_error=False)
         present: set[int] = set()
-        for findings, values in map_files(
-            check_pair, pairs, repeat(images), repeat(labels),
-            count=len(pairs), workers=workers, title=name,
-        ):  # fmt: skip
+        rows = [(stem, images, labels) for stem in pairs]
+        for findings, values in map_files(check_pair, rows, workers, name):
             present |= values
-            for kind, item in findings:
-                report.errors[kind].append(item)
+            yield from findings
         classes = len(present - {0})
         if classes < ADE_CLASSES:
             text = f'{name}: {classes} of {ADE_CLASSES}'
-            report.notes['classes that occur'].append(text)
+            yield Finding('classes that occur', text, is_error=False)
 
 
-def check_pair(stem: str, images: Path, labels: Path) -> tuple[list[tuple[str, str]], set[int]]:
+def check_pair(stem: str, images: Path, labels: Path) -> tuple[list[Finding], set[int]]:
     """What is wrong with an image and its labels, and the values of the labels."""
     path = labels / f'{stem}.png'
     findings = check_image(images / f'{stem}.jpg', None) + check_image(path, None)
     if findings:
         return findings, set()
-    with Image.open(images / f'{stem}.jpg') as image:
-        size = oriented_size(image)
-    with Image.open(path) as label_image:
-        label_size, mode = label_image.size, label_image.mode
+    with Image.open(images / f'{stem}.jpg') as image, Image.open(path) as label_image:
+        size, label_size, mode = oriented_size(image), label_image.size, label_image.mode
         values = set(np.unique(np.asarray(label_image)).tolist()) if mode in ('L', 'P') else set()
     if mode not in ('L', 'P'):
-        findings.append(('label picture is not of one channel with 8 bits', f'{path}: {mode}'))
+        findings.append(Finding('label image is not one channel with 8 bits', f'{path}: {mode}'))
     elif max(values) > ADE_CLASSES:
-        findings.append((f'label above {ADE_CLASSES}', f'{path}: {max(values)}'))
+        findings.append(Finding(f'label above {ADE_CLASSES}', f'{path}: {max(values)}'))
     if size != label_size:
         text = f'{path}: {label_size}, its image is {size}'
-        findings.append(('labels of another size than their image', text))
+        findings.append(Finding('labels of another size than their image', text))
     return findings, values
 
 
-CHECKS: dict[str, Callable[[Path, Report, int], None]] = {'coco': check_coco, 'ade': check_ade}
+CHECKS: dict[str, Callable[[Path, int], Iterator[Finding]]] = {
+    'coco': check_coco,
+    'ade': check_ade,
+}
 
 if __name__ == '__main__':
     main()

@@ -1,12 +1,12 @@
-"""Makes a small data set out of a large one, for pilot runs and fitting tests.
+"""Makes a small data set from a large one, for pilot runs and fitting tests.
 
     python tools/subset_data.py data/coco data/coco_pilot --train 0.1 --val 500
     python tools/subset_data.py data/ade/ADEChallengeData2016 data/ade_fit8 --train 8 --val-is-train
 
-In COCO's or ADE20K's layout, as the source is. A number below 1 is a share of the split, else a
-count. The images are spread evenly over the split (ADE20K is sorted by scene), COCO's without
-objects left out; they are linked, not copied. Evaluation of a part needs such a folder, as COCO's
-metric counts every image of its annotation file.
+The layout, COCO's or ADE20K's, is the source's. A number below 1 is a share of the split, otherwise
+a count. The images are spread evenly over the split (ADE20K is sorted by scene) and linked, not
+copied; COCO's images without objects are left out. Evaluating a part needs such a folder, because
+COCO's metric counts every image of its annotation file.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     if args.folder.exists():
-        parser.error(f'{args.folder} exists already')
+        parser.error(f'{args.folder} already exists')
     amounts = {'train': ('train', args.train)}
     amounts['val'] = amounts['train'] if args.val_is_train else ('val', args.val)
     write = write_ade if (args.source / 'images').is_dir() else write_coco
@@ -57,11 +57,11 @@ def spread(items: Sequence[Item], amount: float | int, where: Path) -> list[Item
     """`amount` of `items`, at even distances.
 
     Raises:
-        ValueError: There are not so many.
+        ValueError: There are not that many.
     """
     count = max(1, round(amount * len(items))) if amount < 1 else int(amount)
     if count > len(items):
-        raise ValueError(f'{where} has {len(items)} such images, {count} were asked for')
+        raise ValueError(f'{where} has {len(items)} usable images, {count} were requested')
     return [items[i * len(items) // count] for i in range(count)]
 
 
@@ -72,7 +72,7 @@ def write_coco(source: Path, folder: Path, amounts: Amounts) -> None:
     """Writes the annotation files of the parts, and links to the folders of images.
 
     Raises:
-        OSError, ValueError: The source cannot be read, or has not so many images with objects.
+        OSError, ValueError: The source cannot be read, or has too few images with objects.
     """
     contents = {}
     for split, (source_split, amount) in amounts.items():
@@ -96,20 +96,20 @@ def write_ade(source: Path, folder: Path, amounts: Amounts) -> None:
     """Links the images and labels of the parts.
 
     Raises:
-        OSError, ValueError: The source cannot be read, or has not so many images.
+        OSError, ValueError: The source cannot be read, or has too few images.
     """
     parts = {}
     for split, (source_split, amount) in amounts.items():
-        pictures = source / 'images' / ADE_SPLITS[source_split]
-        parts[split] = spread(sorted(pictures.glob('*.jpg')), amount, pictures)
-    for split, images in parts.items():
+        images = source / 'images' / ADE_SPLITS[source_split]
+        parts[split] = spread(sorted(images.glob('*.jpg')), amount, images)
+    for split, paths in parts.items():
         name, source_name = ADE_SPLITS[split], ADE_SPLITS[amounts[split][0]]
         for kind, suffix in (('images', '.jpg'), ('annotations', '.png')):
             (folder / kind / name).mkdir(parents=True)
-            for image in images:
-                file = source / kind / source_name / f'{image.stem}{suffix}'
+            for path in paths:
+                file = source / kind / source_name / f'{path.stem}{suffix}'
                 (folder / kind / name / file.name).symlink_to(file.resolve(strict=True))
-        print(f'{name}: {len(images)} images')
+        print(f'{name}: {len(paths)} images')
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ box_head = dict(
     roi_feat_size=7,
     num_classes=80,
     reg_class_agnostic=False,
-    reg_decoded_bbox=True,  # GIoU is of boxes, not of their coded differences
+    reg_decoded_bbox=True,  # GIoU compares boxes, not encoded differences
     norm_cfg=dict(type='SyncBN', requires_grad=True),
     loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
     loss_bbox=dict(type='GIoULoss', loss_weight=10.0),

@@ -1,8 +1,8 @@
 """COCO instance segmentation, 3x schedule with multi-scale training, for any detector.
 
-The paper (arXiv 2211.11943, section 4.2) trains with ConvNeXt's strategy: what stands here is that
-of ConvNeXt's published recipe (arXiv 2201.03545, appendix A.3). Learning rate and decay rate belong
-to the detector and the size.
+The paper (arXiv 2211.11943, section 4.2) trains with ConvNeXt's strategy: this is ConvNeXt's
+published recipe (arXiv 2201.03545, appendix A.3). Learning rate and decay rate depend on the
+detector and the size.
 """
 
 _base_ = ['mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/default_runtime.py']
@@ -38,8 +38,8 @@ optim_wrapper = dict(
 auto_scale_lr = dict(enable=False, base_batch_size=16)
 
 # ------------------------------------------------------------------------------------------- data
-# Short side 480 to 800, or a crop of a smaller rendering enlarged to that: DETR's augmentation,
-# which ConvNeXt took over.
+# Short side 480 to 800, or a crop of a smaller image resized to that: DETR's augmentation, which
+# ConvNeXt uses.
 short_sides = [(size, 1333) for size in range(480, 801, 32)]
 train_pipeline = [
     dict(type='LoadImageFromFile', backend_args=None),
@@ -67,10 +67,10 @@ train_pipeline = [
     ),
     dict(type='PackDetInputs'),
 ]
-# One worker prepares about 77 training images a second (docs/performance.md) and a GPU takes up to
-# about 20: four are for processors half as fast, for file systems that keep one waiting, and for
-# images with many objects. Evaluation neither crops nor flips. The base keeps workers between
-# epochs (`persistent_workers`). Without a GPU the runner does not pin memory.
+# One worker prepares about 77 training images a second (docs/performance.md), a GPU needs up to
+# about 20: four workers leave room for slower processors and file systems, and for images with many
+# objects. The base keeps workers between epochs (`persistent_workers`). Without a GPU the runner
+# does not pin memory.
 train_dataloader = dict(
     batch_size=2, num_workers=4, pin_memory=True, dataset=dict(pipeline=train_pipeline)
 )
@@ -106,7 +106,7 @@ tta_pipeline = [
 ]  # fmt: skip
 
 # ---------------------------------------------------------------------------------------- runtime
-# Each process draws its own drop paths; else all GPUs would drop the same blocks at the same time.
+# Each process draws its own drop paths; otherwise all GPUs would drop the same blocks at once.
 randomness = dict(seed=None, diff_rank_seed=True)
 default_hooks = dict(
     checkpoint=dict(

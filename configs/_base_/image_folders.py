@@ -1,8 +1,8 @@
-"""Fine-tuning on one's own image folders from ImageNet weights; all else as imagenet_finetune.py.
+"""Fine-tuning on your own image folders from ImageNet weights; all else as imagenet_finetune.py.
 
     data/my_images/train/CLASS/*.jpg, data/my_images/val/CLASS/*.jpg
 
-Both with the same classes, numbered by name. Every value here is our choice.
+Both have the same classes, numbered by name. Every value here is our choice.
 """
 
 _base_ = './imagenet_finetune.py'

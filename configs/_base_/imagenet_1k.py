@@ -1,8 +1,8 @@
 """ImageNet-1K at 224x224 from random weights, 300 epochs, for any size of Conv2Former.
 
 The published recipe (arXiv 2211.11943, section 4.1, and its repository), unless marked "our
-choice". It names a colour jitter of 0.4 too, which timm's trainer, with which it was run, leaves
-out where RandAugment is on; so does this. Weights are not averaged, as the stem has BatchNorm.
+choice". It also names a colour jitter of 0.4, which timm's trainer, used for it, leaves out when
+RandAugment is on; so does this one. Weights are not averaged, because the stem has BatchNorm.
 A leaf gives the backbone's arch and drop path, and the head's channels.
 """
 
@@ -43,8 +43,8 @@ param_scheduler = [
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=base_lr, betas=(0.9, 0.999), weight_decay=0.05),
-    # Rates do not fall towards the stem: this constructor for its two groups, one without weight
-    # decay (norms, biases, layer scales), where mmengine's makes and logs a group a parameter.
+    # No layer-wise decay. This constructor makes two groups, one of them without weight decay
+    # (norms, biases, layer scales); mmengine's would make and log one group for each parameter.
     constructor='mmconv2former.LayerDecayOptimWrapperConstructor',
     paramwise_cfg=dict(decay_rate=1.0),
 )
@@ -68,19 +68,19 @@ model = dict(
 )
 
 # ------------------------------------------------------------------------------------------- data
-# The base has the rest: random crops, flip, RandAugment rand-m9-mstd0.5-inc1, random erasing of
-# probability 0.25 by noise; in evaluation the short side to 256, centre crop 224. ImageNet's mean
-# and deviation. docs/classification.md says how to evaluate with another crop or normalisation.
+# From the base: random crops, flip, RandAugment rand-m9-mstd0.5-inc1, random erasing by noise with
+# probability 0.25; in evaluation short side 256, centre crop 224; ImageNet's mean and standard
+# deviation. docs/classification.md says how to evaluate with another crop or normalisation.
 data_root = 'data/imagenet'
-# A GPU takes hundreds of crops a second and RandAugment is expensive: eight workers are the least,
-# more where a node has more cores for each GPU. Without a GPU the runner does not pin memory.
+# A GPU needs hundreds of crops a second and RandAugment is expensive: eight workers at least, more
+# if a node has more cores for each GPU. Without a GPU the runner does not pin memory.
 loader = dict(batch_size=128, num_workers=8, persistent_workers=True, pin_memory=True)
 train_dataloader = loader
 val_dataloader = loader
 test_dataloader = loader
 
 # ---------------------------------------------------------------------------------------- runtime
-# Each process draws its own drop paths; else all GPUs would drop the same blocks at the same time.
+# Each process draws its own drop paths; otherwise all GPUs would drop the same blocks at once.
 randomness = dict(seed=None, diff_rank_seed=True)
 env_cfg = dict(cudnn_benchmark=True)  # all crops have one size
 default_hooks = dict(

@@ -1,7 +1,7 @@
 """ImageNet-22K pre-training at 224x224, 90 epochs (arXiv 2211.11943); all else as imagenet_1k.py.
 
-The paper gives the epochs; that the rest is as on 1K is our choice. There is no validation: what
-counts is the accuracy after fine-tuning on 1K.
+The paper gives the epochs; all else as on 1K is our choice. There is no validation: the accuracy
+after fine-tuning on 1K is what counts.
 """
 
 _base_ = './imagenet_1k.py'
@@ -11,7 +11,7 @@ max_epochs = 90
 train_cfg = dict(max_epochs=max_epochs)
 param_scheduler = _base_.param_scheduler
 param_scheduler[1].update(end=max_epochs, T_max=max_epochs - _base_.warmup_epochs)
-num_classes = 21_841  # of the release of autumn 2011
+num_classes = 21_841  # the release of autumn 2011
 data_preprocessor = dict(num_classes=num_classes)
 model = dict(head=dict(num_classes=num_classes))
 data_root = 'data/imagenet22k'

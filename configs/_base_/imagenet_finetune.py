@@ -1,8 +1,8 @@
 """ImageNet-1K at 224x224 from ImageNet-22K weights, 30 epochs, for any size of Conv2Former.
 
 The paper (arXiv 2211.11943) gives the epochs. The rest is our choice: ConvNeXt's fine-tuning
-(arXiv 2201.03545, appendix A.2), with small rates that fall towards the stem, next to no weight
-decay, and neither MixUp nor CutMix.
+(arXiv 2201.03545, appendix A.2), with small rates and layer-wise decay, almost no weight decay, and
+neither MixUp nor CutMix.
 """
 
 _base_ = './imagenet_1k.py'
@@ -29,6 +29,6 @@ optim_wrapper = dict(
 auto_scale_lr = dict(enable=False, base_batch_size=512)
 model = dict(
     train_cfg=None,
-    head=dict(init_cfg=dict(type='Pretrained', new_layers=['pred'])),  # other classes than 22K's
+    head=dict(init_cfg=dict(type='Pretrained', new_layers=['pred'])),  # 22K has other classes
 )
 train_dataloader = dict(batch_size=64)

@@ -1,4 +1,4 @@
-"""As imagenet_finetune.py at 384x384; in evaluation the whole picture is resized, without crop."""
+"""As imagenet_finetune.py at 384x384; in evaluation the whole image is resized, without crop."""
 
 _base_ = './imagenet_finetune.py'
 

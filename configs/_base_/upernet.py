@@ -1,7 +1,7 @@
 """UperNet on ADE20K at 512x512, 160,000 iterations, for any size of Conv2Former.
 
-The paper (arXiv 2211.11943, section 4.3) trains with ConvNeXt's strategy: what stands here is that
-of ConvNeXt's published recipe (arXiv 2201.03545, appendix A.3), unless marked "our choice".
+The paper (arXiv 2211.11943, section 4.3) trains with ConvNeXt's strategy: this is ConvNeXt's
+published recipe (arXiv 2201.03545, appendix A.3), unless marked "our choice".
 A leaf gives the backbone's arch, drop path and weights, and the heads' channels.
 """
 
@@ -44,7 +44,7 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
         size=crop_size,
-        # The backbone takes no less. Larger pictures stay as they are.
+        # The smallest input of the backbone. Larger images stay as they are.
         test_cfg=dict(size=(32, 32)),
     ),
     backbone=dict(type='mmconv2former.Conv2Former', out_indices=(0, 1, 2, 3)),
@@ -91,12 +91,12 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=image_scale, keep_ratio=True),
-    load_labels,  # after the resizing: truth keeps its size, and predictions are brought to it
+    load_labels,  # after the resizing: labels keep their size, predictions are resized to it
     dict(type='PackSegInputs'),
 ]
-# One worker prepares about 133 training crops a second (docs/performance.md) and a GPU takes up to
-# about 40: four are for slower processors and file systems. Without a GPU the runner does not pin
-# memory.
+# One worker prepares about 133 training crops a second (docs/performance.md), a GPU needs up to
+# about 40: four workers leave room for slower processors and file systems. Without a GPU the runner
+# does not pin memory.
 workers = dict(num_workers=4, persistent_workers=True, pin_memory=True)
 train_dataloader = dict(
     batch_size=2,
@@ -126,7 +126,7 @@ test_evaluator = val_evaluator
 
 # ------------------------------------------------------------------------- test-time augmentation
 # `tools/test.py --tta`: six scales and flip, the multi-scale protocol of the published numbers.
-# Ratios are of the test scale, not of the picture's own size.
+# Ratios refer to the test scale, not to the image's own size.
 tta_model = dict(type='SegTTAModel')
 tta_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -150,7 +150,7 @@ env_cfg = dict(
     mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
     dist_cfg=dict(backend='nccl'),
 )
-# Each process draws its own drop paths; else all GPUs would drop the same blocks at the same time.
+# Each process draws its own drop paths; otherwise all GPUs would drop the same blocks at once.
 randomness = dict(seed=None, diff_rank_seed=True)
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),

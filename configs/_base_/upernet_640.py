@@ -8,36 +8,20 @@ model = dict(
     data_preprocessor=dict(size=crop_size),
     test_cfg=dict(crop_size=crop_size, stride=(426, 426)),  # two thirds of the crop
 )
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    {{_base_.load_labels}},
-    dict(type='RandomResize', scale=image_scale, ratio_range=(0.5, 2.0), keep_ratio=True),
-    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
-    dict(type='RandomFlip', prob=0.5),
-    dict(type='PhotoMetricDistortion'),
-    dict(type='PackSegInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=image_scale, keep_ratio=True),
-    {{_base_.load_labels}},
-    dict(type='PackSegInputs'),
-]
-tta_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(
-        type='TestTimeAug',
-        transforms=[
-            [
-                dict(type='Resize', scale=scale, keep_ratio=True)
-                for scale in [(2560 * r // 4, 640 * r // 4) for r in (2, 3, 4, 5, 6, 7)]
-            ],
-            [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)],
-            [{{_base_.load_labels}}],
-            [dict(type='PackSegInputs')],
-        ],
-    ),
-]
+sizes = dict(  # by the type of the step
+    RandomResize=dict(scale=image_scale),
+    RandomCrop=dict(crop_size=crop_size),
+    Resize=dict(scale=image_scale),
+)
+train_pipeline = [dict(step, **sizes.get(step['type'], {})) for step in _base_.train_pipeline]
+test_pipeline = [dict(step, **sizes.get(step['type'], {})) for step in _base_.test_pipeline]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+
+resizes = [
+    dict(type='Resize', scale=(2560 * r // 4, 640 * r // 4), keep_ratio=True)
+    for r in (2, 3, 4, 5, 6, 7)
+]
+load, augment = _base_.tta_pipeline
+tta_pipeline = [load, dict(augment, transforms=[resizes, *augment['transforms'][1:]])]

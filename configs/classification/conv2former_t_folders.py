@@ -1,4 +1,4 @@
-"""Conv2Former-T on one's own image folders, from ImageNet-1K weights; nothing published."""
+"""Conv2Former-T on your own image folders, from ImageNet-1K weights; nothing published."""
 
 _base_ = '../_base_/image_folders.py'
 

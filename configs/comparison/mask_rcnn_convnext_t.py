@@ -1,4 +1,4 @@
-"""Mask R-CNN, ConvNeXt-T in the place of Conv2Former-T, all else equal; not trained here."""
+"""Mask R-CNN, ConvNeXt-T instead of Conv2Former-T, all else equal; not trained here."""
 
 _base_ = '../detection/mask_rcnn_conv2former_t.py'
 

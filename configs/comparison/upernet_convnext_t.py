@@ -1,4 +1,4 @@
-"""UperNet, ConvNeXt-T in the place of Conv2Former-T, all else equal; not trained here."""
+"""UperNet, ConvNeXt-T instead of Conv2Former-T, all else equal; not trained here."""
 
 _base_ = '../segmentation/upernet_conv2former_t.py'
 

@@ -1,4 +1,4 @@
-"""UperNet, Swin-T in the place of Conv2Former-T, all else equal; not trained here."""
+"""UperNet, Swin-T instead of Conv2Former-T, all else equal; not trained here."""
 
 _base_ = '../segmentation/upernet_conv2former_t.py'
 model = dict(

@@ -29,6 +29,7 @@ from .arguments import (
 from .base import Conv2FormerBase
 from .blocks import Block, BlockOptions, Downsample, LayerNorm, Stem, drop_path_rates, embed
 from .deploy import DeployedBlock, deployed_downsample, deployed_stem
+from .layer_depth import STEM, Location, layer_depth, stage_depth
 
 
 @dataclass(frozen=True)
@@ -212,33 +213,23 @@ class Conv2Former(Conv2FormerBase):
         Returns:
             The layer, from 0, and the number of layers.
         """
-        groups = [num_groups(depth) for depth in self.depths]
-        num_layers = 1 + sum(groups) + 1
-        stage, block = self._locate(param_name, prefix)
-        if stage is None:
-            return num_layers - 1, num_layers
-        if stage < 0:
-            return 0, num_layers
-        group = block * groups[stage] // self.depths[stage]
-        return 1 + sum(groups[:stage]) + group, num_layers
+        return layer_depth(self._locate(param_name, prefix), self.depths)
 
     def get_stage_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """As `get_layer_depth`, for stage-wise decay: stem, stages one by one, all the rest."""
-        num_layers = 1 + len(self.depths) + 1
-        stage, _ = self._locate(param_name, prefix)
-        return (num_layers - 1 if stage is None else stage + 1), num_layers
+        return stage_depth(self._locate(param_name, prefix), self.depths)
 
-    def _locate(self, param_name: str, prefix: str) -> tuple[int | None, int]:
-        """Stage (-1 for the stem, None for no part of the stages) and block of a parameter."""
+    def _locate(self, param_name: str, prefix: str) -> Location | None:
+        """Stage and block of a parameter; None if it is outside the stages."""
         if param_name.startswith(prefix):
             part, _, rest = param_name[len(prefix) :].partition('.')
             if part == 'downsample_layers':
                 index = int(rest.split('.')[0])
-                return (index if index > 0 else -1), 0
+                return Location(index, 0) if index > 0 else STEM
             if part == 'stages':
                 stage, block = rest.split('.')[:2]
-                return int(stage), int(block)
-        return None, 0
+                return Location(int(stage), int(block))
+        return None
 
     def _frozen_modules(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
@@ -249,16 +240,6 @@ class Conv2Former(Conv2FormerBase):
             *self.stages[:last],
             *self._frozen_norms(last),
         ]
-
-
-def num_groups(depth: int) -> int:
-    """Layers that a stage of `depth` blocks counts for in layer-wise decay.
-
-    Our choice: groups of at least three blocks, at most nine, so that the rates published for
-    ConvNeXt (three blocks a group; 3 groups of its 9, 9 of its 27 blocks) keep their meaning at
-    Conv2Former's depths, 8 to 48.
-    """
-    return min(9, max(1, depth // 3))
 
 
 def parse_arch(arch: str | Mapping) -> Arch:

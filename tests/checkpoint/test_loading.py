@@ -26,7 +26,7 @@ from helpers.checkpoints import (
     write_torchscript,
 )
 from helpers.comparisons import SMALL_ARCHS, randomized
-from helpers.tiny import SEGMENTATION_RECIPE as SEGMENTATION
+from helpers.tiny import SMALL_SEGMENTATION as SEGMENTATION
 from helpers.tiny import quick_segmentation
 from helpers.tools import run_tool
 from mmengine.logging import HistoryBuffer, MMLogger

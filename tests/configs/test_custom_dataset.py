@@ -1,27 +1,24 @@
 """Recipes changed, and trained on other data: configs and commands of docs/custom_dataset.md.
 
-The page is the input. Its configs stand in a copy of the project that shares recipes and tools, the
-data are made of the embedded sample, and the commands run as they stand, with options that make
-models and pictures small.
+The page is the input. Its configs are in a copy of the project that shares recipes and tools, the
+data are made from the embedded sample. The commands run as they are, with small models and images.
 """
 
 import json
 import re
 import shutil
-from argparse import ArgumentParser
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from demo import MODEL
-from evidence import segmentation_size
+from common.image_sizes import scale_images
 from helpers import ROOT
 from helpers.in_process import run_command
 from helpers.pages import files_of, read_blocks, write_files
-from helpers.tiny import FOUR_ITERATIONS, WITHOUT_WORKERS
-from mmengine.config import Config, DictAction
+from helpers.tiny import ARCH, DETECTION, FOUR_ITERATIONS, SEGMENTATION, WITHOUT_WORKERS
+from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmseg.datasets.transforms import LoadAnnotations
@@ -32,40 +29,15 @@ from mmconv2former.checkpoint.reading import read_state_dict
 PAGE = ROOT / 'docs/custom_dataset.md'
 COMMANDS = {block.name: block.commands() for block in read_blocks(PAGE) if block.name}
 
-# Ids in no order; the sample has other categories too, which classes leave out.
+# Ids in no order; the sample also has categories that are not among the classes.
 CATEGORIES = {'sports ball': ('ball', 5), 'kite': ('kite', 2), 'pizza': ('food', 9)}
 SCENE_LABELS = {120: 1, 150: 2, 121: 255, 143: 255}  # of ADE20K: ball, flag, food, plate
-SMALL_DETECTOR = [
-    *MODEL,
-    'model.backbone.arch=nano',
-    'model.neck.in_channels=[64,128,256,512]',
-    'model.test_cfg.rcnn.score_thr=0.0',  # else hardly trained weights predict nothing
-    'train_dataloader.dataset.indices=4',
-    *WITHOUT_WORKERS,
-    'train_dataloader.dataset.pipeline.2.scales=[(96,96)]',
-    'val_dataloader.dataset.pipeline.1.scale=(96,96)',
-    'test_dataloader.dataset.pipeline.1.scale=(96,96)',
-    'train_cfg.val_interval=2',
-    'default_hooks.logger.interval=1',
-]
-RATIOS = (2, 3, 4, 5, 6, 7)  # quarters, of the scales of test-time augmentation
-SMALL_SEGMENTOR = [
-    *segmentation_size(64),
-    'model.backbone.init_cfg=None',
-    'model.backbone.arch=nano',
-    'model.decode_head.in_channels=[64,128,256,512]',
-    'model.auxiliary_head.in_channels=256',
-    'model.decode_head.channels=32',
-    'model.auxiliary_head.channels=32',
-    *WITHOUT_WORKERS,
-    *FOUR_ITERATIONS,
-    *(f'tta_pipeline.1.transforms.0.{i}.scale=({64 * r},{16 * r})' for i, r in enumerate(RATIOS)),
-]
+QUICK = ['default_hooks.logger.interval=1', *WITHOUT_WORKERS]
 
 
 @pytest.fixture(scope='module')
 def project(sample, tmp_path_factory):
-    """A user's copy of the project with the page's configs, and data in the page's two forms."""
+    """A user's copy of the project with the page's configs, and data in the page's two layouts."""
     project = tmp_path_factory.mktemp('project')
     (project / 'configs').mkdir()
     for path in ('tools', 'configs/_base_', 'configs/detection', 'configs/segmentation'):
@@ -80,7 +52,7 @@ def project(sample, tmp_path_factory):
 
 
 def make_shapes(source, folder):
-    """COCO's form with three categories of one's own."""
+    """COCO's layout with three other categories."""
     (folder / 'annotations').mkdir(parents=True)
     for split in ('train', 'val'):
         (folder / split).symlink_to(source / f'{split}2017')
@@ -95,7 +67,7 @@ def make_shapes(source, folder):
 
 
 def make_scenes(source, folder):
-    """Mask pictures with labels 0, 1, 2 and 255."""
+    """Label images with values 0, 1, 2 and 255."""
     for split, ade_split in (('train', 'training'), ('val', 'validation')):
         (folder / 'masks' / split).mkdir(parents=True)
         (folder / 'images').mkdir(exist_ok=True)
@@ -108,13 +80,41 @@ def make_scenes(source, folder):
             cv2.imwrite(str(folder / 'masks' / split / path.name), mask)
 
 
-@pytest.fixture
-def run(project, monkeypatch, capfd, guarded):
-    """Runs a command of the page in this process, with options; returns what it printed."""
-    monkeypatch.chdir(project)
+@pytest.fixture(scope='module')
+def small_project(project, tmp_path_factory):
+    """The same, with small models and images in the page's configs."""
+    folder = tmp_path_factory.mktemp('small')
+    for path in ('tools', 'data', 'photos'):
+        (folder / path).symlink_to(project / path)
+    (folder / 'configs/custom').mkdir(parents=True)
+    for path in (project / 'configs/custom').iterdir():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.chdir(project)
+            shrunk(Config.fromfile(path)).dump(folder / 'configs/custom' / path.name)
+    return folder
 
-    def run(command, options):
-        return run_command(command, options, monkeypatch, capfd)
+
+def shrunk(config):
+    scale_images(config, 64)
+    config.model.backbone.update(arch=ARCH)
+    if 'init_cfg' in config.model.backbone:
+        config.model.backbone.init_cfg = None
+    config.merge_from_dict(DETECTION if 'roi_head' in config.model else SEGMENTATION)
+    if 'roi_head' in config.model:
+        config.model.test_cfg.rpn.max_per_img = 40
+        config.model.test_cfg.rcnn.max_per_img = 100
+        config.train_dataloader.dataset.indices = 4
+        config.train_cfg.val_interval = 2
+    return config
+
+
+@pytest.fixture
+def run(small_project, monkeypatch, capfd, guarded):
+    """Runs a command of the page in this process, with options; returns what it printed."""
+    monkeypatch.chdir(small_project)
+
+    def run(command, options=()):
+        return run_command(command, [*QUICK, *options], monkeypatch, capfd)
 
     return run
 
@@ -179,7 +179,7 @@ def test_labels_are_those_of_the_file(name, split, project, monkeypatch):
 
 
 def test_labels_follow_the_file_s_order_whatever_classes_says(project, monkeypatch):
-    """Of mmdet: why the page asks for the file's order."""
+    """A property of mmdet, and why the page asks for the file's order."""
     config = load('mask_rcnn_shapes', project, monkeypatch)
     config.train_dataloader.dataset.metainfo.classes = ('food', 'kite', 'ball')
     dataset = DATASETS.build(config.train_dataloader.dataset)
@@ -220,7 +220,7 @@ def scalars(work_dir):
 
 
 def predictions(project, name):
-    """JSON, drawing and picture of each new picture, after a prediction into a folder."""
+    """JSON, drawing and original of each new image, after a prediction into a folder."""
     folder = project / 'predictions' / name
     photos = sorted((project / 'photos').iterdir())
     assert [path.stem for path in photos] == sorted(p.stem for p in (folder / 'json').iterdir())
@@ -232,7 +232,7 @@ def predictions(project, name):
 
 
 def make_certain(work_dir, layer, values):
-    """Lets a layer of the newest checkpoint say the same of everything."""
+    """Makes a layer of the newest checkpoint give the same output for everything."""
     path = Path((work_dir / 'last_checkpoint').read_text())
     checkpoint = CheckpointLoader.load_checkpoint(str(path), 'cpu')
     checkpoint['state_dict'][f'{layer}.weight'].zero_()
@@ -240,29 +240,30 @@ def make_certain(work_dir, layer, values):
     torch.save(checkpoint, path)
 
 
-def test_detection(run, project):
+def test_detection(run, small_project):
+    project = small_project
     train, resume, evaluate, predict = COMMANDS['detection']
     work_dir = project / 'work_dirs/mask_rcnn_shapes'
-    run(train, [*SMALL_DETECTOR, 'train_cfg.max_epochs=1'])
+    run(train, ['train_cfg.max_epochs=1'])
     assert (work_dir / 'epoch_1.pth').exists()
-    output = run(resume, [*SMALL_DETECTOR, 'train_cfg.max_epochs=2'])
+    output = run(resume, ['train_cfg.max_epochs=2'])
     assert 'resumed epoch: 1' in output
     training, validation = scalars(work_dir)
     assert [line['iter'] for line in training] == [1, 2, 3, 4]
     assert all(np.isfinite(line['loss']) for line in training)
-    # From batch 16 to 2; the warm-up starts at a thousandth, the stem is layer 0 of 7.
-    assert training[0]['lr'] == pytest.approx(1e-4 * 2 / 16 * 0.001 * 0.95**6)
+    # From batch 16 to 2; the warm-up starts at a thousandth, the stem is layer 0 of 6.
+    assert training[0]['lr'] == pytest.approx(1e-4 * 2 / 16 * 0.001 * 0.95**5)
     assert 0 <= validation[-1]['coco/segm_mAP'] <= 1
 
-    output = run(evaluate, SMALL_DETECTOR)
+    output = run(evaluate)
     assert 'coco/bbox_mAP' in output
     pictures = list(work_dir.glob('*/pictures/*.jpg'))
     assert len(pictures) == 6
     assert all(cv2.imread(str(picture)) is not None for picture in pictures)
 
-    # Of ball, kite, food and none; hardly trained weights would be sure of nothing.
+    # For ball, kite, food and none; hardly trained weights predict nothing with certainty.
     make_certain(work_dir, 'roi_head.bbox_head.fc_cls', np.log([0.45, 0.05, 0.4, 0.1]))
-    run(predict, SMALL_DETECTOR)
+    run(predict)
     for content, drawing, picture in predictions(project, 'shapes'):
         found = {(item['label'], item['class'], round(item['score'], 2), 'mask' in item)
                  for item in content['instances']}  # fmt: skip
@@ -271,28 +272,24 @@ def test_detection(run, project):
 
 
 @pytest.fixture
-def coco_detector(project):
-    """A checkpoint of the recipe for COCO's 80 classes, where the page's config looks for it."""
-    config = Config.fromfile(ROOT / 'configs/detection/mask_rcnn_conv2former_t.py')
-    parser = ArgumentParser()
-    parser.add_argument('--options', nargs='+', action=DictAction)
-    options = [option for option in SMALL_DETECTOR if option.startswith('model.')]
-    config.merge_from_dict(parser.parse_args(['--options', *options]).options)
+def coco_detector(small_project):
+    """A checkpoint for COCO's 80 classes, where the page's config looks for it."""
+    config = shrunk(Config.fromfile(ROOT / 'configs/detection/mask_rcnn_conv2former_t.py'))
     init_default_scope('mmdet')
     torch.manual_seed(1)
     model = MODELS.build(config.model)
-    path = project / 'work_dirs/mask_rcnn_conv2former_t/epoch_36.pth'
+    path = small_project / 'work_dirs/mask_rcnn_conv2former_t/epoch_36.pth'
     path.parent.mkdir(parents=True)
     torch.save(dict(state_dict=model.state_dict(), meta={}), path)
     return model.state_dict()
 
 
-def test_fine_tuning_from_coco(run, project, coco_detector):
-    """With a rate of zero, all that is left after training is what was loaded."""
+def test_fine_tuning_from_coco(run, small_project, coco_detector):
+    """With a learning rate of zero, the weights after training are those that were loaded."""
     (train,) = COMMANDS['fine-tuning']
     options = ['train_cfg.max_epochs=1', 'optim_wrapper.optimizer.lr=0.0']
-    output = run(train, [*SMALL_DETECTOR, *options])
-    path = project / 'work_dirs/mask_rcnn_shapes_from_coco/epoch_1.pth'
+    output = run(train, options)
+    path = small_project / 'work_dirs/mask_rcnn_shapes_from_coco/epoch_1.pth'
     trained = read_state_dict(str(path))
     new = {f'roi_head.bbox_head.fc_{part}.{kind}' for part in ('cls', 'reg')
            for kind in ('weight', 'bias')}  # fmt: skip
@@ -306,7 +303,7 @@ def test_fine_tuning_from_coco(run, project, coco_detector):
 
 
 def scene_labels(config, split):
-    """Labels of a split as the network sees them, and the files'."""
+    """Labels of a split as the network sees them, and those in the files."""
     dataset = DATASETS.build(config[f'{split}_dataloader'].dataset)
     for index in range(len(dataset)):
         info = dataset.get_data_info(index)
@@ -344,27 +341,28 @@ def test_truth_has_full_score_in_the_segmentor_s_evaluator(project, monkeypatch)
     assert metric.evaluate(len(dataset))['mIoU'] == 100
 
 
-def test_segmentation(run, project, slow):
+def test_segmentation(run, small_project, slow):
+    project = small_project
     train, resume, evaluate, evaluate_in_scales, predict = COMMANDS['segmentation']
     work_dir = project / 'work_dirs/upernet_scenes'
-    run(train, [*SMALL_SEGMENTOR, 'train_cfg.max_iters=2'])
-    output = run(resume, [*SMALL_SEGMENTOR, 'train_cfg.max_iters=4'])
+    run(train, [*FOUR_ITERATIONS, 'train_cfg.max_iters=2'])
+    output = run(resume, FOUR_ITERATIONS)
     assert 'resumed epoch: 0, iter: 2' in output
     training, validation = scalars(work_dir)
     assert [line['iter'] for line in training] == [1, 2, 3, 4]
     assert all(np.isfinite(line['loss']) for line in training)
     assert 0 <= validation[-1]['mIoU'] <= 100
 
-    output = run(evaluate, SMALL_SEGMENTOR)
+    output = run(evaluate)
     assert re.search(r'\|\s+ground\s+\|.*\|\s+ball\s+\|.*\|\s+kite\s+\|', output, re.DOTALL)
     pictures = list(work_dir.glob('*/pictures/*.jpg'))
     assert len(pictures) == 6
     assert all(cv2.imread(str(picture)) is not None for picture in pictures)
     if slow:
-        assert 'mIoU' in run(evaluate_in_scales, SMALL_SEGMENTOR)
+        assert 'mIoU' in run(evaluate_in_scales)
 
     make_certain(work_dir, 'decode_head.conv_seg', [0.0, 0.0, 1.0])
-    run(predict, SMALL_SEGMENTOR)
+    run(predict)
     for content, drawing, picture in predictions(project, 'scenes'):
         assert content['classes'] == [
             {'label': 2, 'class': 'kite', 'value': 2, 'pixels': 64 * 64, 'share': 1.0}

@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from evidence import segmentation_size
 from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader
 from mmengine.utils import ManagerMixin
 
 from helpers import ROOT
-from helpers.tiny import FOUR_ITERATIONS
+from helpers.tiny import FOUR_ITERATIONS, SMALL_SEGMENTATION
 
 
 @cache
@@ -93,7 +92,7 @@ def run_command(command, options, monkeypatch, capfd):
 SEGMENTATION = ROOT / 'configs/segmentation/upernet_conv2former_n.py'
 # The recipe with a network that takes no time to copy.
 TINY = f"""
-_base_ = {str(SEGMENTATION)!r}
+_base_ = {str(ROOT / SMALL_SEGMENTATION)!r}
 model = dict(
     backbone=dict(
         arch=dict(
@@ -114,7 +113,6 @@ def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), init_cfg=None, more='
 
 # What `quick_segmentation` of the tools' tests adds, without what this network has already.
 SMALL_DATA = [
-    *segmentation_size(64),
     *FOUR_ITERATIONS,
     'val_dataloader.dataset.indices=1',
     'test_dataloader.dataset.indices=1',

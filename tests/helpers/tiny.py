@@ -1,58 +1,43 @@
-"""The recipes around a network of half a million parameters, for pictures of 64 pixels."""
+"""Small models on images of 64 pixels: recipes around a network of half a million parameters."""
 
 import itertools
 import json
+from contextlib import contextmanager
+from functools import partial
+from unittest.mock import patch
 
-from demo import DATA_AND_SCHEDULE, MODEL
-from evidence import segmentation_size
-from mmengine.config import Config, DictAction
+import torch
+from common.image_sizes import scale_images
+from mmengine.config import Config
 
 from helpers import ROOT
 
 CHANNELS = [16, 24, 32, 48]
 ARCH = dict(channels=CHANNELS, depths=[1, 1, 1, 1], kernel_size=5)
+SMALL_DETECTION = 'configs/demo/mask_rcnn_demo.py'
+SMALL_SEGMENTATION = 'tests/helpers/configs/upernet_small.py'
 DETECTION = {
-    'model.neck.in_channels': CHANNELS,
-    'model.neck.out_channels': 16,
-    'model.rpn_head.in_channels': 16,
-    'model.rpn_head.feat_channels': 16,
-    'model.roi_head.bbox_roi_extractor.out_channels': 16,
-    'model.roi_head.mask_roi_extractor.out_channels': 16,
-    'model.roi_head.bbox_head.in_channels': 16,
-    'model.roi_head.bbox_head.fc_out_channels': 32,
-    'model.roi_head.mask_head.in_channels': 16,
-    'model.roi_head.mask_head.conv_out_channels': 16,
-    'model.roi_head.mask_head.num_convs': 1,
-    'model.test_cfg.rcnn.score_thr': 0.0,  # else hardly trained weights predict nothing
-    'model.test_cfg.rcnn.max_per_img': 20,
-    'train_dataloader.batch_size': 2,
-    'train_dataloader.dataset.pipeline.3.transforms.0.0.scales': [(64, 64)],
-    'val_dataloader.dataset.pipeline.1.scale': (64, 64),
-    'test_dataloader.dataset.pipeline.1.scale': (64, 64),
+    'model.neck': dict(in_channels=CHANNELS, out_channels=16),
+    'model.rpn_head': dict(in_channels=16, feat_channels=16),
+    'model.roi_head': dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        mask_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=32),
+        mask_head=dict(in_channels=16, conv_out_channels=16, num_convs=1),
+    ),
+    # Without a threshold, as hardly trained weights predict nothing with certainty.
+    'model.test_cfg.rcnn': dict(score_thr=0.0, max_per_img=20),
     'param_scheduler.0.end': 8,
     'param_scheduler.1.milestones': [2],
-    'optim_wrapper.optimizer.lr': 1e-3,
 }
+BATCH_NORM = dict(type='BN')  # SyncBN works on CUDA only
 SEGMENTATION = {
-    'model.decode_head.in_channels': CHANNELS,
-    'model.decode_head.channels': 16,
-    'model.decode_head.norm_cfg.type': 'BN',  # SyncBN works on CUDA only
-    'model.auxiliary_head.in_channels': CHANNELS[2],
-    'model.auxiliary_head.channels': 16,
-    'model.auxiliary_head.norm_cfg.type': 'BN',
+    'model.decode_head': dict(in_channels=CHANNELS, channels=16, norm_cfg=BATCH_NORM),
+    'model.auxiliary_head': dict(in_channels=CHANNELS[2], channels=16, norm_cfg=BATCH_NORM),
     'param_scheduler.0.end': 2,
     'param_scheduler.1.begin': 2,
-    'optim_wrapper.optimizer.lr': 1e-3,
 }
-WITHOUT_RANDOM_AUGMENTATION = {
-    'detection': {'train_dataloader.dataset.pipeline.2.prob': 0.0},
-    'segmentation': {
-        'train_dataloader.dataset.pipeline.2.ratio_range': (1.0, 1.0),
-        'train_dataloader.dataset.pipeline.4.prob': 0.0,
-        'train_dataloader.dataset.pipeline.5': dict(type='RandomFlip', prob=0.0),
-    },
-}
-# Of a segmentor, as options of the command line.
+# For a segmentor, as options of the command line.
 FOUR_ITERATIONS = [
     'train_cfg.max_iters=4',
     'train_cfg.val_interval=2',
@@ -76,30 +61,28 @@ def tiny_config(task, sample, work_dir, length, interval=1, images=8, options=No
     `length` and `interval` (of validation and checkpoints) are in epochs of `images / 2` iterations
     in detection, in iterations in segmentation.
     """
-    changes = [*MODEL, *DATA_AND_SCHEDULE] if task == 'detection' else segmentation_size(64)
-    changes = {key: DictAction._parse_iterable(value) for key, _, value in
-               (change.partition('=') for change in changes)}  # fmt: skip
-    changes |= DETECTION if task == 'detection' else SEGMENTATION
-    recipe = {'detection': 'mask_rcnn_conv2former_n', 'segmentation': 'upernet_conv2former_n'}[task]
-    config = Config.fromfile(ROOT / f'configs/{task}/{recipe}.py')
-    data_root = sample / ('coco' if task == 'detection' else 'ade/ADEChallengeData2016')
-    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
-        changes[f'{loader}.dataset.data_root'] = f'{data_root}/'
-        changes[f'{loader}.num_workers'] = 0
-        changes[f'{loader}.persistent_workers'] = False
-    for key in ('val_evaluator', 'test_evaluator') if task == 'detection' else ():
-        changes[f'{key}.ann_file'] = f'{data_root}/annotations/instances_val2017.json'
-    by_epoch = task == 'detection'
+    is_detector = task == 'detection'
+    config = Config.fromfile(ROOT / (SMALL_DETECTION if is_detector else SMALL_SEGMENTATION))
+    scale_images(config, 64)
+    data_root = sample / ('coco' if is_detector else 'ade/ADEChallengeData2016')
+    for part in ('train', 'val', 'test'):
+        loader = config[f'{part}_dataloader']
+        loader.update(num_workers=0, persistent_workers=False)
+        loader.dataset.data_root = f'{data_root}/'
+        if is_detector and part != 'train':
+            evaluator = config[f'{part}_evaluator']
+            evaluator.ann_file = f'{data_root}/annotations/instances_val2017.json'
     config.model.backbone.arch = ARCH
-    config.merge_from_dict(changes)
+    config.merge_from_dict(DETECTION if is_detector else SEGMENTATION)
     config.merge_from_dict(
         {
             'model.backbone.init_cfg': None,
             'model.backbone.layer_scale_init_value': 0.1,
             'model.backbone.drop_path_rate': 0.2,
+            'optim_wrapper.optimizer.lr': 1e-3,
             'train_dataloader.dataset.indices': images,
             'train_dataloader.batch_size': 2,
-            'train_cfg.max_epochs' if by_epoch else 'train_cfg.max_iters': length,
+            'train_cfg.max_epochs' if is_detector else 'train_cfg.max_iters': length,
             'train_cfg.val_interval': interval,
             'param_scheduler.1.end': length,
             'default_hooks.checkpoint.interval': interval,
@@ -115,7 +98,7 @@ def tiny_config(task, sample, work_dir, length, interval=1, images=8, options=No
 
 
 def scalars(work_dir):
-    """All logged values by (name, step); of a step that was logged twice the last."""
+    """All logged values by (name, step); the last one of a step that was logged twice."""
     values = {}
     for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
         for line in path.read_text().splitlines():
@@ -124,17 +107,16 @@ def scalars(work_dir):
     return values
 
 
-SEGMENTATION_RECIPE = 'configs/segmentation/upernet_conv2former_n.py'
-QUICK_SEGMENTATION = [
-    'model.backbone.init_cfg=None',
-    'model.decode_head.channels=32',
-    'model.auxiliary_head.channels=32',
-    *segmentation_size(64),
-    *FOUR_ITERATIONS,
-]
-
-
 def quick_segmentation(sample, work_dir, *options):
+    """Arguments, after SMALL_SEGMENTATION, for four iterations on the embedded sample."""
     data_root = sample / 'ade/ADEChallengeData2016'
     return ['--data-root', data_root, '--work-dir', work_dir,
-            '--cfg-options', *QUICK_SEGMENTATION, *options]  # fmt: skip
+            '--cfg-options', *FOUR_ITERATIONS, *options]  # fmt: skip
+
+
+@contextmanager
+def without_values():
+    """Modules that are built here have shapes only."""
+    # mmpretrain takes numbers out of a linspace.
+    with patch('torch.linspace', partial(torch.linspace, device='cpu')), torch.device('meta'):
+        yield

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from demo import DATA_AND_SCHEDULE, MODEL
 from helpers import ROOT
 from make_tables import models
 from modelindex.load_model_index import load
@@ -179,10 +178,9 @@ def test_model_index_is_as_openmmlab_reads_it():
 
 
 # --------------------------------------------------------------------------------------------- mim
-QUICK = [*MODEL, *DATA_AND_SCHEDULE, 'model.backbone.arch=nano',
-         'model.neck.in_channels=[64,128,256,512]', 'train_dataloader.batch_size=2',
-         'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1',
-         'model.test_cfg.rcnn.score_thr=0.0']  # fmt: skip
+QUICK = ['model.backbone.arch=nano', 'model.neck.in_channels=[64,128,256,512]',
+         'train_dataloader.batch_size=2', 'train_cfg.max_epochs=1',
+         'default_hooks.logger.interval=1', 'model.test_cfg.rcnn.score_thr=0.0']  # fmt: skip
 MIM_PACKAGES = ['openmim', 'colorama', 'tabulate', 'pandas', 'model-index', 'requests', 'urllib3',
                 'certifi', 'charset-normalizer', 'idna', 'python-dateutil']  # fmt: skip
 
@@ -213,9 +211,9 @@ def test_mim_runs_trains_and_tests(kind, wheel, tmp_path):
 
     mim('run', 'mmconv2former', 'make_sample', 'data', '--train', 8, '--val', 4, '--size', 64)
     options = ['--work-dir', 'work', '--data-root', 'data/coco', '--cfg-options', *QUICK]
-    config = 'mask_rcnn_conv2former_t.py'
+    config = 'mask_rcnn_demo.py'
     printed = mim('train', 'mmconv2former', config, *options)
-    assert f'{configs}/detection/{config}' in printed
+    assert f'{configs}/demo/{config}' in printed
     assert 'Training finished successfully' in printed
     checkpoint = folder / 'work/epoch_1.pth'
     printed = mim('test', 'mmconv2former', config, '--checkpoint', checkpoint, *options)

@@ -198,7 +198,7 @@ FAULTS = [
     ('labels of another size', SEGMENTATION, write_labels(lambda labels: labels[:, :32]),
      ['labels have shape (64, 32), the image has (64, 64)'], '', 'labels of another size'),
     ('labels are missing', SEGMENTATION, with_labels(lambda path: path.unlink()), [], '',
-     'label picture is missing'),
+     'label image is missing'),
     ('labels cut off', SEGMENTATION, with_labels(keep(0.5)), [], '', 'image cannot be read'),
 ]  # fmt: skip
 CASES = [(task, *fault) for fault in FAULTS for task in fault[1]]

@@ -1,20 +1,34 @@
-"""`evidence.py fit --true-size`: its plan, its time and what it writes, in small."""
+"""`evidence.py`: what its runs change in a recipe, what it records, and the tables of that."""
 
-import argparse
 import json
-import time
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import evidence
 import pytest
-from evidence import ADE_SAMPLE, ENDLESS, Fit
+import torch
+from evidence import ADE_SAMPLE, ENDLESS, FITS, Fit, count_flops, fit_config, steps_config
+from helpers import ROOT
+from helpers.tiny import without_values
 from helpers.tools import run_tool
-from make_tables import on_gpu, true_size_table
+from make_tables import (
+    BACKBONES,
+    OURS,
+    backbone_names,
+    evidence_table,
+    level,
+    read_evidence,
+    recipes,
+)
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from time_budget import TimeBudgetHook
+from torch import nn
+
+from mmconv2former.models.baselines import BASELINES
 
 
+# -------------------------------------------------------------------------------- steps and fits
 @pytest.fixture
 def samples(sample, tmp_path, monkeypatch):
     """The embedded sample under the names of the real ones."""
@@ -26,153 +40,165 @@ def samples(sample, tmp_path, monkeypatch):
     monkeypatch.setenv('MMCONV2FORMER_SAMPLES', str(folder))
 
 
-KINDS = [
-    ('mask_rcnn_conv2former_t', 'coco_sample', 'coco/bbox_mAP'),
-    pytest.param(
-        'cascade_mask_rcnn_conv2former_t', 'coco_sample', 'coco/bbox_mAP', marks=pytest.mark.slow
-    ),
-    pytest.param('upernet_conv2former_t', 'semantic_sample', 'mIoU', marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(('name', 'sample_name', 'metric'), KINDS)
-def test_whole_path_in_small(name, sample_name, metric, samples, tmp_path):
+@pytest.mark.parametrize(
+    ('name', 'key'),
+    [
+        ('mask_rcnn_conv2former_t', 'coco/bbox_mAP'),
+        pytest.param('cascade_mask_rcnn_conv2former_t', 'coco/bbox_mAP', marks=pytest.mark.slow),
+        pytest.param('upernet_conv2former_t', 'mIoU', marks=pytest.mark.slow),
+        pytest.param('conv2former_t_folders', 'accuracy/top1', marks=pytest.mark.slow),
+    ],
+)
+def test_fit_in_small(name, key, samples, tmp_path):
     out = tmp_path / 'evidence.json'
-    options = [name, '--true-size', '--images', 2, '--quick', '--device', 'cpu', '--budget', 25]
-    output = run_tool('evidence.py', 'fit', *options, '--out', out)
-    found = json.loads(out.read_text())[name]['true_size']
-    result = found[f'{sample_name}, 2 images']
-    assert '--amp bfloat16' in output
+    options = ['--side', 64, '--images', 2, '--seconds', 5, '--out', out]
+    output = run_tool('evidence.py', 'fit', name, *options)
     assert 'Mixed precision: bfloat16' in output
-    assert result['images'] == 2
-    assert 0 <= result['metrics'][metric] <= 100
-    iterations = [int(iteration) for iteration in result['curve']]
-    assert iterations[0] == 1
-    assert iterations[-1] == result['iterations'] < ENDLESS
-    assert (
-        list(result['curve'].values())[:: max(1, len(iterations) - 1)]
-        == ([result['first_loss'], result['last_loss']][: len(iterations)])
-    )
-    assert result['training_seconds'] <= result['seconds'] < 60
+    result = json.loads(out.read_text())[name]['fit']
+    assert 0 <= result['metrics'][key] <= 100
+    assert 0 < result['iterations'] < ENDLESS
+    assert result['training_seconds'] == 5 <= result['seconds']
     assert result['machine']
     assert set(result['versions']) >= {'torch', 'mmengine', 'cuda', 'python'}
-    assert result['command'].startswith(f'python tools/evidence.py fit {name} --true-size ')
+    assert result['command'].startswith(f'python tools/evidence.py fit {name} --side 64 ')
     log = (tmp_path / result['log']).read_text()
-    assert log.count('Iter(train)') == result['iterations']
-    assert 'eta: ' not in log.split('Iter(val)')[0]
-    assert f'_base_ = {str(evidence.recipes()[name])!r}' in log
-    assert on_gpu({'true_size': found}) == {}  # neither a GPU nor the true size
+    assert 'eta: ' not in log
+    assert 'Iter(val)' in log
+
+
+@pytest.mark.parametrize('name', FITS)
+@pytest.mark.parametrize('side', [None, 96])
+def test_fits_change_what_hinders_learning_by_heart(name, side):
+    config = fit_config(Fit(name, 'coco_sample', 8), recipes()[name], 5, side)
+    assert config.model.backbone.drop_path_rate == config.optim_wrapper.optimizer.weight_decay == 0
+    pipeline = [step.type for step in config.train_dataloader.dataset.pipeline]
+    assert not any('Random' in step and step != 'RandomCrop' for step in pipeline)
+    if name == 'upernet_conv2former_t':
+        crop = side or 512
+        assert (
+            config.model.test_cfg.crop_size == config.model.data_preprocessor.size == (crop, crop)
+        )
+        assert config.test_dataloader.dataset.pipeline[1].scale == (4 * crop, crop)
+    init_default_scope(config.default_scope)
+    with without_values():
+        model = MODELS.build(config.model)
+    if hasattr(model, 'neck') and hasattr(model, 'rpn_head'):
+        assert model.neck.out_channels == model.rpn_head.in_channels == (128 if side else 256)
+
+
+def test_steps_have_small_images():
+    for name, side in (('upernet_conv2former_l_in22k', 256), ('conv2former_s_in22k', 64)):
+        config = steps_config(recipes()[name])
+        sizes = {
+            value for step in config.train_dataloader.dataset.pipeline
+            for key, value in step.items() if key in ('scale', 'crop_size')
+        }  # fmt: skip
+        assert sizes == ({(4 * side, side), (side, side)} if side == 256 else {side})
+        assert config.model.backbone.init_cfg is None
 
 
 def test_plan_takes_all_images_where_there_are_fewer(samples):
     names = ['mask_rcnn_conv2former_t', 'upernet_conv2former_t']
-    plan = evidence.plan_true_size(names, [128, 8])
-    assert [(fit.name.split('_')[0], fit.label) for fit in plan] == [
-        ('mask', 'coco_sample, 8 images'),
-        ('mask', 'coco_sample, 39 images'),  # one image has no object
-        ('upernet', 'ade_sample, 8 images'),
-        ('upernet', 'ade_sample, 40 images'),
-        ('upernet', 'semantic_sample, 8 images'),
-        ('upernet', 'semantic_sample, 40 images'),
+    plan = evidence.plan_fits(names, [128, 8], all_samples=True)
+    assert [(fit.name.split('_')[0], fit.label, fit.batch) for fit in plan] == [
+        ('mask', 'coco_sample, 8 images', 2),
+        ('mask', 'coco_sample, 39 images', 8),  # one image has no object
+        ('upernet', 'ade_sample, 8 images', 8),
+        ('upernet', 'ade_sample, 40 images', 8),
+        ('upernet', 'semantic_sample, 8 images', 8),
+        ('upernet', 'semantic_sample, 40 images', 8),
     ]
     assert len({fit.log for fit in plan}) == len(plan)
-
-
-@pytest.mark.parametrize(
-    ('name', 'images', 'batch'),
-    [('mask_rcnn', 4, 2), ('mask_rcnn', 8, 2), ('mask_rcnn', 128, 8), ('upernet', 4, 8)],
-)
-def test_batch(name, images, batch):
-    assert evidence.batch_of(Fit(f'{name}_conv2former_t', 'coco_sample', images)) == batch
-
-
-def test_time_is_shared_and_a_failure_stops_nothing(monkeypatch, tmp_path, capsys):
-    """Fits that take no time leave it to those after them; the results of others are kept."""
-    given = []
-
-    def measure(fit, config, seconds, args):
-        given.append(seconds)
-        if fit.images == 8:
-            raise SystemExit('error: no')
-        return {'images': fit.images}
-
-    monkeypatch.setattr(evidence, 'measure_true_size', measure)
-    plan = [Fit('a', 'coco_sample', images) for images in (8, 32, 128)]
-    args = argparse.Namespace(budget=700.0, out=tmp_path / 'evidence.json')
-    with pytest.raises(SystemExit, match=r'no result: a \(coco_sample, 8 images\)$'):
-        evidence.fit_true_size(plan, {'a': None}, args)
-    besides = [30 + 1.6, 30 + 6.4, 30 + 25.6]
-    wanted = [(700 - sum(besides)) / 7, (700 - sum(besides[1:])) / 3, 700 - besides[2]]
-    assert given == pytest.approx(wanted, abs=1)
-    kept = json.loads(args.out.read_text())['a']['true_size']
-    assert list(kept) == ['coco_sample, 128 images', 'coco_sample, 32 images']
-
-
-def test_what_there_is_no_time_for_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(evidence, 'measure_true_size', lambda *args: time.sleep(0.02) or {})
-    plan = [Fit('a', 'coco_sample', images) for images in (8, 32, 128)]
-    args = argparse.Namespace(budget=0.01, out=tmp_path / 'evidence.json')
-    with pytest.raises(SystemExit) as refusal:
-        evidence.fit_true_size(plan, {'a': None}, args)
-    assert str(refusal.value) == (
-        'error: no result: a (coco_sample, 32 images): no time left, '
-        'a (coco_sample, 128 images): no time left'
-    )
-
-
-def test_every_fit_trains_in_the_shortest_time():
-    plan = [Fit('a', 'coco_sample', images) for images in (8, 128)]
-    assert evidence.training_seconds(plan, 40) == pytest.approx(40 / 4 / 5)
+    samples = [fit.sample for fit in evidence.plan_fits(names, [8], all_samples=False)]
+    assert samples == ['coco_sample', 'semantic_sample']
 
 
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (['--quick'], 'are no evidence: name another file with --out'),
-        (['--device', 'cpu'], 'are no evidence: name another file with --out'),
-        (['--images', '0'], '--images and --budget must be positive'),
-        (['--out', 'other.json'], 'torch finds no CUDA device'),
+        (['fit', '--side', '64'], 'are not evidence: name another file with --out'),
+        (['fit', '--side', '64', '--true-size'], '--true-size and --side exclude each other'),
+        (['fit', '--images', '0'], '--images and --seconds must be positive'),
+        (['steps', 'mask_rcnn'], 'unknown: mask_rcnn; known: mask_rcnn_conv2former_n'),
+        (['steps'], 'MMCONV2FORMER_SAMPLES must name'),
     ],
 )
 def test_refusals(options, message, monkeypatch, capsys):
-    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
-    monkeypatch.setattr('sys.argv', ['evidence.py', 'fit', '--true-size', *options])
+    monkeypatch.delenv('MMCONV2FORMER_SAMPLES', raising=False)
+    monkeypatch.setattr('sys.argv', ['evidence.py', *options])
     with pytest.raises(SystemExit):
         evidence.main()
     assert message in capsys.readouterr().err
 
 
-def test_curve_is_thinned_to_both_ends():
-    records = [{'step': step} for step in range(1, 101)]
-    steps = [record['step'] for record in evidence.thinned(records)]
-    assert steps[0] == 1
-    assert steps[-1] == 100
-    assert len(set(steps)) == len(steps) == evidence.CURVE
-    assert evidence.thinned(records[:1]) == records[:1]
+# ---------------------------------------------------------------------------------------- results
+RESULT = dict(
+    images=8, iterations=300, first_loss=6.0, last_loss=0.5, seconds=90, metric='coco/bbox_mAP',
+    metrics={'coco/bbox_mAP': 0.5}, goal=0.4, device='cuda', machine='NVIDIA X', log='fit.txt',
+)  # fmt: skip
 
 
-def test_table_of_fits_on_gpus():
+@pytest.mark.parametrize(
+    ('fit', 'on_gpu', 'expected'),
+    [
+        (None, None, 'steps on real data'),
+        (dict(goal=0.6), None, 'steps on real data'),
+        (dict(), None, 'fits real data'),
+        (None, dict(), 'fits at full size on a GPU'),
+        (None, dict(goal=0.6), 'steps on real data'),
+        (None, dict(images=4), 'steps on real data'),
+        (None, dict(device='cpu'), 'steps on real data'),
+    ],
+)
+def test_level_says_what_was_shown(fit, on_gpu, expected):
+    record = dict(steps={})
+    if fit is not None:
+        record['fit'] = RESULT | fit
+    if on_gpu is not None:
+        record['true_size'] = {'sample': RESULT | on_gpu}
+    assert level(record) == expected
+    assert level({}) == 'builds'
+
+
+def test_table_of_runs():
     name = 'mask_rcnn_conv2former_t'
-    result = dict(
-        images=8, batch=2, iterations=300, first_loss=6.0, last_loss=0.5, seconds=90,
-        metrics={'coco/bbox_mAP': 0.7}, metric='coco/bbox_mAP', goal=0.4, quick=False,
-        device='cuda', machine='NVIDIA X', log='fit.txt',
-    )  # fmt: skip
-    found = {name: {'true_size': {'coco_sample, 8 images': result}}}
-    table = true_size_table(found, ['detection'])
-    assert table.splitlines()[2] == (
-        f'| {name} | coco_sample, 8 images | 300 x 2 | 6.00 → 0.50 | bbox_mAP 0.7 | 1.5 min '
-        '| [NVIDIA X](fit.txt) |'
+    found = {name: {'true_size': {'coco_sample, 8 images': RESULT}}}
+    assert evidence_table(found).splitlines()[2] == (
+        f'| {name} | fits coco_sample, 8 images, [full size, NVIDIA X](fit.txt) | 300 '
+        '| 6.00 → 0.50 | bbox_mAP 0.5 | 1.5 min |'
     )
-    result['device'] = 'cpu'
-    assert true_size_table(found, ['detection']) == ''
+
+
+def test_attention_is_counted():
+    """One head of ViT on 14x14 patches and a class token, against the textbook's formula."""
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    assert count_flops(Attention(), torch.randn(1, 6, 197, 64)) == 6 * 197 * 197 * 64 * 2
+
+
+def test_counts_are_the_published_ones():
+    """Those of every baseline, by the program that counts ours."""
+    found = read_evidence(ROOT / 'docs/evidence.json')[BACKBONES]
+    assert list(found) == sorted(backbone_names())
+    for name, published in BASELINES.items():
+        counted = found[name]['classification']
+        assert counted['size'] == [published.size, published.size]
+        tolerance = {'coatnet': 0.10, 'efficientnet': 0.08}.get(name.split('_')[0], 0.03)
+        assert counted['flops'] / 1e9 == pytest.approx(published.flops, rel=tolerance), name
+    for name in ('conv2former_small', 'conv2former_base'):  # whose own head costs almost nothing
+        counted = found[name]['classification']['flops'] / 1e9
+        assert counted == pytest.approx(OURS[name].flops, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------- TimeBudgetHook
 def runner_of(loop_type=IterBasedTrainLoop):
-    loop = Mock(spec=loop_type)
     groups = [{'lr': 1.0}, {'lr': 0.5}]
-    return SimpleNamespace(train_loop=loop, iter=0, optim_wrapper=Mock(param_groups=groups))
+    return SimpleNamespace(
+        train_loop=Mock(spec=loop_type), iter=0, optim_wrapper=Mock(param_groups=groups)
+    )
 
 
 def test_rates_follow_the_clock(monkeypatch):
@@ -195,12 +221,6 @@ def test_rates_follow_the_clock(monkeypatch):
     assert all(second == pytest.approx(first / 2) for first, second in rates)
 
 
-def test_time_budget_needs_one_process_that_counts_iterations(monkeypatch):
-    hook = TimeBudgetHook(seconds=1)
-    with pytest.raises(RuntimeError, match='needs an IterBasedTrainLoop'):
-        hook.before_train(runner_of(EpochBasedTrainLoop))
-    monkeypatch.setattr('time_budget.get_world_size', lambda: 2)
-    with pytest.raises(RuntimeError, match='for one process, there are 2'):
-        hook.before_train(runner_of())
-    with pytest.raises(ValueError, match='seconds must be positive, got 0'):
-        TimeBudgetHook(seconds=0)
+def test_time_budget_needs_a_loop_that_counts_iterations():
+    with pytest.raises(RuntimeError, match='needs an IterBasedTrainLoop, got'):
+        TimeBudgetHook(seconds=1).before_train(runner_of(EpochBasedTrainLoop))

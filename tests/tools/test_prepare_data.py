@@ -1,4 +1,4 @@
-"""The check of data sets: sound ones pass, each fault is found and its file named."""
+"""The check of data sets: good ones pass, each fault is found and its file named."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ COCO_FAULTS = {
         lambda root: edit(
             root / 'annotations/instances_val2017.json', lambda content: content.pop('categories')
         ),
-        ['no list of such name', 'categories'],
+        ['lacks a list', 'categories'],
     ),
     'no size': (
         lambda root: edit(
@@ -127,7 +127,7 @@ ADE_FAULTS = {
     ),
     'missing labels': (
         lambda root: (root / 'annotations/validation' / LABELS).unlink(),
-        ['label picture is missing', LABELS],
+        ['label image is missing', LABELS],
     ),
     'missing image': (
         lambda root: (root / 'images/validation' / IMAGE).unlink(),
@@ -154,7 +154,7 @@ ADE_FAULTS = {
 
 
 @pytest.mark.parametrize(('kind', 'root'), [('coco', 'coco'), ('ade', 'ade/ADEChallengeData2016')])
-def test_sound_data_are_ready(kind, root, sample):
+def test_good_data_are_ready(kind, root, sample):
     output = run_tool('prepare_data.py', kind, '--root', sample / root)
     assert 'is ready' in output
     assert 'ERROR' not in output
@@ -216,7 +216,7 @@ def test_faults_of_ade(fault, copy, tmp_path, run):
     check_finds(ADE_FAULTS[fault], 'ade', copy / 'ade/ADEChallengeData2016', tmp_path, run)
 
 
-def test_many_findings_are_shown_in_part_and_reported_in_whole(copy, tmp_path, run):
+def test_output_is_shortened_and_the_report_is_not(copy, tmp_path, run):
     for path in (copy / 'coco/train2017').iterdir():
         path.unlink()
     report = tmp_path / 'report.txt'
@@ -232,8 +232,8 @@ def test_small_faults_are_notes(copy, run):
     assert 'is ready' in output
 
 
-def test_turned_photographs_have_the_size_that_is_trained_on(tmp_path):
-    """Annotations and labels of what OpenCV loads, turned; those of the raw pixels do not fit."""
+def test_size_is_that_of_the_rotated_image(tmp_path):
+    """Annotations and labels are for the rotated image that OpenCV loads."""
     for name in ('images', 'labels'):
         (tmp_path / name).mkdir()
     image, labels = tmp_path / 'images/a.jpg', tmp_path / 'labels/a.png'
@@ -242,9 +242,9 @@ def test_turned_photographs_have_the_size_that_is_trained_on(tmp_path):
     Image.new('RGB', (40, 30)).save(image, exif=exif)
     assert cv2.imread(str(image)).shape == (40, 30, 3)
     assert prepare_data.check_image(image, (30, 40)) == []
-    ((kind, text),) = prepare_data.check_image(image, (40, 30))
-    assert kind == 'image of another size than annotated'
-    assert '(30, 40), not (40, 30)' in text
+    (finding,) = prepare_data.check_image(image, (40, 30))
+    assert finding.kind == 'image of another size than annotated'
+    assert '(30, 40), not (40, 30)' in finding.item
     for size, faults in (((30, 40), 0), ((40, 30), 1)):
         Image.new('L', size).save(labels)
         assert len(prepare_data.check_pair('a', image.parent, labels.parent)[0]) == faults

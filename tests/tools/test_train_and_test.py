@@ -13,9 +13,9 @@ import cv2
 import pytest
 import torch
 from common.cli import set_data_root
-from demo import CONFIG, DATA_AND_SCHEDULE, MODEL
+from demo import CONFIG
 from helpers import ROOT
-from helpers.tiny import SEGMENTATION_RECIPE as SEGMENTATION
+from helpers.tiny import SMALL_SEGMENTATION as SEGMENTATION
 from helpers.tiny import quick_segmentation
 from helpers.tools import assert_drawn_beside, run_tool
 from helpers.training_server import free_port
@@ -23,10 +23,9 @@ from mmengine.config import Config
 from plot_curves import read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+RECIPE = 'configs/detection/mask_rcnn_conv2former_t.py'
 # Eight pictures in batches of two: four iterations an epoch, of a small model on small pictures.
 QUICK = [
-    *MODEL,
-    *DATA_AND_SCHEDULE,
     'model.backbone.arch=nano',
     'model.neck.in_channels=[64,128,256,512]',
     'train_dataloader.batch_size=2',
@@ -263,7 +262,7 @@ def test_true_input_size(real_samples, tmp_path):
     )
     assert 'train2017: 2 images' in subset
     output = run_tool(
-        'train.py', CONFIG, '--data-root', data, '--work-dir', tmp_path / 'work', '--cfg-options',
+        'train.py', RECIPE, '--data-root', data, '--work-dir', tmp_path / 'work', '--cfg-options',
         'model.backbone.init_cfg=None', 'train_cfg.max_epochs=1', 'param_scheduler.1.end=1',
         'param_scheduler.1.milestones=[1]', 'default_hooks.logger.interval=1',
         'train_dataloader.dataset.pipeline.3.prob=[1.0,0.0]',
@@ -320,9 +319,9 @@ def test_subset_of_ade(sample, tmp_path):
 
 def test_subset_refuses(sample, tmp_path):
     arguments = ['subset_data.py', sample / 'coco', tmp_path, '--train', 1, '--val', 99]
-    assert 'exists already' in run_tool(*arguments, succeeds=False)
+    assert 'already exists' in run_tool(*arguments, succeeds=False)
     arguments[2] = tmp_path / 'new'
-    assert '99 were asked for' in run_tool(*arguments, succeeds=False)
+    assert '99 were requested' in run_tool(*arguments, succeeds=False)
     arguments[-1] = '1.5'
     assert 'must be a share in (0, 1) or a count' in run_tool(*arguments, succeeds=False)
     assert not (tmp_path / 'new').exists()
@@ -333,30 +332,30 @@ NO_WEIGHTS = ['--cfg-options', 'model.backbone.init_cfg=None']
 REFUSALS = {
     'config': (['train.py', 'configs/none.py'], 'config configs/none.py: it does not exist'),
     'data': (
-        ['train.py', CONFIG, '--data-root', MISSING, *NO_WEIGHTS],
+        ['train.py', RECIPE, '--data-root', MISSING, *NO_WEIGHTS],
         f'{MISSING}/annotations/instances_train2017.json (train_dataloader)',
     ),
     'data to evaluate': (
-        ['test.py', CONFIG, 'none', '--data-root', MISSING, *NO_WEIGHTS],
+        ['test.py', RECIPE, 'none', '--data-root', MISSING, *NO_WEIGHTS],
         'say where they lie with --data-root DIR',
     ),
     'weights': (
-        ['train.py', CONFIG, '--data-root', 'SAMPLE'],
+        ['train.py', RECIPE, '--data-root', 'SAMPLE'],
         'pretrained weights pretrain/conv2former_t.pth are missing. The published weights',
     ),
-    'checkpoint': (['test.py', CONFIG, 'none.pth'], 'checkpoint none.pth does not exist'),
+    'checkpoint': (['test.py', RECIPE, 'none.pth'], 'checkpoint none.pth does not exist'),
     'resume': (
-        ['train.py', CONFIG, '--resume', 'none.pth'],
+        ['train.py', RECIPE, '--resume', 'none.pth'],
         '--resume: checkpoint none.pth does not exist',
     ),
     'amp': (
-        ['train.py', CONFIG, '--amp', '--cfg-options', 'optim_wrapper.type=ApexOptimWrapper'],
+        ['train.py', RECIPE, '--amp', '--cfg-options', 'optim_wrapper.type=ApexOptimWrapper'],
         '--amp needs optim_wrapper.type OptimWrapper',
     ),
     'tta': (
         [
             'test.py',
-            CONFIG,
+            RECIPE,
             'none',
             '--data-root',
             'SAMPLE',
@@ -376,9 +375,9 @@ REFUSALS = {
         ],
         'pretrained weights pretrain/conv2former_l_in22k.pth are missing. The published weights',
     ),
-    'out': (['test.py', CONFIG, 'none', '--out', 'a.json'], '--out must end with .pkl'),
+    'out': (['test.py', RECIPE, 'none', '--out', 'a.json'], '--out must end with .pkl'),
     'scaling': (
-        ['train.py', CONFIG, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr._delete_=True'],
+        ['train.py', RECIPE, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr._delete_=True'],
         'has no auto_scale_lr.base_batch_size',
     ),
 }

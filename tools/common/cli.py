@@ -24,6 +24,7 @@ from mmengine.registry import RUNNERS, build_from_cfg
 from mmengine.runner import Runner
 from torch.distributed.constants import default_pg_timeout
 
+from common.backbones import set_backbone
 from common.config_check import (
     DEFAULT_TYPES,
     ConfigError,
@@ -45,13 +46,7 @@ from mmconv2former.checkpoint.reading import (
 from mmconv2former.datasets.checked import DataError
 from mmconv2former.engine.finite import NonFiniteError
 from mmconv2former.engine.runner import CheckpointNotSaved, ReliableRunner
-from mmconv2former.models.baselines import (
-    ALL_STAGES,
-    BASELINES,
-    find_baseline,
-    how_to_get_weights,
-    parse_stages,
-)
+from mmconv2former.models.baselines import BASELINES, how_to_get_weights
 
 # What mmengine builds where a config has no visualizer.
 DEFAULT_VISUALIZER = dict(
@@ -101,7 +96,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         '--backbone',
         choices=list(BASELINES),
         metavar='NAME',
-        help="another network in Conv2Former's place: a name of docs/baselines.md",
+        help='another network instead of Conv2Former: a name of docs/baselines.md',
     )
     parser.add_argument(
         '--cfg-options',
@@ -246,82 +241,6 @@ def check_checkpoint(option: str, checkpoint: str) -> None:
     if is_local(checkpoint) and not os.path.isfile(path):
         problem = 'is a folder' if os.path.isdir(path) else 'does not exist'
         raise SystemExit(f'error: {option}checkpoint {checkpoint} {problem}')
-
-
-# Of any classification head of mmpretrain.
-CLASSIFIER_SETTINGS = ('num_classes', 'loss', 'topk', 'cal_acc')
-# That read feature maps where there is no neck.
-HEADS = ('decode_head', 'auxiliary_head', 'panoptic_head')
-
-
-def set_backbone(config: Config, name: str) -> None:
-    """Puts a baseline in the backbone's place and fits what reads its feature maps to it.
-
-    All else stays: schedule, augmentation, drop path, heads. Where the recipe starts from
-    pretrained weights, those of the baseline are expected in `pretrain/NAME.pth`. In a classifier
-    global average pooling and a linear layer, with which all baselines were published, take the
-    place of Conv2Former's head, with its loss. For dense prediction the baseline gives the stages
-    that the backbone gave (its `out_indices`).
-
-    Raises:
-        ValueError: There is no baseline of this name.
-        SystemExit: The recipe has no place for its feature maps, or wants stages that a baseline
-            cannot give.
-    """
-    variant = find_baseline(name)
-    model = config.model
-    old = model.backbone
-    model.backbone = dict(
-        type='mmconv2former.Baseline', name=name, drop_path_rate=old.get('drop_path_rate', 0.0)
-    )
-    if old.get('init_cfg') is not None:
-        model.backbone.init_cfg = dict(type='Pretrained', checkpoint=f'pretrain/{name}.pth')
-
-    if model.type == 'ImageClassifier':
-        model.backbone.classification = True
-        model.neck = dict(type='GlobalAveragePooling')
-        kept = {key: model.head[key] for key in CLASSIFIER_SETTINGS if key in model.head}
-        model.head = dict(type='LinearClsHead', in_channels=variant.linear_channels, **kept)
-    elif readers := readers_of(model):
-        try:
-            stages = parse_stages(old.get('out_indices', ALL_STAGES))
-        except (TypeError, ValueError) as error:
-            raise SystemExit(f'error: --backbone {name}: {error}') from None
-        if stages != ALL_STAGES:
-            model.backbone.out_indices = stages
-        channels = [variant.channels[i] for i in stages]
-        for reader in readers:
-            set_channels(reader, channels)
-    else:
-        raise SystemExit(
-            f'error: --backbone: {config.filename} has no neck and no {", no ".join(HEADS)}'
-        )
-
-    for part in variant.family.no_weight_decay:
-        custom_keys = {part: dict(decay_mult=0.0)}
-        config.merge_from_dict({'optim_wrapper.paramwise_cfg': dict(custom_keys=custom_keys)})
-
-
-def readers_of(model: ConfigDict) -> list[ConfigDict]:
-    """The parts of a model that read the backbone's feature maps."""
-    neck = model.get('neck')
-    if neck:
-        return [neck[0] if isinstance(neck, list) else neck]  # of several the next reads the first
-    heads = [model.get(name) or [] for name in HEADS]
-    return [head for item in heads for head in (item if isinstance(item, list) else [item])]
-
-
-def set_channels(reader: ConfigDict, channels: Sequence[int]) -> None:
-    """Tells a neck or head the channels of the feature maps it reads.
-
-    Those are all if it had several numbers; of mmseg's heads what `in_index` says, else the last.
-    """
-    reads_all = isinstance(reader.get('in_channels'), (list, tuple))
-    index = reader.get('in_index', range(len(channels)) if reads_all else -1)
-    one = isinstance(index, int)
-    reader.in_channels = channels[index] if one else [channels[i] for i in index]
-    if 'c1_in_channels' in reader:  # of DeepLabV3+, the first map, which it reads beside the other
-        reader.c1_in_channels = channels[0]
 
 
 def use_gloo(config: Config) -> None:

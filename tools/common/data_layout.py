@@ -1,4 +1,4 @@
-"""What is known of the official data sets: categories, counts, archives and where they go."""
+"""Facts about the official data sets: categories, counts, archives and where they go."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COCO 2017 (https://cocodataset.org, 20 GB): unpack in {root}
   http://images.cocodataset.org/zips/train2017.zip                             -> train2017/*.jpg
   http://images.cocodataset.org/zips/val2017.zip                               -> val2017/*.jpg
   http://images.cocodataset.org/annotations/annotations_trainval2017.zip       -> annotations/
-    of which annotations/instances_train2017.json and instances_val2017.json are read""",
+    (only instances_train2017.json and instances_val2017.json are read)""",
     'ade': """\
 ADE20K, the 150 classes of the scene parsing benchmark (http://sceneparsing.csail.mit.edu, 1 GB):
   http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip, unpacked as {root}
