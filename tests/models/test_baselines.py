@@ -11,7 +11,7 @@ import timm
 import torch
 import yaml
 from common.cli import check_files, set_backbone
-from evidence import count_flops, segmentation_size
+from evidence import segmentation_size
 from helpers import ROOT
 from helpers.pages import write_files
 from helpers.tools import run_tool
@@ -589,16 +589,6 @@ def test_unknown_backbone_is_answered_with_the_known_ones():
 
 
 # ----------------------------------------------------------------------------------------- counts
-def test_attention_is_counted():
-    """Of one head of ViT on 14x14 patches and a class token, against the textbook's formula."""
-
-    class Attention(nn.Module):
-        def forward(self, x):
-            return nn.functional.scaled_dot_product_attention(x, x, x)
-
-    assert count_flops(Attention(), torch.randn(1, 6, 197, 64)) == 6 * 197 * 197 * 64 * 2
-
-
 def test_counts_are_the_published_ones():
     """Of every baseline, by the program that counts ours."""
     evidence = read_evidence(ROOT / 'docs/evidence.json')[BACKBONES]
