@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import os
 import re
 import shlex
@@ -42,9 +41,10 @@ import mmcv
 import mmengine
 import torch
 import torchvision
-from benchmark import device_name
 from common.backbones import set_backbone
+from common.counting import count_bytes_kept, count_macs
 from common.image_sizes import scale_images
+from common.measuring import device_name
 from make_tables import (
     BACKBONES,
     BASELINES,
@@ -58,8 +58,6 @@ from make_tables import (
     task,
     write_tables,
 )
-from mmengine.analysis import FlopAnalyzer
-from mmengine.analysis.jit_handles import get_shape
 from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
@@ -487,28 +485,15 @@ def measure_cost(name: str, config: Path) -> dict:
 def bytes_kept(config: Config, with_cp: bool) -> int:
     """Bytes that the backbone keeps between forward and backward, float32, the batch of one GPU.
 
-    Detection at 800x1280, segmentation at its crop. Counted on the `meta` device, where tensors
-    have no values; every storage once, parameters left out.
+    Detection at 800x1280, segmentation at its crop.
     """
     init_default_scope(config.default_scope)
     config.model.backbone.merge(dict(init_cfg=None, with_cp=with_cp))
     size = config.model.data_preprocessor.get('size') or DETECTION_SIZE
-    kept = {}  # with the storage itself, so that its id is not used again
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[id(storage)] = storage
-        return tensor
-
     with torch.device('meta'):
         backbone = MODELS.build(config.model.backbone).train()
         images = torch.empty(config.train_dataloader.batch_size, 3, *size)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = backbone(images)
-    del outputs
-    for parameter in backbone.parameters():
-        kept.pop(id(parameter.untyped_storage()), None)
-    return sum(storage.nbytes() for storage in kept.values())
+    return count_bytes_kept(backbone, images)
 
 
 def measure_baselines() -> dict:
@@ -525,7 +510,7 @@ def count_cost(config: Config) -> dict:
     """Parameters and FLOPs (multiply-adds, as the papers count) of a whole model.
 
     Detection at 800x1280, segmentation at the recipe's test scale (512x2048 or 640x2560),
-    classification at its crop. mmengine leaves elementwise products out.
+    classification at its crop.
     """
     init_default_scope(config.default_scope)
     config.model.backbone.init_cfg = None
@@ -548,25 +533,12 @@ def count_cost(config: Config) -> dict:
         batch = pack(model, config.default_scope, size)
         model.forward = partial(model.forward, data_samples=batch['data_samples'])
         inputs = batch['inputs']
-    flops = count_flops(model, inputs)
+    if config.default_scope != 'mmdet':  # whose proposals depend on values
+        model, inputs = model.to('meta'), inputs.to('meta')
+    flops = count_macs(model, inputs)
     del model
     gc.collect()
     return {'parameters': parameters, 'flops': flops, 'size': list(size)}
-
-
-def count_flops(model: torch.nn.Module, images: torch.Tensor) -> int:
-    """FLOPs of one forward pass, by mmengine's counter and what it does not know of attention."""
-    with torch.no_grad():  # else Large keeps more than 24 GB
-        analyzer = FlopAnalyzer(model, (images,))
-        analyzer.set_op_handle('aten::scaled_dot_product_attention', count_attention)
-        return int(analyzer.total())
-
-
-def count_attention(inputs: list, outputs: list) -> int:
-    """The two matrix products of attention; queries, keys, values are (..., length, channels)."""
-    queries, keys, values = (get_shape(value) for value in inputs[:3])
-    pairs = math.prod(queries[:-1]) * keys[-2]
-    return pairs * (queries[-1] + values[-1])
 
 
 CLASSES = 1000
@@ -588,7 +560,7 @@ def measure_backbone(name: str) -> dict:
     result = {
         'classification': {
             'parameters': count_parameters(network),
-            'flops': count_flops(network, torch.zeros(1, 3, size, size)),
+            'flops': count_macs(network.to('meta'), torch.zeros(1, 3, size, size, device='meta')),
             'size': [size, size],
         }
     }
@@ -596,7 +568,9 @@ def measure_backbone(name: str) -> dict:
         backbone = build_backbone(name)
         result['dense'] = {
             'parameters': count_parameters(backbone),
-            'flops': count_flops(backbone, torch.zeros(1, 3, *DETECTION_SIZE)),
+            'flops': count_macs(
+                backbone.to('meta'), torch.zeros(1, 3, *DETECTION_SIZE, device='meta')
+            ),
             'size': list(DETECTION_SIZE),
         }
     if name in IN_WHOLE_MODELS:

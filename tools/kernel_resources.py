@@ -49,7 +49,7 @@ DTYPES = ('bfloat16', 'float16', 'float32')
 HALF = ('bfloat16', 'float16')
 # Of constants that tell apart what one kernel is compiled for; the rest are sizes.
 SWITCHES = re.compile(r'HAS_\w+|FLIP')
-PAGE = Path(__file__).resolve().parents[1] / 'docs/depthwise.md'
+PAGE = Path(__file__).resolve().parents[1] / 'docs/data/kernel_resources.md'
 DISASSEMBLER = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
 HEADER = ['GPU', 'dtype', 'kernel', 'K', 'C', 'registers', 'bytes spilled',
           'instructions of the loop', 'multiply-adds', 'loads and stores by bits']  # fmt: skip
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         'depthwise convolution alone',
     )  # fmt: skip
     parser.add_argument(
-        '--page', action='store_true', help='keep what is printed in docs/depthwise.md'
+        '--page', action='store_true', help='keep what is printed in docs/data/kernel_resources.md'
     )
     args = parser.parse_args(argv)
     if os.environ.get('TRITON_INTERPRET') == '1':

@@ -19,7 +19,7 @@ CACHE_BYTES = 2**22  # of the input at once, for which the products stay in a co
 def is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether the matrix products beat the stock operator, as measured on 2 CPU cores in float32.
 
-    docs/performance.md has the table.
+    docs/data/benchmarks.md has the table.
 
     Args:
         x: Input (N, H, W, ...).

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from common.counting import count_bytes_kept
 from helpers.comparisons import (
     SMALL_ARCHS,
     compare_with_plain,
@@ -164,26 +165,14 @@ def test_out_norm_normalises():
     assert not any(name.startswith('norm') for name in small(out_norm=False).state_dict())
 
 
-def kept_for_backward(model, x):
-    """Outputs, and the number of values that autograd keeps until the backward pass."""
-    kept = []
-
-    def pack(tensor):
-        kept.append(tensor.numel())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = model(x)
-    return outputs, sum(kept)
-
-
 def test_activation_checkpointing_changes_nothing_but_memory():
     x = torch.randn(2, 3, 64, 64)
     results = []
     for with_cp in (False, True):
         model = randomized(small(with_cp=with_cp, recompute='nothing', drop_path_rate=0.3))
+        kept = count_bytes_kept(model, x)
         torch.manual_seed(3)
-        outputs, kept = kept_for_backward(model, x)
+        outputs = model(x)
         loss_of(outputs).backward()
         results.append((outputs, [p.grad for p in model.parameters()], kept))
     (outputs, gradients, kept), (outputs_cp, gradients_cp, kept_cp) = results

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from common.counting import count_bytes_kept
 from common.plain_conv2former import plain_conv2former
 from helpers.comparisons import SMALL_ARCHS, compare_with_plain, loss_of, randomized, relative_error
 from helpers.half_precision import HALF_DTYPES, needs_float16
@@ -14,19 +15,6 @@ from mmconv2former.ops.block import RECOMPUTE
 from mmconv2former.registry import MODELS
 
 ARCH = SMALL_ARCHS['kernels']
-
-
-def bytes_kept(function, *args):
-    """Bytes of the storages that autograd keeps, parameters among them."""
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = function(*args)
-    return sum(kept.values()), outputs
 
 
 def gradients(model, x, autocast=None, scaler=1.0):
@@ -47,9 +35,9 @@ def test_equals_the_plain_implementation(arch, recompute):
 
 def test_less_and_less_is_kept():
     x = torch.randn(1, 3, 64, 96)
-    kept = [bytes_kept(Conv2Former('tiny', recompute=name), x)[0] for name in RECOMPUTE]
-    parameters = 4 * sum(p.numel() for p in Conv2Former('tiny').parameters())
-    nothing, elementwise, expansion = (value - parameters for value in kept)
+    nothing, elementwise, expansion = (
+        count_bytes_kept(Conv2Former('tiny', recompute=name), x) for name in RECOMPUTE
+    )
     assert elementwise < 0.65 * nothing
     assert expansion < 0.8 * elementwise
 
@@ -141,19 +129,17 @@ def test_frozen_parts_get_no_gradient():
 
 
 def test_nothing_is_kept_without_gradients():
-    model = Conv2Former(ARCH, recompute='expansion')
+    model, x = Conv2Former(ARCH, recompute='expansion'), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        kept, outputs = bytes_kept(model, torch.randn(1, 3, 64, 64))
-    assert kept == 0
+        outputs = model(x)
+        assert count_bytes_kept(model, x) == 0
     assert all(output.grad_fn is None for output in outputs)
 
 
 def test_checkpointing_keeps_least():
     x = torch.randn(1, 3, 64, 96)
-    parameters = 4 * sum(p.numel() for p in Conv2Former('tiny').parameters())
-    plain, _ = bytes_kept(Conv2Former('tiny', recompute='elementwise'), x)
-    checkpointed, _ = bytes_kept(Conv2Former('tiny', recompute='elementwise', with_cp=True), x)
-    assert checkpointed - parameters < 0.5 * (plain - parameters)
+    plain = count_bytes_kept(Conv2Former('tiny'), x)
+    assert count_bytes_kept(Conv2Former('tiny', with_cp=True), x) < 0.5 * plain
 
 
 def test_bad_argument():

@@ -27,7 +27,7 @@ def test_no_kernel_spills():
     result = resources('--capability', '80', '90', '--kernel-sizes', '3', '11', '31')
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()[2:]
-    page = (ROOT / 'docs/depthwise.md').read_text()
+    page = (ROOT / 'docs/data/kernel_resources.md').read_text()
     if f'Triton {triton.__version__}' in page:
         assert all(line in page for line in lines if 'sm_90' in line), 'run it with --page'
     rows = [line.split('|')[1:-1] for line in lines]
@@ -46,7 +46,7 @@ def test_kernels_of_a_network():
     result = resources('--network', '--capability', '90', '--kernel-sizes', '11')
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()[2:]
-    page = (ROOT / 'docs/depthwise.md').read_text()
+    page = (ROOT / 'docs/data/kernel_resources.md').read_text()
     if f'Triton {triton.__version__}' in page:
         assert all(line in page for line in lines), 'run it with --network --page'
     rows = [[*map(str.strip, line.split('|')[1:-1])] for line in lines]

@@ -1,16 +1,16 @@
-"""`benchmark_recipe.py --layout`: the same losses whatever the memory format."""
+"""Training steps of whole recipes: the same losses in any memory format, and what is timed."""
 
 import re
 import sys
+from functools import partial
 
 import benchmark_recipe
 import pytest
 import torch
-from benchmark import Setting
-from benchmark_recipe import build_layout, detection_batch, loss, segmentation_batch, with_crop
+from benchmark_recipe import build_layout, detection_batch, loss, read_recipe, segmentation_batch
+from common.measuring import Setting
 from helpers import ROOT
 from helpers.in_process import write_tiny_config
-from mmengine.config import Config
 
 from mmconv2former import Conv2Former
 
@@ -36,6 +36,19 @@ def channels_last_features(monkeypatch):
     monkeypatch.setattr(Conv2Former, 'forward', forward)
 
 
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs the tool on a tiny recipe and returns what it printed."""
+    recipe = write_tiny_config(tmp_path / 'tiny.py')
+
+    def run(*options):
+        monkeypatch.setattr(sys, 'argv', ['benchmark_recipe.py', *map(str, (recipe, *options))])
+        benchmark_recipe.main()
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize(
     ('recipe', 'make_batch'),
     [
@@ -43,8 +56,8 @@ def channels_last_features(monkeypatch):
         ('segmentation/upernet_conv2former_n', segmentation_batch),
     ],
 )
-def test_losses_are_those_of_any_layout(recipe, make_batch, channels_last_features, monkeypatch):
-    config = with_crop(Config.fromfile(ROOT / f'configs/{recipe}.py'), SETTING)
+def test_losses_are_those_of_any_layout(recipe, make_batch, channels_last_features):
+    config = read_recipe(ROOT / f'configs/{recipe}.py', SETTING)
     losses = []
     for features in (False, True):
         for weights in (False, True):
@@ -67,13 +80,42 @@ def is_spatial(parameter):
     return parameter.ndim == 4 and min(parameter.shape[1], parameter.shape[2]) > 1
 
 
-def test_command(channels_last_features, tmp_path, monkeypatch, capsys):
-    recipe = write_tiny_config(tmp_path / 'tiny.py')
-    options = ['--layout', '--size', '64', '64', '--rounds', '2']
-    monkeypatch.setattr(sys, 'argv', ['benchmark_recipe.py', str(recipe), *options])
-    benchmark_recipe.main()
-    output = capsys.readouterr().out
-    assert '| layout | training step, ms | first to it |' in output
+@pytest.mark.parametrize('with_optimizer', [True, False])
+def test_step_of_a_recipe(with_optimizer, monkeypatch):
+    """Gradients are there when the optimizer steps, and gone when the step ends."""
+    stepped = []
+
+    def step(optimizer):
+        stepped.extend(p.grad.clone() for group in optimizer.param_groups for p in group['params'])
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    monkeypatch.setattr(benchmark_recipe, 'loss', lambda model, batch, setting: model(batch).sum())
+    build_model = partial(torch.nn.Linear, 2, 1)
+    case = benchmark_recipe.make_case(build_model, Setting((1, 1)), with_optimizer)
+    case.step(torch.tensor([[3.0, 4.0]]))
+    assert [grad.tolist() for grad in stepped] == ([[[3, 4]], [1]] if with_optimizer else [])
+    assert all(parameter.grad is None for parameter in case.model.parameters())
+
+
+def test_layouts_are_compared(run, channels_last_features):
+    output = run('--layout', '--size', 64, 64, '--rounds', 2)
     for features in ('contiguous', 'channels_last'):
         for weights in ('contiguous', 'channels_last'):
-            assert re.search(rf'\| {features} features, {weights} weights \| \d+ ', output)
+            assert re.search(rf'\| `{features} features, {weights} weights` \| \d+', output)
+
+
+def test_whole_recipes_and_their_data(run, sample, tmp_path, monkeypatch):
+    page = tmp_path / 'page.md'
+    page.write_text('<!-- table data tiny -->\n<!-- end -->\n')
+    monkeypatch.setattr(benchmark_recipe, 'PAGE', page)
+    monkeypatch.setattr(torch, 'set_num_threads', lambda threads: None)
+    output = run('--size', 64, 64, '--rounds', 2)
+    assert '2x3x64x64, float32, cpu; medians of 2 rounds' in output
+    for name in ('Conv2Former', 'published code', 'ConvNeXt-T', 'Swin-T'):
+        assert re.search(
+            rf'\| `{name}` \| \d+\.\d \(.*\| \d\.\d\d \| [\d,]+ \| \d\.\d\d \|', output
+        )
+    data = ['--data-root', sample / 'ade/ADEChallengeData2016', '--images', 4, '--page']
+    output = run(*data)
+    assert re.search(r'\d images per second with one worker', output)
+    assert '| RandomCrop |' in page.read_text()

@@ -1,17 +1,18 @@
-"""How the benchmarks measure: wall time, what the device does meanwhile, memory, ceilings.
+"""How the benchmarks measure: setting, wall time, activity of the device, memory, ceilings.
 
-The same code runs on every device. A CPU has no kernels, so torch's operators, nested ones
-included, count as launches there. Peak memory is for CUDA only.
+The same code runs on every device. A CPU has no kernels, so torch's operators, including nested
+ones, count as launches there. Peak memory is measured on CUDA only.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,15 +22,65 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
-from torch.utils._pytree import tree_flatten
 
 from common.config_check import in_one_line
+from common.counting import count_bytes_kept
+from common.tables import table
 
 Size = tuple[int, int]  # height, width
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Input, device and precision of a run.
+
+    Raises:
+        SystemExit: The device is cuda and torch finds none. Counting needs one too: without it
+            torch turns autocast off, and float16 would be counted as float32.
+    """
+
+    size: Size
+    batch: int = 1
+    device: str = 'cpu'
+    dtype: str = 'float32'
+
+    def __post_init__(self) -> None:
+        if self.device == 'cuda' and not torch.cuda.is_available():
+            raise SystemExit('error: --device cuda: torch finds no CUDA device on this machine')
+
+    def images(self, size: Size | None = None) -> Tensor:
+        """A random batch of this or another size."""
+        torch.manual_seed(0)
+        return torch.randn(self.batch, 3, *(size or self.size), device=self.device)
+
+    def autocast(self) -> AbstractContextManager:
+        if self.dtype == 'float32':
+            return nullcontext()
+        return torch.autocast(self.device, DTYPES[self.dtype])
+
+    def __str__(self) -> str:
+        height, width = self.size
+        return f'{self.batch}x3x{height}x{width}, {self.dtype}, {self.device}'
+
+
+def device_name(device: str) -> str:
+    if device == 'cuda':
+        return torch.cuda.get_device_name()
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(':')[1].strip() for line in lines if 'model name' in line]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine(device: str) -> str:
+    """The device and versions that results depend on, in a line."""
+    threads = '' if device == 'cuda' else f', {torch.get_num_threads()} threads'
+    return f'{device_name(device)}{threads}, torch {torch.__version__}'
 
 
 class Budget:
-    """A limit of time, in seconds from now."""
+    """A time limit, in seconds from now."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds
@@ -42,17 +93,20 @@ class Budget:
         return Budget(min(seconds, self.left))
 
 
+UNLIMITED = Budget(math.inf)
+
+
 # ------------------------------------------------------------------------------------------- time
 def synchronize(device: str) -> None:
     if device == 'cuda':
         torch.cuda.synchronize()
 
 
-def timed(function: Callable, *args: object, device: str) -> float:
-    """Seconds."""
+def timed(function: Callable[[], object], device: str) -> float:
+    """Seconds of a call, until the device has finished."""
     synchronize(device)
     start = time.perf_counter()
-    function(*args)
+    function()
     synchronize(device)
     return time.perf_counter() - start
 
@@ -62,33 +116,27 @@ def repeat(function: Callable[[], object], calls: int) -> None:
         function()
 
 
-def warm_up(function: Callable[[], object], device: str, at_most: float) -> tuple[float, int]:
-    """Seconds of a call, and how many fit into `at_most` seconds: from 3 to 100."""
+def warm_up(function: Callable[[], object], device: str) -> tuple[float, int]:
+    """Seconds of a call after the first, and how many fit into 20 ms: from 3 to 100."""
     function()  # compiles and plans
-    once = timed(function, device=device)
-    return once, max(3, min(100, int(at_most / once)))
+    once = timed(function, device)
+    return once, max(3, min(100, int(0.02 / once)))
 
 
-def launch_seconds(function: Callable[[], object], device: str, at_most: float = 0.02) -> float:
+def launch_seconds(function: Callable[[], object], device: str) -> float:
     """Mean wall time of a call. For a tiny input it is what a launch costs the host."""
-    _, calls = warm_up(function, device, at_most)
-    return timed(repeat, function, calls, device=device) / calls
+    _, calls = warm_up(function, device)
+    return timed(partial(repeat, function, calls), device) / calls
 
 
-def device_seconds(function: Callable[[], object], device: str, at_most: float = 0.02) -> float:
-    """Mean time of a call on the device alone: on a GPU without the time that launches take.
-
-    Args:
-        function: What is called.
-        device: Where it runs.
-        at_most: Seconds for all calls together; there are at least 3.
-    """
+def device_seconds(function: Callable[[], object], device: str) -> float:
+    """Mean time of a call on the device alone: on a GPU without the time that launches take."""
     if device != 'cuda':
-        return launch_seconds(function, device, at_most)
-    once, calls = warm_up(function, device, at_most)
+        return launch_seconds(function, device)
+    once, calls = warm_up(function, device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    # While the device sleeps (about 2 cycles a nanosecond) the host fills its queue.
-    torch.cuda._sleep(int(2e9 * min(calls * once, at_most)))
+    # The device sleeps, at about 2 cycles a nanosecond, while the host fills its queue.
+    torch.cuda._sleep(int(2e9 * min(calls * once, 0.02)))
     start.record()
     repeat(function, calls)
     end.record()
@@ -101,11 +149,11 @@ def device_seconds(function: Callable[[], object], device: str, at_most: float =
 class Ceilings:
     """Measured limits of a device."""
 
-    copy: float  # bytes a second, read and written
-    products: dict[str, float]  # operations a second of matrix products, by dtype
+    copy: float  # bytes read and written per second
+    products: dict[str, float]  # operations of matrix products per second, by dtype
 
     def seconds(self, moved: float, operations: float) -> float:
-        """The least time in which so many bytes can be moved and float32 operations done."""
+        """The least time for moving so many bytes and doing so many float32 operations."""
         return max(moved / self.copy, operations / self.products['float32'])
 
     def __str__(self) -> str:
@@ -114,16 +162,16 @@ class Ceilings:
 
 
 def measure_ceilings(device: str) -> Ceilings:
-    """Of a large copy and of large matrix products; float32 is without TF32, torch's default."""
+    """Rates of a large copy and of large matrix products; float32 without TF32."""
     numbers, side = (2**28, 8192) if device == 'cuda' else (2**22, 512)
     source = torch.ones(numbers, device=device)
     target = torch.empty_like(source)
-    copy = 2 * 4 * numbers / device_seconds(lambda: target.copy_(source), device)
+    copy = 2 * source.nbytes / device_seconds(lambda: target.copy_(source), device)
     products = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for name, dtype in DTYPES.items():
         matrix = torch.randn(side, side, device=device, dtype=dtype)
         seconds = device_seconds(partial(torch.mm, matrix, matrix), device)
-        products[str(dtype).removeprefix('torch.')] = 2 * side**3 / seconds
+        products[name] = 2 * side**3 / seconds
     return Ceilings(copy, products)
 
 
@@ -134,7 +182,7 @@ class Activity:
 
     busy: float  # while it ran anything
     launches: int  # kernels, copies and fills
-    depthwise: float  # of busy, while it ran a depthwise convolution
+    depthwise: float  # the part of busy that is depthwise convolutions
 
 
 def trace(function: Callable[[], object], device: str) -> Activity:
@@ -151,53 +199,54 @@ def trace(function: Callable[[], object], device: str) -> Activity:
         return read_trace(json.loads(path.read_bytes())['traceEvents'], device)
 
 
-ON_DEVICE = ('kernel', 'gpu_memcpy', 'gpu_memset')  # annotations span the idle time between them
+Event = dict[str, Any]
+ON_DEVICE = ('kernel', 'gpu_memcpy', 'gpu_memset')  # annotations also span idle time
 
 
-def read_trace(events: list[dict[str, Any]], device: str) -> Activity:
-    """What a trace of torch's profiler says of the device.
+def read_trace(events: list[Event], device: str) -> Activity:
+    """Reads a trace of torch's profiler.
 
-    A kernel belongs to a depthwise convolution if one of the operators that it was launched in is
-    one (`is_depthwise`), or if its own name begins with `depthwise_`, as those of this project do.
+    A kernel belongs to a depthwise convolution if one of the operators that launched it is one
+    (`is_depthwise`), or if its name begins with `depthwise_`, as in this project.
 
     Raises:
-        RuntimeError: There is nothing of the device in it.
+        RuntimeError: The trace contains nothing of the device.
     """
     operators = [event for event in events if event.get('cat') == 'cpu_op']
     depthwise: set[int] = set()
-    stack: list[dict[str, Any]] = []
+    callers: list[Event] = []
     for operator in sorted(operators, key=lambda event: (event['tid'], event['ts'], -event['dur'])):
-        while stack and not (
-            stack[-1]['tid'] == operator['tid'] and operator['ts'] < end_of(stack[-1])
+        while callers and not (
+            callers[-1]['tid'] == operator['tid'] and operator['ts'] < end_of(callers[-1])
         ):
-            stack.pop()
-        if is_depthwise(operator) or (stack and identity(stack[-1]) in depthwise):
+            callers.pop()
+        if is_depthwise(operator) or (callers and identity(callers[-1]) in depthwise):
             depthwise.add(identity(operator))
-        stack.append(operator)
+        callers.append(operator)
     if device == 'cuda':
         ran = [event for event in events if event.get('cat') in ON_DEVICE]
     else:
         ran = [operator for operator in operators if operator['name'].startswith('aten::')]
     if not ran:
         raise RuntimeError("torch's profiler saw nothing run on the device")
-    of_depthwise = [
+    convolutions = [
         event
         for event in ran
         if identity(event) in depthwise or event['name'].startswith('depthwise_')
     ]
-    return Activity(covered(ran), len(ran), covered(of_depthwise))
+    return Activity(covered(ran), len(ran), covered(convolutions))
 
 
-def identity(event: dict[str, Any]) -> int:
+def identity(event: Event) -> int:
     """The number of an operator, or of the innermost one that launched a kernel."""
     return event['args'].get('External id', -1)
 
 
-def end_of(event: dict[str, Any]) -> float:
+def end_of(event: Event) -> float:
     return event['ts'] + event['dur']
 
 
-def is_depthwise(operator: dict[str, Any]) -> bool:
+def is_depthwise(operator: Event) -> bool:
     """By its name, or as a convolution by its shapes: input (N, C, ...) and kernel (C, 1, ...)."""
     name = operator['name']
     if 'convolution' not in name:
@@ -207,35 +256,30 @@ def is_depthwise(operator: dict[str, Any]) -> bool:
     return len(x) == len(weight) == 4 and weight[1] == 1 < weight[0] == x[1]
 
 
-def covered(events: Iterable[dict[str, Any]]) -> float:
-    """Seconds in which any of the events runs."""
-    return 1e-6 * union_length((event['ts'], end_of(event)) for event in events)
-
-
-def union_length(intervals: Iterable[tuple[float, float]]) -> float:
-    """What the intervals cover, where they overlap once."""
+def covered(events: Iterable[Event]) -> float:
+    """Seconds in which at least one event runs."""
     total, reached = 0.0, -math.inf
-    for start, end in sorted(intervals):
+    for start, end in sorted((event['ts'], end_of(event)) for event in events):
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
-    return total
+    return 1e-6 * total
 
 
 # ------------------------------------------------------------------------------------------ steps
 @dataclass
 class Case:
-    """A model with what is measured of it, on a batch."""
+    """A model and the calls that are measured, on a batch."""
 
     model: nn.Module
     step: Callable[[Any], object]
-    forward: Callable[[Any], object] | None = None  # what keeps memory for the backward pass
+    forward: Callable[[Any], object] | None = None  # keeps memory for the backward pass
 
 
 @dataclass
 class Cost:
     """What a step costs, or why that is unknown."""
 
-    wall: list[float] = field(default_factory=list)  # seconds, one for each round
+    wall: list[float] = field(default_factory=list)  # seconds of each round
     activity: Activity | None = None
     peak_bytes: int | None = None  # beyond what was allocated before the step; CUDA only
     bytes_kept: int | None = None  # between forward and backward
@@ -243,34 +287,36 @@ class Cost:
     new_sizes: list[tuple[float, float]] = field(default_factory=list)
     error: str = ''
 
+    @property
+    def median(self) -> float | None:
+        return statistics.median(self.wall) if self.wall else None
 
-LEAST_ROUNDS = 3  # even when the time is up
+
+LEAST_ROUNDS = 3  # even when the time is used up
 
 
 def measure_costs(
     builders: Mapping[str, Callable[[], Case]],
     make_batch: Callable[[Size], Any],
-    size: Size,
-    device: str,
+    setting: Setting,
     rounds: int,
     budget: Budget,
     new_sizes: Sequence[Size] = (),
 ) -> dict[str, Cost]:
-    """Costs of cases that run in turn, after warming up.
+    """Costs of cases that run in turn, after a warm-up.
 
     Args:
-        builders: They make the cases. A case that cannot be built or run gets an `error`.
-        make_batch: It makes a batch of a given size, for all cases.
-        size: The size of the timed batches.
-        device: Where the cases run.
-        rounds: How often each case is timed; less when the budget is used up, but not less than
+        builders: Make the cases. A case that cannot be built or run gets an `error`.
+        make_batch: Makes a batch of a given size, for all cases.
+        setting: The size of the timed batches, and the device.
+        rounds: How often each case is timed; fewer when the budget is used up, but at least
             `LEAST_ROUNDS`.
-        budget: Cases that do not fit into it get an `error`, new sizes are left out.
+        budget: Cases that do not fit into it get an `error`; new sizes are left out.
         new_sizes: Sizes at which the first and the second call are timed.
     """
     costs = {name: Cost() for name in builders}
     cases: dict[str, Case] = {}
-    batch = make_batch(size)
+    device, batch = setting.device, make_batch(setting.size)
     for name, build in builders.items():
         with noting_errors(costs[name]):
             if not budget.left:
@@ -280,7 +326,7 @@ def measure_costs(
             cases[name] = case
             costs[name].activity = trace(partial(case.step, batch), device)
             if case.forward is not None:
-                costs[name].bytes_kept = count_kept(case.model, case.forward, batch)
+                costs[name].bytes_kept = count_bytes_kept(case.model, batch, case.forward)
     for number in range(rounds):
         if number >= LEAST_ROUNDS and not budget.left:
             break
@@ -291,7 +337,7 @@ def measure_costs(
         for name, case in cases.items():
             with noting_errors(costs[name]):
                 if budget.left:
-                    first, second = (timed(case.step, new_batch, device=device) for _ in range(2))
+                    first, second = (timed(partial(case.step, new_batch), device) for _ in range(2))
                     costs[name].new_sizes.append((first, second))
     return costs
 
@@ -310,50 +356,57 @@ def time_and_peak(cost: Cost, step: Callable[[], object], device: str) -> None:
     if device == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    cost.wall.append(timed(step, device=device))
+    cost.wall.append(timed(step, device))
     if device == 'cuda':
         cost.peak_bytes = max(cost.peak_bytes or 0, torch.cuda.max_memory_allocated() - before)
 
 
-def count_kept(model: nn.Module, forward: Callable[[Any], object], batch: Any) -> int:
-    """Bytes that autograd keeps between forward and backward, without parameters and batch."""
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = forward(batch)
-    for tensor in (*model.parameters(), *tree_flatten(batch)[0]):
-        if isinstance(tensor, Tensor):
-            kept.pop(tensor.untyped_storage().data_ptr(), None)
-    del outputs
-    return sum(kept.values())
-
-
 # ----------------------------------------------------------------------------------------- tables
-COLUMNS = ['busy, ms', 'depthwise, ms', 'launches', 'peak, MiB', 'new size, ms',
-           'times of a known size']  # fmt: skip
+def costs_table(costs: Mapping[str, Cost], more: Mapping[str, Mapping[str, str]] = {}) -> str:
+    """A row for each case, with medians; `more` columns by header and case follow the names.
+
+    Ratios are those of the first case to each. Columns without any value are left out; below the
+    table is a line for each case that was not measured.
+    """
+    first = next(iter(costs.values()))
+    rows: list[dict[str, str]] = []
+    for name, cost in costs.items():
+        row = {'': f'`{name}`'} | {header: cells.get(name, '') for header, cells in more.items()}
+        row |= {
+            'wall, ms': spread(cost.wall),
+            'first to it': ratio(first.median, cost.median),
+            'kept for backward, MiB': mebibytes(cost.bytes_kept),
+            'kept, first to it': ratio(first.bytes_kept, cost.bytes_kept),
+        }
+        if cost.activity is not None:
+            row |= {
+                'busy, ms': f'{1e3 * cost.activity.busy:.1f}',
+                'depthwise, ms': f'{1e3 * cost.activity.depthwise:.1f}',
+                'launches': f'{cost.activity.launches:,}',
+            }
+        row['peak, MiB'] = mebibytes(cost.peak_bytes)
+        if cost.new_sizes:
+            seconds, ratios = zip(*((new, new / known) for new, known in cost.new_sizes))
+            row['new size, ms'] = f'{1e3 * statistics.median(seconds):.0f}'
+            row['times of a known size'] = f'{statistics.median(ratios):.1f}'
+        rows.append(row)
+    headers = dict.fromkeys(header for row in rows for header, cell in row.items() if cell)
+    errors = [f'\n`{name}`: {cost.error}\n' for name, cost in costs.items() if cost.error]
+    cells = [[row.get(header, '') for header in headers] for row in rows]
+    return table(list(headers), cells) + ''.join(errors)
 
 
-def cells(cost: Cost) -> list[str]:
-    """The cells of `COLUMNS`, medians where there are several values."""
-    activity = [''] * 3
-    if cost.activity is not None:
-        seconds = cost.activity.busy, cost.activity.depthwise
-        activity = [*(f'{1e3 * value:.1f}' for value in seconds), f'{cost.activity.launches:,}']
-    first = times = ''
-    if cost.new_sizes:
-        first = f'{1e3 * statistics.median(first for first, _ in cost.new_sizes):.0f}'
-        times = f'{statistics.median(first / second for first, second in cost.new_sizes):.1f}'
-    return [*activity, mebibytes(cost.peak_bytes), first, times]
+def spread(seconds: Sequence[float]) -> str:
+    """Median and quartiles in milliseconds."""
+    if not seconds:
+        return ''
+    first, median, third = (f'{1e3 * value:.1f}' for value in statistics.quantiles(seconds, n=4))
+    return f'{median} ({first} to {third})'
+
+
+def ratio(first: float | None, other: float | None) -> str:
+    return f'{first / other:.2f}' if first and other else ''
 
 
 def mebibytes(count: int | None) -> str:
     return '' if count is None else f'{count / 2**20:,.0f}'
-
-
-def errors_below(costs: Mapping[str, Cost]) -> str:
-    """A line below a table for each case that was not measured."""
-    return ''.join(f'\n\n`{name}`: {cost.error}' for name, cost in costs.items() if cost.error)

@@ -1,18 +1,21 @@
-"""Conv2Former written a second time, straight from the published equations, to check the first.
+"""Conv2Former a second time, straight from the published equations, to check the package against.
 
-Deliberately plain: functions over a state dict with the published names, tensors (N, C, H, W)
-throughout, LayerNorm and GELU from elementary operations, convolutions by `conv2d` alone.
+Deliberately plain: functions of a state dict with the published names, tensors (N, C, H, W)
+throughout, LayerNorm, GELU and BatchNorm in elementary operations, convolutions by `conv2d` alone.
+`PublishedConv2Former` is the same network with the operators of the published code.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from mmconv2former import Conv2Former
 
 StateDict = Mapping[str, Tensor]
 
@@ -38,6 +41,22 @@ def batch_norm(x: Tensor, p: StateDict, name: str, training: bool) -> Tensor:
     return p[f'{name}.weight'][:, None, None] * x + p[f'{name}.bias'][:, None, None]
 
 
+def stock_batch_norm(x: Tensor, p: StateDict, name: str, training: bool) -> Tensor:
+    mean, var = p[f'{name}.running_mean'], p[f'{name}.running_var']
+    return F.batch_norm(x, mean, var, p[f'{name}.weight'], p[f'{name}.bias'], training)
+
+
+class Operators(NamedTuple):
+    """The operators that can be computed in more than one way."""
+
+    gelu: Callable[[Tensor], Tensor]
+    batch_norm: Callable[[Tensor, StateDict, str, bool], Tensor]
+
+
+ELEMENTARY = Operators(gelu, batch_norm)
+PUBLISHED = Operators(F.gelu, stock_batch_norm)  # the published LayerNorm is as above
+
+
 def conv(x: Tensor, p: StateDict, name: str, **kwargs: Any) -> Tensor:
     return F.conv2d(x, p[f'{name}.weight'], p.get(f'{name}.bias'), **kwargs)
 
@@ -51,10 +70,12 @@ def norm(x: Tensor, p: StateDict, name: str) -> Tensor:
     return layer_norm(x, p[f'{name}.weight'], p[f'{name}.bias'])
 
 
-def stem(x: Tensor, p: StateDict, training: bool) -> Tensor:
+def stem(x: Tensor, p: StateDict, training: bool, ops: Operators = ELEMENTARY) -> Tensor:
     name = 'downsample_layers.0'
-    x = batch_norm(gelu(conv(x, p, f'{name}.0', stride=2, padding=1)), p, f'{name}.2', training)
-    x = batch_norm(gelu(conv(x, p, f'{name}.3', padding=1)), p, f'{name}.5', training)
+    x = ops.gelu(conv(x, p, f'{name}.0', stride=2, padding=1))
+    x = ops.batch_norm(x, p, f'{name}.2', training)
+    x = ops.gelu(conv(x, p, f'{name}.3', padding=1))
+    x = ops.batch_norm(x, p, f'{name}.5', training)
     return conv(x, p, f'{name}.6', stride=2)
 
 
@@ -72,35 +93,43 @@ def fuse(a: Tensor, v: Tensor, fusion: str) -> Tensor:
     return v * (a - low + 1e-6) / (high - low + 1e-6)
 
 
-def modulation(x: Tensor, p: StateDict, name: str, fusion: str) -> Tensor:
+def modulation(x: Tensor, p: StateDict, name: str, fusion: str, ops: Operators) -> Tensor:
     x = norm(x, p, f'{name}.norm')
-    a = depthwise(gelu(conv(x, p, f'{name}.att.0')), p, f'{name}.att.2')
+    a = depthwise(ops.gelu(conv(x, p, f'{name}.att.0')), p, f'{name}.att.2')
     return conv(fuse(a, conv(x, p, f'{name}.v'), fusion), p, f'{name}.proj')
 
 
-def feed_forward(x: Tensor, p: StateDict, name: str) -> Tensor:
-    h = gelu(conv(norm(x, p, f'{name}.norm'), p, f'{name}.fc1'))
-    return conv(h + gelu(depthwise(h, p, f'{name}.pos')), p, f'{name}.fc2')
+def feed_forward(x: Tensor, p: StateDict, name: str, ops: Operators) -> Tensor:
+    h = ops.gelu(conv(norm(x, p, f'{name}.norm'), p, f'{name}.fc1'))
+    return conv(h + ops.gelu(depthwise(h, p, f'{name}.pos')), p, f'{name}.fc2')
 
 
-def block(x: Tensor, p: StateDict, name: str, fusion: str = 'hadamard') -> Tensor:
-    x = x + p[f'{name}.layer_scale_1'][:, None, None] * modulation(x, p, f'{name}.attn', fusion)
-    return x + p[f'{name}.layer_scale_2'][:, None, None] * feed_forward(x, p, f'{name}.mlp')
+def block(
+    x: Tensor, p: StateDict, name: str, fusion: str = 'hadamard', ops: Operators = ELEMENTARY
+) -> Tensor:
+    scale_1, scale_2 = (p[f'{name}.layer_scale_{i}'][:, None, None] for i in (1, 2))
+    x = x + scale_1 * modulation(x, p, f'{name}.attn', fusion, ops)
+    return x + scale_2 * feed_forward(x, p, f'{name}.mlp', ops)
 
 
 def plain_conv2former(
-    x: Tensor, p: StateDict, depths: Sequence[int], training: bool = False, fusion: str = 'hadamard'
+    x: Tensor,
+    p: StateDict,
+    depths: Sequence[int],
+    training: bool = False,
+    fusion: str = 'hadamard',
+    ops: Operators = ELEMENTARY,
 ) -> list[Tensor]:
     """Outputs of all stages, with the norms `norm{i}` where the state dict `p` has them."""
     outputs = []
     for i, depth in enumerate(depths):
         if i == 0:
-            x = stem(x, p, training)
+            x = stem(x, p, training, ops)
         else:
             name = f'downsample_layers.{i}'
             x = conv(norm(x, p, f'{name}.0'), p, f'{name}.1', stride=2)
         for j in range(depth):
-            x = block(x, p, f'stages.{i}.{j}', fusion)
+            x = block(x, p, f'stages.{i}.{j}', fusion, ops)
         outputs.append(norm(x, p, f'norm{i}') if f'norm{i}.weight' in p else x)
     return outputs
 
@@ -129,3 +158,22 @@ def plain_head(x: Tensor, p: StateDict) -> Tensor:
     """Logits of a feature map (N, C, H, W)."""
     x = norm(gelu(conv(x, p, 'head.0')), p, 'head.2')
     return x.mean((2, 3)) @ p['pred.weight'].t() + p['pred.bias']
+
+
+class PublishedConv2Former(nn.Module):
+    """A `Conv2Former` computed as in the published code, which has the same parameters.
+
+    Args:
+        network: Gives parameters and depths.
+        channels_last: Memory format of the published code's tensors (N, C, H, W).
+    """
+
+    def __init__(self, network: Conv2Former, channels_last: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        state = dict(self.network.named_parameters()) | dict(self.network.named_buffers())
+        x = x.contiguous(memory_format=self.memory_format)
+        return plain_conv2former(x, state, self.network.depths, self.training, ops=PUBLISHED)
