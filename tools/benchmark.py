@@ -69,7 +69,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmconv2former import Baseline, Conv2Former, use_cuda_graphs
 from mmconv2former.models.baselines import BASELINES
-from mmconv2former.ops import block, depthwise
+from mmconv2former.ops import block, depthwise, triton_support
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -429,7 +429,7 @@ class TrafficCounter(TorchDispatchMode):
 @contextmanager
 def counted_kernels(counter: TrafficCounter) -> Iterator[None]:
     """While it lasts, tensors without values take the way through Triton's kernels of a GPU."""
-    if depthwise.installation_problem() is not None:
+    if triton_support.installation_problem() is not None:
         yield
         return
     from mmconv2former.ops.launch import Launcher  # which needs Triton

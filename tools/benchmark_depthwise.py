@@ -106,10 +106,10 @@ def compare_backward(kernels: Sequence[int], shapes: Sequence[Shape], repeats: i
                 repeats,
                 *(
                     partial(depthwise.depthwise_conv_backward, grad, x, weight, implementation=name)
-                    for name in ('stock', 'products')
+                    for name in ('stock', 'matmul')
                 ),
             )
-            is_chosen = depthwise.choose(x, weight) == 'products'
+            is_chosen = depthwise.choose(x, weight) == 'matmul'
             rows.append(
                 [str(kernel), ', '.join(map(str, shape)), f'{stock:.2f}', f'{products:.2f}',
                  f'{products / stock:.2f}', 'yes' if is_chosen else 'no']

@@ -14,7 +14,7 @@ from torch import nn
 from mmconv2former import Conv2Former, LayerDecayOptimWrapperConstructor
 from mmconv2former.engine.layer_decay import DEPTH_METHODS
 from mmconv2former.models.conv2former import ARCHS, num_groups
-from mmconv2former.ops.memory_format import is_autocast_enabled
+from mmconv2former.ops.dispatch import is_autocast_enabled
 
 
 class Model(nn.Module):
