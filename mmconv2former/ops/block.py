@@ -162,7 +162,7 @@ def run_block(
     factor_1, factor_2 = branch_factors(x, factors, w)
 
     # modulation
-    normed_1, rstd_1 = steps.normalize(x, eps, dtype, keep)
+    _, normed_1, rstd_1 = steps.add_normalize(x, None, None, eps, dtype, keep)
     gate_value = steps.pointwise_conv(normed_1, w.gate_value_weight, w.gate_value_bias)
     gate, value = gate_value.chunk(2, -1)  # (N, H, W, C) each
     active_1 = steps.gelu(gate)
@@ -181,7 +181,7 @@ def run_block(
     branch = steps.pointwise_conv(total, w.fc2_weight, w.fc2_bias)
     if recompute != 'nothing':
         active_2 = total = None
-    x = steps.add(x, branch, factor_2)
+    x, _, _ = steps.add_normalize(x, branch, factor_2, eps, None, keep=False)
     if not keep:
         return x, None
     return x, Saved(
@@ -220,7 +220,7 @@ def run_block_backward(
     factor_1, factor_2 = (None, None) if factors is None else (factors[0], factors[1])
 
     # feed-forward
-    grad_branch, sums = steps.branch_gradient(grad, factor_2, dtype)
+    _, grad_branch, sums = steps.add_normalize_backward(grad, None, factor_2, dtype)
     hidden = s.hidden
     if hidden is None:
         hidden = steps.pointwise_conv(s.normed_2, w.fc1_weight, w.fc1_bias)
@@ -238,9 +238,8 @@ def run_block_backward(
     grad_y = steps.pointwise_input_gradient(grad_hidden, w.fc1_weight)
     del grad_hidden
     rstd_2 = s.rstd_2 if w.unit_2 is None else s.rstd_2 * w.unit_2
-    grad, grad_branch, sums = steps.add_normalize_gradients(
-        grad_y, s.normed_2, rstd_2, grad, factor_1
-    )
+    norm_2 = grad_y, s.normed_2, rstd_2
+    grad, grad_branch, sums = steps.add_normalize_backward(grad, norm_2, factor_1, dtype)
 
     # modulation
     gate, value = s.gate_value.chunk(2, -1)
@@ -256,7 +255,8 @@ def run_block_backward(
     of_gate_value = steps.pointwise_weight_gradients(grad_gate_value, s.normed_1, None)
     grad_y = steps.pointwise_input_gradient(grad_gate_value, w.gate_value_weight)
     rstd_1 = s.rstd_1 if w.unit_1 is None else s.rstd_1 * w.unit_1
-    grad = steps.normalize_gradient(grad_y, s.normed_1, rstd_1, grad)
+    norm_1 = grad_y, s.normed_1, rstd_1
+    grad, _, _ = steps.add_normalize_backward(grad, norm_1, None, None)
 
     # parameters
     grads = steps.unfold(of_gate_value, of_proj, of_fc1, of_fc2, p)
@@ -285,15 +285,12 @@ def compute_block(
     eps: float,
     recompute: str,
 ) -> Tensor:
-    """A block, (N, H, W, C) -> (N, H, W, C), differentiable once.
+    """`run_block` in autocast's dtype, differentiable once.
 
     Args:
-        x: Input, in the dtype of the residual stream; convolutions run in autocast's dtype.
-        factors: (2, N), the branches' factors for each image, or None for 1.
         parameters: The block's.
         folded: Its weights if they are already folded.
-        eps: Of its LayerNorms.
-        recompute: What the backward pass recomputes, one of `RECOMPUTE`.
+        x, factors, eps, recompute: See `run_block`.
     """
     dtype = autocast_dtype(x)
     steps = steps_for(x, (parameters.depthwise_weight, parameters.pos_weight))

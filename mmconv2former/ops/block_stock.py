@@ -7,6 +7,8 @@ on); the residual stream keeps its own. Sums over positions are in float32 at le
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,68 +22,68 @@ __all__ = ['fold', 'pointwise_conv', 'pointwise_input_gradient', 'unfold']  # st
 
 
 # ------------------------------------------------------------------------------------- residuals
-def normalize(
-    x: Tensor, eps: float, dtype: torch.dtype, keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    """LayerNorm over the last axis without scale and shift.
-
-    Returns:
-        The result in `dtype` and, to `keep` for the backward pass, the reciprocal standard
-        deviation of each position (N, H, W, 1).
-    """
-    y, _, rstd = torch.native_layer_norm(x, (x.shape[-1],), None, None, eps)
-    return y.to(dtype), rstd if keep else None
-
-
-def add(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
-    """x + factor * branch, in the dtype of x; factor (N,), one for each image, or None for 1."""
-    if factor is None:
-        return x + branch
-    return torch.addcmul(x, branch.to(x.dtype), factor.to(x.dtype).view(-1, 1, 1, 1))
-
-
 def add_normalize(
-    x: Tensor, branch: Tensor, factor: Tensor | None, eps: float, dtype: torch.dtype, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`add`, and `normalize` of its result."""
-    x = add(x, branch, factor)
-    return x, *normalize(x, eps, dtype, keep)
-
-
-def branch_gradient(
-    grad: Tensor, factor: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of `add` for the branch in `dtype`.
-
-    Returns:
-        The gradient, and what `pointwise_weight_gradients` needs to know of its sums.
-    """
-    if factor is not None:
-        grad = grad * factor.to(grad.dtype).view(-1, 1, 1, 1)
-    return grad.to(dtype), None
-
-
-def normalize_gradient(grad_y: Tensor, y: Tensor, rstd: Tensor, grad: Tensor) -> Tensor:
-    """grad plus the gradient of `normalize` for its input.
+    x: Tensor,
+    branch: Tensor | None,
+    factor: Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None,
+    keep: bool,
+) -> tuple[Tensor, Any, Any]:
+    """Residual addition and LayerNorm over the last axis, without scale and shift.
 
     Args:
-        grad_y, y, rstd: Gradient of the first result, and the results.
-        grad: Another gradient of the input, in the dtype of the input.
+        x: Residual stream (N, H, W, C).
+        branch: What to add to it, or None.
+        factor: Of the branch for each image (N,), None for 1.
+        eps: Of the LayerNorm.
+        dtype: Of its result; None to leave it out.
+        keep: Whether the backward pass needs the reciprocal standard deviations.
+
+    Returns:
+        x + factor * branch in the dtype of x, its LayerNorm, and the reciprocal standard deviation
+        of each position (N, H, W, 1). The last two may be None.
     """
-    wide = torch.promote_types(grad.dtype, torch.float32)
-    inner = torch.ops.aten.native_layer_norm_backward(
-        grad_y.to(wide), y.to(wide), (y.shape[-1],), torch.zeros_like(rstd, dtype=wide),
-        torch.ones_like(rstd, dtype=wide), None, None, (True, False, False),
-    )[0]  # fmt: skip
-    return torch.addcmul(grad.to(wide), inner, rstd.to(wide)).to(grad.dtype)
+    if branch is not None and factor is None:
+        x = x + branch
+    elif branch is not None and factor is not None:
+        x = torch.addcmul(x, branch.to(x.dtype), factor.to(x.dtype).view(-1, 1, 1, 1))
+    if dtype is None:
+        return x, None, None
+    y, _, rstd = torch.native_layer_norm(x, (x.shape[-1],), None, None, eps)
+    return x, y.to(dtype), rstd if keep else None
 
 
-def add_normalize_gradients(
-    grad_y: Tensor, y: Tensor, rstd: Tensor, grad: Tensor, factor: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of `add_normalize` for x and branch: `normalize_gradient`, `branch_gradient`."""
-    grad = normalize_gradient(grad_y, y, rstd, grad)
-    return grad, *branch_gradient(grad, factor, y.dtype)
+def add_normalize_backward(
+    grad: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor] | None,
+    factor: Tensor | None,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Any, Any]:
+    """Gradients of `add_normalize`.
+
+    Args:
+        grad: Gradient of the first result.
+        norm: Gradient of the second result, and the second and third result; None without a norm.
+        factor: Of the branch.
+        dtype: Of the branch's gradient; None to leave it out.
+
+    Returns:
+        Gradients for x and the branch, and what `pointwise_weight_gradients` needs to know of the
+        sums of the latter. The last two may be None.
+    """
+    if norm is not None:
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad_y, y, rstd = (value.to(wide) for value in norm)
+        inner = torch.ops.aten.native_layer_norm_backward(
+            grad_y, y, (y.shape[-1],), torch.zeros_like(rstd), torch.ones_like(rstd), None, None,
+            (True, False, False),
+        )[0]  # fmt: skip
+        grad = torch.addcmul(grad.to(wide), inner, rstd).to(grad.dtype)
+    if dtype is None:
+        return grad, None, None
+    grad_branch = grad if factor is None else grad * factor.to(grad.dtype).view(-1, 1, 1, 1)
+    return grad, grad_branch.to(dtype), None
 
 
 # ------------------------------------------------------------------------------------ modulation

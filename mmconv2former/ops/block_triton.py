@@ -21,19 +21,14 @@ from .depthwise_triton import depthwise_forward, depthwise_weight_gradient
 from .folding_triton import fold, unfold
 from .launch import Launcher, sums_dtype
 from .norm_triton import (
-    add,
     add_normalize,
-    add_normalize_gradients,
-    branch_gradient,
+    add_normalize_backward,
     column_sums,
-    normalize,
-    normalize_gradient,
     positions_of,
     wide,
 )
 
-__all__ = ['add', 'add_normalize', 'add_normalize_gradients', 'branch_gradient', 'fold',
-           'normalize', 'normalize_gradient', 'unfold']  # steps, too  # fmt: skip
+__all__ = ['add_normalize', 'add_normalize_backward', 'fold', 'unfold']  # steps, too
 
 BLOCK = 1024  # elements of a program that works element by element
 

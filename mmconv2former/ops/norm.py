@@ -45,8 +45,8 @@ def layer_norm(
             if weight is not None and bias is not None:
                 return LayerNormFunction.apply(x, weight, bias, eps, dtype, channels_first)
             if not torch.is_grad_enabled() and not channels_first:
-                kernels = load('norm_triton')
-                return run_triton(kernels.normalize, block_stock.normalize, x, eps, dtype, False)[0]
+                functions = load('norm_triton').add_normalize, block_stock.add_normalize
+                return run_triton(*functions, x, None, None, eps, dtype, False)[1]
     channels = int(x.shape[-1])  # a tensor while tracing
     return F.layer_norm(x, (channels,), weight, bias, eps)
 

@@ -1,6 +1,6 @@
 """Launches the kernels of `norm_kernels`: residual additions, LayerNorms, sums over positions.
 
-The functions up to `add_normalize_gradients` are steps of a block, documented in `block_stock`.
+`add_normalize` and `add_normalize_backward` are steps of a block, documented in `block_stock`.
 Kernels sum over positions while the tensors are at hand, in shares that `finish_sums` adds in a
 fixed order, so that every run gives the same results.
 """
@@ -68,7 +68,7 @@ def residual_norm(
     return Launcher(residual_norm_kernel, constants)
 
 
-def run_residual_norm(
+def add_normalize(
     x: Tensor,
     branch: Tensor | None,
     factor: Tensor | None,
@@ -76,7 +76,6 @@ def run_residual_norm(
     dtype: torch.dtype | None,
     keep: bool,
 ) -> tuple[Tensor, Any, Any]:
-    """x + factor * branch, and unless `dtype` is None its LayerNorm and reciprocal deviations."""
     x = aligned(x)
     branch = None if branch is None else aligned(branch)
     positions, per_image = positions_of(x), x.shape[1] * x.shape[2]
@@ -96,22 +95,6 @@ def run_residual_norm(
     return x if total is None else total, y, rstd
 
 
-def normalize(
-    x: Tensor, eps: float, dtype: torch.dtype, keep: bool
-) -> tuple[Tensor, Tensor | None]:
-    return run_residual_norm(x, None, None, eps, dtype, keep)[1:]
-
-
-def add(x: Tensor, branch: Tensor, factor: Tensor | None) -> Tensor:
-    return run_residual_norm(x, branch, factor, 0.0, None, keep=False)[0]
-
-
-def add_normalize(
-    x: Tensor, branch: Tensor, factor: Tensor | None, eps: float, dtype: torch.dtype, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    return run_residual_norm(x, branch, factor, eps, dtype, keep)
-
-
 @functools.cache
 def residual_norm_backward(
     device: int,
@@ -129,20 +112,12 @@ def residual_norm_backward(
     return Launcher(residual_norm_backward_kernel, constants)
 
 
-def run_residual_norm_backward(
+def add_normalize_backward(
     grad: Tensor,
     norm: tuple[Tensor, Tensor, Tensor] | None,
     factor: Tensor | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Any, Any]:
-    """Gradients for x and, in `dtype` unless that is None, for the branch, with shares of its sums.
-
-    Args:
-        grad: Of the sum (N, H, W, C).
-        norm: Gradient of the normalized sum, the normalized sum, rstd; or None.
-        factor: (N,) or None.
-        dtype: Of the branch.
-    """
     grad = aligned(grad)
     grad_y, y, rstd = (None, None, None) if norm is None else norm
     grad_x = grad if norm is None else torch.empty_like(grad)
@@ -163,22 +138,6 @@ def run_residual_norm_backward(
         (positions, grad.shape[1] * grad.shape[2], tiles),
     )  # fmt: skip
     return grad_x, grad_x if grad_branch is None else grad_branch, sums
-
-
-def branch_gradient(
-    grad: Tensor, factor: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    return run_residual_norm_backward(grad, None, factor, dtype)[1:]
-
-
-def normalize_gradient(grad_y: Tensor, y: Tensor, rstd: Tensor, grad: Tensor) -> Tensor:
-    return run_residual_norm_backward(grad, (grad_y, y, rstd), None, None)[0]
-
-
-def add_normalize_gradients(
-    grad_y: Tensor, y: Tensor, rstd: Tensor, grad: Tensor, factor: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    return run_residual_norm_backward(grad, (grad_y, y, rstd), factor, y.dtype)
 
 
 # ------------------------------------------------------------------------------------------ norms
