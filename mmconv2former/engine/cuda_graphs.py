@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..ops.memory_format import (
+from ..ops.dispatch import (
     autocast_dtype,
     is_autocast_enabled,
     is_captured,

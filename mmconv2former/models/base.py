@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..checkpoint.loading import LoadsPretrained
 from ..compat.roi_align import guard_roi_align
 from ..ops.block import folded_together
-from ..ops.memory_format import is_captured, to_channels_first
+from ..ops.dispatch import is_captured
+from ..ops.memory_format import to_channels_first
 from .arguments import MOST_CHANNELS, check_bool, check_init_cfg, check_int, check_number
 from .blocks import Block, init_layer
 
@@ -122,7 +123,7 @@ class Conv2FormerBase(LoadsPretrained):
         if is_captured():
             return self._forward(x)
         blocks = self._own_blocks()  # not those in wrappers, which may hand out their weights later
-        with folded_together([b for b in blocks if isinstance(b, Block)], x, self):
+        with folded_together([b for b in blocks if isinstance(b, Block)], x):
             return self._forward(x)
 
     def _check_input(self, x: Tensor) -> None:

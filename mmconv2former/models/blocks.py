@@ -17,18 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.block import (
-    RECOMPUTE,
-    BlockParameters,
-    FoldedWeights,
-    compute_block,
-    is_supported,
-    is_worth_it,
-)
+from ..ops.block import RECOMPUTE, compute_block, is_supported, is_worth_it
 from ..ops.depthwise import DepthwiseConv
-from ..ops.memory_format import autocast_dtype, to_channels_first, to_channels_last
+from ..ops.dispatch import autocast_dtype
+from ..ops.folding import BlockParameters, FoldedWeights
+from ..ops.memory_format import to_channels_first, to_channels_last
 from ..ops.norm import layer_norm
-from ..ops.pointwise import product
+from ..ops.pointwise import pointwise_conv
 from ..registry import MODELS
 from .arguments import LARGEST_RATIO, check_choice, check_number
 from .fusion import FUSIONS
@@ -135,7 +130,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return product(x, *matrix(self))
+        return pointwise_conv(x, *matrix(self))
 
 
 class Modulation(nn.Module):
@@ -215,7 +210,7 @@ class Block(nn.Module):
     """
 
     # The thread in which a network runs, and its weights as they are and folded, while it runs.
-    ready: tuple[int, BlockParameters, FoldedWeights] | None = None
+    prefolded: tuple[int, BlockParameters, FoldedWeights] | None = None
 
     def __init__(
         self, channels: int, kernel_size: int, drop_path_rate: float, options: BlockOptions
@@ -239,18 +234,18 @@ class Block(nn.Module):
         # Under autocast the branches are of half precision, their sum is not.
         x = x.to(self.layer_scale_1.dtype)
         parameters = folded = None
-        if self.ready is not None and self.ready[0] == threading.get_ident():
-            _, parameters, folded = self.ready
+        if self.prefolded is not None and self.prefolded[0] == threading.get_ident():
+            _, parameters, folded = self.prefolded
         if parameters is None and is_worth_it(x, self.recompute):
             parameters = self.plain_parameters()
-        if parameters is not None and (folded is not None or is_supported(x, parameters)):
+        if parameters is not None and (folded is not None or is_supported(parameters)):
             factors = self.drop_path.factors(2, x)
             return compute_block(x, factors, parameters, folded, LAYER_NORM_EPS, self.recompute)
         x = x + self.drop_path(self.layer_scale_1 * self.attn(x))
         return x + self.drop_path(self.layer_scale_2 * self.mlp(x))
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != 'ready'}
+        return {name: value for name, value in vars(self).items() if name != 'prefolded'}
 
     def check_foldable(self, name: str) -> None:
         """Raises RuntimeError unless the form for inference does what the layers do.

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import block_stock
-from ..ops.block import FoldedWeights, run, run_block, steps_for
+from ..ops.block import run, run_block, steps_for
 from ..ops.depthwise import DepthwiseConv, prepare_weight
-from ..ops.memory_format import autocast_dtype, is_captured, is_transformed, without_autocast
+from ..ops.dispatch import autocast_dtype, is_captured, is_transformed, without_autocast
+from ..ops.folding import FoldedWeights
 from ..ops.mkldnn_fusion import FusedConv, is_fusible
 from .blocks import Block, Downsample, PointwiseConv, Stem, matrix
 from .fusion import FUSIONS
@@ -79,7 +80,7 @@ class DeployedBlock(nn.Module):
         dtype = autocast_dtype(x)
         steps = steps_for(x, (self.depthwise.weight, self.pos.weight))
         by_triton = steps is not block_stock
-        is_ready = self.folded is not None and self.folded.pair_weight.dtype == dtype
+        is_ready = self.folded is not None and self.folded.gate_value_weight.dtype == dtype
         if not is_ready or (by_triton and not self.is_laid_out):
             with torch.inference_mode(False), torch.no_grad():  # for any mode that comes later
                 self.folded = self._cast(dtype, 'triton' if by_triton else 'stock')

@@ -1,7 +1,10 @@
-"""How things are computed: operators that know tensors, not networks.
+"""Operators: how things are computed. They know tensors, not networks.
 
-`depthwise_conv2d` and its module `DepthwiseConv` are for use in any network. Triton kernels make
-them fast on GPUs, with nothing to compile beforehand, for kernel sizes from 3 to 31 and beyond.
+Public, for any network:
+
+- `depthwise_conv2d(x, weight, bias)`: depthwise convolution of (N, H, W, C), kernels from 3 to 31
+  and larger. On GPUs it runs Triton kernels, which need nothing compiled beforehand.
+- `DepthwiseConv(channels, kernel_size)`: the same as a module.
 """
 
 from .depthwise import DepthwiseConv, depthwise_conv2d

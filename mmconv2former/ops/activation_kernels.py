@@ -1,12 +1,12 @@
-"""Triton kernels for GELU and what stands beside it in a block, forward and backward.
+"""Triton kernels for GELU and the elementwise operations around it, forward and backward.
 
 Tensors are (positions, channels) with the channels next to each other in memory; a part of a wider
-tensor has more than `channels` elements from one position to the next. Arithmetic is in float32,
-whatever the dtype of the tensors (in float64 for float64).
+tensor has more than `channels` elements from one position to the next. Arithmetic is in float32
+(in float64 for float64 tensors).
 """
 
 # mypy: ignore-errors
-# These functions are Triton's, whose arguments have no types in Python.
+# Triton's functions have arguments without Python types.
 
 import triton
 import triton.language as tl
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def normal_distribution(x):
-    """The share of a standard normal distribution below x."""
+    """The cumulative distribution function of the standard normal distribution."""
     return 0.5 * (1 + tl.erf(x * 0.7071067811865476))
 
 
@@ -31,15 +31,15 @@ def gelu_slope(x):
 
 @triton.jit
 def places(positions, C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's elements of tensors of so many positions.
+    """This program's elements of tensors with that many positions.
 
     Returns:
-        Their places in a contiguous tensor and in one with STEP elements from position to
-        position, and which of them exist.
+        Their offsets in a contiguous tensor and in one with STEP elements from position to
+        position, and a mask of those that exist.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first = start // C  # position, from which the others are counted in 32 bits
-    # The compiler does not see that the rest is a multiple of what C and BLOCK have in common.
+    # Tells the compiler that the rest is a multiple of the largest power of 2 in C and BLOCK.
     rest = tl.multiple_of((start % C).to(tl.int32), min(C & -C, BLOCK))
     offset = rest + tl.arange(0, BLOCK)
     position = offset // C
@@ -61,14 +61,14 @@ def gelu_kernel(
 
 @triton.jit(do_not_specialize=['positions'])
 def modulation_backward_kernel(
-    grad, a, gate, value, grad_a, grad_value, product, active, positions,
+    grad, a, gate, value, grad_a, grad_value, weighted, active, positions,
     C: tl.constexpr, STEP: tl.constexpr, HAS_ACTIVATIONS: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a * value, and the activations that the backward pass needs.
+    """Gradients of a * value, and the activations that the backward pass recomputes.
 
     gate, value and grad_value have STEP elements from position to position, all others C:
-    grad_a = grad * value, grad_value = grad * a, product = a * value, active = GELU(gate).
+    grad_a = grad * value, grad_value = grad * a, weighted = a * value, active = GELU(gate).
     """
     dense, wide, mask = places(positions, C, STEP, BLOCK)
     dtype = a.dtype.element_ty
@@ -78,7 +78,7 @@ def modulation_backward_kernel(
     tl.store(grad_a + dense, (g * v).to(dtype), mask=mask)
     tl.store(grad_value + wide, (g * m).to(dtype), mask=mask)
     if HAS_ACTIVATIONS:
-        tl.store(product + dense, (m * v).to(dtype), mask=mask)
+        tl.store(weighted + dense, (m * v).to(dtype), mask=mask)
         before = tl.load(gate + wide, mask=mask, other=0).to(ACC)
         tl.store(active + dense, gelu(before).to(dtype), mask=mask)
 
@@ -88,7 +88,7 @@ def feed_forward_backward_kernel(
     grad, hidden, mixed, grad_mixed, active, total, positions,
     C: tl.constexpr, HAS_ACTIVATIONS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """The gradient for `mixed` of active + GELU(mixed), and the activations.
+    """The gradient of active + GELU(mixed) for `mixed`, and the activations.
 
     All are contiguous: grad_mixed = grad * GELU'(mixed), active = GELU(hidden),
     total = active + GELU(mixed).

@@ -8,51 +8,53 @@ which implementation runs:
 | triton | CUDA, ROCm | `mmconv2former.ops.depthwise_triton`; on a CPU in Triton's interpreter |
 | native | CUDA, ROCm | torch's own kernels on (N, C, H, W), with copies from and to (N, H, W, C) |
 | cudnn | CUDA, ROCm | cuDNN (MIOpen), in `torch.channels_last` |
-| products | CPU | the stock operator, the weight gradient as matrix products |
+| matmul | CPU | the stock operator, but the weight gradient by matrix products |
 | stock | anywhere | the stock operator in `torch.channels_last` |
 
-The environment variable `MMCONV2FORMER_DEPTHWISE` (auto or a name) overrides the choice where the
+The environment variable `MMCONV2FORMER_DEPTHWISE` (auto or a name) overrides the choice if the
 device has that implementation.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 import math
 import os
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from ..ops import depthwise_products
-from .memory_format import (
+from . import depthwise_matmul
+from .dispatch import (
     autocast_dtype,
     is_autocast_enabled,
     is_compiling,
     is_cpu_float32,
     is_intercepted,
     is_transformed,
-    to_channels_first,
-    to_channels_last,
     without_autocast,
+)
+from .memory_format import to_channels_first, to_channels_last
+from .triton_support import (
+    MOST_CHANNELS,
+    failures,
+    is_interpreted,
+    load,
+    run_triton,
+    triton_problem,
 )
 
 VARIABLE = 'MMCONV2FORMER_DEPTHWISE'
+SETTINGS = ('auto', 'triton', 'cudnn', 'native', 'matmul', 'stock')
 setting = os.environ.get(VARIABLE, 'auto')  # read once, as a launch must cost little
-SETTINGS = ('auto', 'triton', 'cudnn', 'native', 'products', 'stock')
 # Up to this size cuDNN has fast kernels for channels_last (measured on an H100).
 LARGEST_FAST_CUDNN_KERNEL = 7
-TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-LOWEST_TRITON_CAPABILITY = (8, 0)  # what Triton supports of NVIDIA's GPUs
-LOWEST_TRITON_VERSION = (3, 3)  # that of torch 2.7
-# Devices for which a captured graph gets the registered operator, not the stock one.
+# Devices for which a captured graph gets the registered operator instead of the stock one.
 OPERATOR_DEVICES = ('cuda',)
 
 
@@ -63,19 +65,19 @@ class DepthwiseConv(nn.Conv2d):
     Args:
         channels: C.
         kernel_size: K, odd.
-        bias: Whether there is a bias.
+        bias: Whether to add a bias.
 
     Shapes:
         (N, H, W, C) in and out; weight (C, 1, K, K), bias (C,).
 
-    Example, in a network of (N, C, H, W) tensors, best of `torch.channels_last` memory:
+    Example, in a network of (N, C, H, W) tensors, fastest in `torch.channels_last` memory:
 
         conv = DepthwiseConv(channels=256, kernel_size=31).cuda().bfloat16()
         x = torch.rand(8, 256, 56, 56, device='cuda', dtype=torch.bfloat16)
         y = conv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     Raises:
-        ValueError: The kernel size is not odd.
+        ValueError: The kernel size is even.
     """
 
     bias: Any  # a parameter, or None
@@ -94,8 +96,8 @@ class DepthwiseConv(nn.Conv2d):
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Depthwise convolution with stride 1 and 'same' zero padding.
 
-    Differentiable once; under autocast it computes in autocast's dtype. Products are summed in
-    float32 on GPUs, and the weight gradient is the same in every run.
+    Under autocast it computes in autocast's dtype. GPUs sum in float32, and every run gives the
+    same weight gradient.
 
     Args:
         x: Input (N, H, W, C), fastest if contiguous and C a multiple of 8.
@@ -103,22 +105,37 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         bias: (C,) or None.
 
     Returns:
-        (N, H, W, C), contiguous, of the dtype of x or of autocast's.
+        (N, H, W, C), contiguous, of the dtype of x or of autocast.
 
     Raises:
-        ValueError: A shape is not as above, or the dtypes differ outside of autocast.
+        ValueError: A shape is not as above, or the dtypes differ without autocast.
     """
     check(x, weight, bias)
     implementation = choose(x, weight)
-    has_own_gradients = implementation in ('triton', 'native', 'products')
-    if has_own_gradients and torch.is_grad_enabled():
+    if implementation in ('triton', 'native', 'matmul') and torch.is_grad_enabled():
         return DepthwiseConvFunction.apply(x, weight, bias, implementation)
-    dtype = autocast_dtype(x)  # autocast does not reach the next two
+    if implementation in ('operator', 'triton'):  # which autocast does not reach
+        x = x.to(autocast_dtype(x))
     if implementation == 'operator':
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    elif implementation == 'triton':
-        x, weight = x.to(dtype), prepare_weight(weight, dtype, implementation)
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return depthwise_conv(x, weight, bias, implementation)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError unless `depthwise_conv2d` takes these shapes and dtypes."""
+    if torch.jit.is_tracing():  # sizes are tensors there
+        return
+    channels = weight.shape[0]
+    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f'weight must have shape (C, 1, K, K), got {tuple(weight.shape)}')
+    if weight.shape[2] % 2 == 0:
+        raise ValueError(f'weight must have an odd kernel size, got {weight.shape[2]}')
+    if x.dim() != 4 or x.shape[3] != channels:
+        raise ValueError(f'x must have shape (N, H, W, C={channels}), got {tuple(x.shape)}')
+    if bias is not None and bias.shape != (channels,):
+        raise ValueError(f'bias must have shape (C={channels},), got {tuple(bias.shape)}')
+    if weight.dtype != x.dtype and not is_autocast_enabled(x.device.type):
+        raise ValueError(f'x and weight must have one dtype, got {x.dtype} and {weight.dtype}')
 
 
 # ------------------------------------------------------------------------------------------- choice
@@ -126,17 +143,17 @@ def choose(x: Tensor, weight: Tensor, is_trained: bool | None = None) -> str:
     """The implementation for an input and a weight: see the table at the top of this file.
 
     Args:
-        x: Input (N, H, W, C). Its values do not matter.
+        x: Input (N, H, W, C); its values do not matter.
         weight: (C, 1, K, K).
-        is_trained: Whether its gradient is wanted; None for what it says itself.
+        is_trained: Whether its gradient is needed; None for `weight.requires_grad`.
 
     Returns:
-        A name of that table, or 'operator': the registered operator, which makes the choice when a
-        graph runs.
+        A name in that table, or 'operator': the registered operator, which chooses when a graph
+        runs.
 
     Raises:
-        ValueError: `MMCONV2FORMER_DEPTHWISE` has a value that there is not.
-        RuntimeError: It demands Triton where that cannot run.
+        ValueError: `MMCONV2FORMER_DEPTHWISE` has an unknown value.
+        RuntimeError: It asks for Triton, which cannot run here.
     """
     has_operator = x.device.type in OPERATOR_DEVICES
     if is_compiling():
@@ -144,19 +161,18 @@ def choose(x: Tensor, weight: Tensor, is_trained: bool | None = None) -> str:
     # Transforms of `torch.func` know neither autograd functions nor registered derivatives.
     if torch.jit.is_tracing() or is_transformed():
         return 'stock'
-    return (
-        'operator' if has_operator and is_intercepted(x) else choose_kernel(x, weight, is_trained)
-    )
+    if has_operator and is_intercepted(x):
+        return 'operator'
+    return choose_kernel(x, weight, is_trained)
 
 
 def choose_kernel(x: Tensor, weight: Tensor, is_trained: bool | None = None) -> str:
-    """As `choose`, where nothing stands between the operators and the device."""
+    """As `choose`, for operators that go straight to the device."""
     implementation = device_choice(weight, autocast_dtype(x))
-    if implementation == 'auto':  # on a CPU, where the size of the input counts
+    if implementation == 'auto':  # a CPU, where the size of the input counts
         is_trained = weight.requires_grad if is_trained is None else is_trained
-        is_fast = is_trained and is_cpu_float32(x)
-        is_fast = is_fast and depthwise_products.is_faster(x, weight)
-        return 'products' if is_fast else 'stock'
+        is_fast = is_trained and is_cpu_float32(x) and depthwise_matmul.is_faster(x, weight)
+        return 'matmul' if is_fast else 'stock'
     if implementation == 'triton' and not is_in_reach(*x.shape[:3], *weight.shape[::3]):
         return 'native'
     return implementation
@@ -173,15 +189,15 @@ def is_in_reach(batch: int, height: int, width: int, channels: int, kernel_size:
 
 
 def runs_triton(x: Tensor) -> bool:
-    """Whether Triton's kernels other than convolutions run on x, by the same rules."""
-    if x.device.type != 'cuda' and setting != 'triton':
-        return False
-    if x.dim() != 4:
+    """Whether the kernels of norms run on x, by the same rules."""
+    if (x.device.type != 'cuda' and setting != 'triton') or x.dim() != 4:
         return False
     batch, height, width, channels = x.shape
     reach = is_in_reach(batch, height, width, channels, kernel_size=3)
     reach = reach and height * width * channels < 2**31  # offsets within an image have 32 bits
-    return reach and not is_intercepted(x) and choice_for(setting, x.device, x.dtype, 3) == 'triton'
+    if not reach or channels > MOST_CHANNELS or is_intercepted(x):
+        return False
+    return choice_for(setting, x.device, x.dtype, 3, bool(failures)) == 'triton'
 
 
 def implementations(x: Tensor, weight: Tensor) -> list[str]:
@@ -189,33 +205,30 @@ def implementations(x: Tensor, weight: Tensor) -> list[str]:
     if x.device.type == 'cuda':
         has_triton = triton_problem(x.device, x.dtype, weight.shape[-1]) is None
         return [*(['triton'] if has_triton else []), 'native', 'cudnn']
-    return ['stock', 'products', *(['triton'] if is_interpreted() else [])]
+    return ['stock', 'matmul', *(['triton'] if is_interpreted() else [])]
 
 
 def device_choice(weight: Tensor, dtype: torch.dtype) -> str:
-    """As `choose`, for any input; 'auto' where its size decides."""
-    return choice_for(setting, weight.device, dtype, weight.shape[-1])
+    """The implementation for inputs of any size; 'auto' if the size decides."""
+    return choice_for(setting, weight.device, dtype, weight.shape[-1], bool(failures))
 
 
 @functools.cache
-def choice_for(setting: str, device: torch.device, dtype: torch.dtype, kernel_size: int) -> str:
-    """`device_choice` by what it depends on."""
+def choice_for(
+    setting: str, device: torch.device, dtype: torch.dtype, kernel_size: int, has_failed: bool
+) -> str:
+    """`device_choice`, by what it depends on; `has_failed` if a kernel did not compile."""
     if setting not in SETTINGS:
         raise ValueError(f'{VARIABLE} must be one of {", ".join(SETTINGS)}, got {setting!r}')
-    if device.type == 'cpu':
-        if setting == 'triton' and failures:
-            return 'auto'
-        if setting == 'triton' and not is_interpreted():
-            raise RuntimeError(
-                f"{VARIABLE}=triton: on a CPU there is only Triton's interpreter; set "
-                'TRITON_INTERPRET=1 before Python starts, or use a GPU'
-            )
-        return setting if setting in ('triton', 'products', 'stock') else 'auto'
-    if device.type != 'cuda':  # also ROCm's name
+    if device.type == 'cpu' and setting != 'triton':
+        return setting if setting in ('matmul', 'stock') else 'auto'
+    if device.type not in ('cpu', 'cuda'):  # 'cuda' is ROCm's name, too
         return 'stock'
     problem = triton_problem(device, dtype, kernel_size)
-    if setting == 'triton' and problem is not None and not failures:
+    if setting == 'triton' and problem is not None and not has_failed:
         raise RuntimeError(f'{VARIABLE}=triton: {problem}')
+    if device.type == 'cpu':
+        return 'auto' if has_failed else 'triton'
     if setting in ('native', 'cudnn'):
         choice, reason = setting, f' ({VARIABLE}={setting})'
     elif problem is None:
@@ -232,102 +245,29 @@ def log_once(text: str) -> None:
     print_log(text, logger='current', level=logging.INFO)
 
 
-failures: list[str] = []  # of Triton on this machine: at most one, after which it is not used
-
-
-def triton_problem(device: torch.device, dtype: torch.dtype, kernel_size: int) -> str | None:
-    """Why Triton's kernels cannot run on a GPU, or None."""
-    if failures:
-        return failures[0]
-    problem = installation_problem()
-    if problem is not None:
-        return problem
-    if torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
-        if capability < LOWEST_TRITON_CAPABILITY:
-            name = torch.cuda.get_device_name(device)
-            return f'{name} has compute capability {capability[0]}.{capability[1]}, below 8.0'
-    if dtype not in TRITON_DTYPES or kernel_size < 3:
-        return f'no kernels for {dtype} and kernel size {kernel_size}'
-    return None
-
-
-@functools.cache
-def triton_kernels() -> ModuleType:
-    """`mmconv2former.ops.depthwise_triton`, imported when it is needed: Triton may be missing."""
-    return importlib.import_module('.depthwise_triton', __package__)
-
-
-def installation_problem() -> str | None:
-    """Why Triton's kernels can run nowhere, or None."""
-    version = triton_version()
-    if version is None:
-        return 'Triton is not installed'
-    if tuple(map(int, version.split('.')[:2])) < LOWEST_TRITON_VERSION:
-        lowest = '.'.join(map(str, LOWEST_TRITON_VERSION))
-        return f'Triton {version} is older than {lowest}, which comes with torch 2.7'
-    return None
-
-
-def triton_version() -> str | None:
-    """Triton's version, None without Triton; distributions for other GPUs have other names."""
-    try:
-        return importlib.import_module('triton').__version__
-    except ImportError:
-        return None
-
-
-def is_interpreted() -> bool:
-    """Whether Triton's kernels run on a CPU: its interpreter was chosen before it was imported."""
-    if installation_problem() is not None:
-        return False
-    language, runtime = (importlib.import_module(f'triton.{n}') for n in ('language', 'runtime'))
-    return not isinstance(language.cdiv, runtime.JITFunction)
-
-
-def run_triton(function: str, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Calls a function of `depthwise_triton` on the device of x.
-
-    Returns:
-        What it returns, or None if Triton failed to compile, which it then is not asked to again.
-    """
-    if failures:
-        return None
-    kernels = triton_kernels()
-    try:
-        if x.is_cuda and x.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(x.device):
-                return getattr(kernels, function)(x, *args, **kwargs)
-        return getattr(kernels, function)(x, *args, **kwargs)
-    except kernels.CompilationError as error:
-        stop_using_triton(error)
-        return None
-
-
-def stop_using_triton(error: Exception) -> None:
-    """Makes the choice without Triton from here on, and says so."""
-    failures.append(f'Triton failed to compile a kernel: {error}')
-    choice_for.cache_clear()
-    print_log(
-        f'{failures[0]}. Continuing without Triton, which is slower. It needs a C compiler and '
-        'a cache folder that it can write to (TRITON_CACHE_DIR).',
-        logger='current',
-        level=logging.WARNING,
-    )
-
-
 # --------------------------------------------------------------------------------- implementations
+def triton_kernels() -> Any:
+    """`mmconv2former.ops.depthwise_triton`, which needs Triton."""
+    return load('depthwise_triton')
+
+
 def prepare_weight(weight: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
-    """A weight (C, 1, K, K) in `dtype`, and in the memory layout of the implementation."""
+    """A weight (C, 1, K, K) in `dtype` and the memory layout of the implementation."""
     if implementation == 'triton':
         return triton_kernels().lay_out(weight, dtype)
     return weight.to(dtype)
 
 
+def aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at a multiple of 16 bytes, as compiled kernels expect it."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def depthwise_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, implementation: str | None = None
 ) -> Tensor:
-    """Depthwise convolution, (N, H, W, C) in and out; differentiable if stock operators do it.
+    """Depthwise convolution, (N, H, W, C) in and out; only stock operators are differentiable.
 
     Args:
         x: Input (N, H, W, C).
@@ -339,34 +279,21 @@ def depthwise_conv(
     if implementation == 'operator':
         return torch.ops.mmconv2former.depthwise_conv2d(x, weight, bias)
     if implementation == 'triton':
-        weight = prepare_weight(weight, x.dtype, implementation)
-        ready_bias = None if bias is None else bias.contiguous()
-        out = run_triton('depthwise_forward', aligned(x), weight, ready_bias)
-        return depthwise_conv(x, weight, bias) if out is None else out
+        return run_triton(conv_by_triton, depthwise_conv, x, weight, bias)
     if bias is not None and bias.dtype != weight.dtype:
         bias = bias.to(weight.dtype)
     x = to_channels_first(x)
     if implementation == 'native':
         x, weight = x.contiguous(), weight.contiguous()
-    # int: torch < 2.4 traces sizes as tensors, which are no padding
+    # int: torch < 2.4 traces sizes as tensors, which padding does not take
     padding, channels = int(weight.shape[-1]) // 2, int(weight.shape[0])
     return to_channels_last(F.conv2d(x, weight, bias, padding=padding, groups=channels))
 
 
-@overload
-def depthwise_conv_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, *, implementation: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-@overload
-def depthwise_conv_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    needs: Sequence[bool],
-    implementation: str | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+def conv_by_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight = prepare_weight(weight, x.dtype, 'triton')
+    bias = None if bias is None else bias.contiguous()
+    return triton_kernels().depthwise_forward(aligned(x), weight, bias)
 
 
 def depthwise_conv_backward(
@@ -375,14 +302,14 @@ def depthwise_conv_backward(
     weight: Tensor,
     needs: Sequence[bool] = (True, True, True),
     implementation: str | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+) -> tuple[Any, Any, Any]:
     """Gradients of `depthwise_conv` for input, kernel and bias.
 
     Args:
         grad: Gradient of the output (N, H, W, C).
         x: Input (N, H, W, C).
         weight: (C, 1, K, K), of the dtype of x, best as `prepare_weight` returned it.
-        needs: Which of the three are wanted; the others are None.
+        needs: Which of the three are needed; the others are None.
         implementation: One of `implementations`; None for that of `choose`.
 
     Returns:
@@ -394,58 +321,43 @@ def depthwise_conv_backward(
         grad_x, grad_weight, grad_bias = (g if need else None for g, need in zip(grads, needs))
         return grad_x, grad_weight, grad_bias
     if implementation == 'triton':
-        grads = triton_backward(grad, x, weight, needs)
-        return depthwise_conv_backward(grad, x, weight, needs) if grads is None else grads
+        return run_triton(backward_by_triton, depthwise_conv_backward, grad, x, weight, needs)
     needs_x, needs_weight, needs_bias = needs
     x, grad = to_channels_first(x), to_channels_first(grad)
     if implementation == 'native':
         x, grad, weight = x.contiguous(), grad.contiguous(), weight.contiguous()
-    by_products = implementation == 'products' and needs_weight
-    needs = (needs_x, needs_weight and not by_products, needs_bias and not by_products)
-    kernel_size = weight.shape[-1]
-    padding = kernel_size // 2
+    by_matmul = implementation == 'matmul' and needs_weight
+    padding, channels = weight.shape[-1] // 2, weight.shape[0]
     grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad, x, weight, [weight.shape[0]], [1, 1], [padding, padding], [1, 1], False, [0, 0],
-        weight.shape[0], needs,
+        grad, x, weight, [channels], [1, 1], [padding, padding], [1, 1], False, [0, 0], channels,
+        (needs_x, needs_weight and not by_matmul, needs_bias and not by_matmul),
     )  # fmt: skip
-    if grad_weight is not None:  # strides of sizes of 1 as parameters have them, for DDP's buckets
-        grad_weight = grad_weight.flatten(1).view(weight.shape)
-    if by_products:
-        grad_weight = depthwise_products.weight_gradient(x, grad, kernel_size)
-        # oneDNN would compute the weight gradient to give that of the bias.
+    if by_matmul:
+        grad_weight = depthwise_matmul.weight_gradient(x, grad, weight.shape[-1])
+        # For the bias's gradient oneDNN would compute that of the weight as well.
         grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
+    elif needs_weight:  # strides of sizes of 1 as parameters have them, for DDP's buckets
+        grad_weight = grad_weight.flatten(1).view(weight.shape)
     return to_channels_last(grad_x) if needs_x else None, grad_weight, grad_bias
 
 
-def triton_backward(
+def backward_by_triton(
     grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None:
-    """`depthwise_conv_backward` by Triton's kernels, or None if they failed to compile."""
+) -> tuple[Any, Any, Any]:
     needs_x, needs_weight, needs_bias = needs
+    kernels, grad = triton_kernels(), aligned(grad)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    grad = aligned(grad)
     grad_x = grad_weight = grad_bias = None
     if needs_x:
         weight = prepare_weight(weight, x.dtype, 'triton')
-        grad_x = run_triton('depthwise_forward', grad, weight, None, flip=True)
-        if grad_x is None:
-            return None
+        grad_x = kernels.depthwise_forward(grad, weight, None, flip=True)
     if needs_weight:
-        grads = run_triton(
-            'depthwise_weight_gradient', aligned(x), grad, weight.shape[-1], dtype, needs_bias
+        grad_weight, grad_bias = kernels.depthwise_weight_gradient(
+            aligned(x), grad, weight.shape[-1], dtype, needs_bias
         )
-        if grads is None:
-            return None
-        grad_weight, grad_bias = grads
     elif needs_bias:
         grad_bias = grad.sum((0, 1, 2), dtype=dtype)
     return grad_x, grad_weight, grad_bias
-
-
-def aligned(x: Tensor) -> Tensor:
-    """x, contiguous and at a multiple of 16 bytes, as the compiled kernels expect it."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 class DepthwiseConvFunction(torch.autograd.Function):
@@ -459,7 +371,7 @@ class DepthwiseConvFunction(torch.autograd.Function):
         ctx.implementation = implementation
         with without_autocast(x):
             prepared = prepare_weight(weight, dtype, implementation)
-            # The inputs themselves are kept, for gradients of gradients; casts where they differ.
+            # Gradients of gradients need the inputs themselves.
             cast = x.to(dtype)
             ctx.save_for_backward(x, weight, bias, cast, prepared)
             out = depthwise_conv(cast, prepared, bias, implementation)
@@ -481,8 +393,7 @@ class DepthwiseConvFunction(torch.autograd.Function):
 
 
 # ----------------------------------------------------------------------------- registered operators
-# What a captured graph has as one node. They compute as the functions above, and may be called by
-# these names with import of this package alone.
+# Each is one node of a captured graph. They compute what the functions above compute.
 if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
     from torch.utils.flop_counter import register_flop_formula
 
@@ -507,7 +418,7 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
         grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor, ...]:
         grads = depthwise_conv_backward(grad, x, weight, needs, choose_kernel(x, weight))
-        # Operators cannot return None, and must return what their fake ones promise.
+        # Operators cannot return None, and must return the dtypes of their fake versions.
         return tuple(x.new_empty(0) if value is None else value.to(x.dtype) for value in grads)
 
     @operator_backward.register_fake
@@ -542,20 +453,3 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
         **__: Any,
     ) -> int:
         return count_flops(x_shape, weight_shape) * sum(needs[:2])
-
-
-def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raises ValueError unless shapes and dtypes are those that `depthwise_conv2d` takes."""
-    if torch.jit.is_tracing():  # sizes are tensors there
-        return
-    channels = weight.shape[0]
-    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f'weight must have shape (C, 1, K, K), got {tuple(weight.shape)}')
-    if weight.shape[2] % 2 == 0:
-        raise ValueError(f'weight must have an odd kernel size, got {weight.shape[2]}')
-    if x.dim() != 4 or x.shape[3] != channels:
-        raise ValueError(f'x must have shape (N, H, W, C={channels}), got {tuple(x.shape)}')
-    if bias is not None and bias.shape != (channels,):
-        raise ValueError(f'bias must have shape (C={channels},), got {tuple(bias.shape)}')
-    if weight.dtype != x.dtype and not is_autocast_enabled(x.device.type):
-        raise ValueError(f'x and weight must have one dtype, got {x.dtype} and {weight.dtype}')

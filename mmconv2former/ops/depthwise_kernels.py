@@ -1,10 +1,10 @@
 """Triton kernels for depthwise convolutions: K x K, stride 1, 'same' zero padding, (N, H, W, C).
 
-What follows a convolution in a block is computed while its result is in registers (`EPILOGUE`).
+The next step of a block is computed while the result is in registers (`EPILOGUE`).
 
 Columns and channels are one flattened axis f = w * C + c: no channel count wastes lanes, every load
-is contiguous, and a shift by a column of the kernel is a shift by C along f. Products are summed in
-float32, whatever the dtype of the tensors (in float64 for float64).
+is contiguous, and a shift by a column of the kernel is a shift by C along f. Sums are in float32
+(in float64 for float64 tensors).
 
 - `depthwise_forward_kernel`: a program owns a block of f in `ROWS` output rows and keeps their
   sums in registers. For each column of the kernel it loads `TAPS` weights and each input row once.
@@ -14,12 +14,12 @@ float32, whatever the dtype of the tensors (in float64 for float64).
   it loads each row of the input and of the gradient once. `depthwise_sum_kernel` adds the partial
   sums in a fixed order: no atomics, so results are the same in every run.
 
-Kernels with more rows than `TAPS` are split by rows, to stay within the registers. Constants are in
-capitals; as C is one of them, the compiler knows how loads are aligned.
+Kernels with more rows than `TAPS` are split by rows, to fit into the registers. Constants are in
+capitals; since C is one of them, the compiler knows how loads are aligned.
 """
 
 # mypy: ignore-errors
-# These functions are Triton's, with tuples that grow and arguments that have no types in Python.
+# Triton's functions have tuples that grow and arguments without Python types.
 
 import triton
 import triton.language as tl
@@ -31,8 +31,8 @@ from .activation_kernels import gelu, gelu_slope
 def widen(values, ACC: tl.constexpr, PACKED: tl.constexpr):
     """Values in the dtype of the sums.
 
-    A bfloat16 is the upper half of a float32. The compiler takes three instructions for two
-    values, this takes two.
+    A bfloat16 is the upper half of a float32. For two values the compiler needs three instructions,
+    this two.
     """
     if PACKED:
         return tl.inline_asm_elementwise(
@@ -53,7 +53,7 @@ def depthwise_forward_kernel(
 ):  # fmt: skip
     """x (N, H, W, C); weight (K, K, C), STEP elements from one (i, j) to the next; bias (C,).
 
-    With the convolution z, which also goes to `kept` if that is wanted, y is, by EPILOGUE,
+    With the convolution z, which is also stored in `kept` if HAS_KEPT, EPILOGUE selects what y is:
 
     - 'none': z
     - 'times': z * other
@@ -114,7 +114,7 @@ def depthwise_forward_kernel(
         start = first + t * WC
         z = sums[t]
         if EPILOGUE != 'none':
-            # What the backward pass finds in memory is what is computed with here.
+            # Compute with the rounded values that the backward pass will read.
             z = z.to(x.dtype.element_ty).to(ACC)
         if HAS_KEPT:
             tl.store(kept + start + f, z.to(kept.dtype.element_ty), mask=mask)
@@ -143,8 +143,8 @@ def depthwise_weight_gradient_kernel(
 ):  # fmt: skip
     """x, grad (N, H, W, C) -> partial (shares, K * K + HAS_BIAS, period), bias last.
 
-    A row of f is cut into periods, after which the channels repeat, and a program adds up the same
-    block of all periods. What a share counts are the rows of all periods of all images.
+    A row of f is cut into periods, after which the channels repeat, and a program adds the same
+    block of all periods. Shares divide the rows of all periods of all images.
     """
     P: tl.constexpr = K // 2
     SUMS: tl.constexpr = K * K + HAS_BIAS

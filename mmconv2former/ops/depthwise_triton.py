@@ -1,4 +1,4 @@
-"""Launches the kernels of `depthwise_kernels`, and divides their work.
+"""Launches the kernels of `depthwise_kernels`, and divides their work among programs.
 
 `tools/kernel_resources.py` compiles them without a GPU and checks that none spills registers.
 """
@@ -18,19 +18,17 @@ from .depthwise_kernels import (
     depthwise_sum_kernel,
     depthwise_weight_gradient_kernel,
 )
-from .launch import CompilationError, Launcher, is_packed, sums_dtype
+from .launch import Launcher, is_packed, sums_dtype
 
-__all__ = ['CompilationError', 'Launcher']  # which `depthwise` takes from here
-
-# Rows of a kernel whose weights a forward program keeps in registers, and of whose gradients a
-# program of the weight gradient keeps the sums. With 13 of them it spills.
+# Rows of a kernel that a program keeps in registers: their weights, or the sums of their gradients.
+# With 13 it spills.
 MAX_TAPS = 12
-MAX_SUMS = 28  # of all weights of such a program
+MAX_SUMS = 28  # of all weights of a weight gradient program
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the work of one kernel size is divided.
+    """How the work of one kernel size is divided among programs.
 
     Fields:
         taps: Rows of the kernel that a program handles at once.
@@ -51,11 +49,10 @@ class Blocks:
 
 @functools.cache
 def blocks_for(kernel_size: int) -> Blocks:
-    """The division of the work for a kernel size.
+    """The division of the work for a kernel size, the same for all inputs and so in one kernel.
 
-    `rows`, `block` and `num_warps` are the best that were measured on an H100 (bfloat16, kernels 3,
-    7 and 11); the rest follows from the registers that `tools/kernel_resources.py` reports. They
-    do not depend on the size of the input, so that a new size needs no new kernel.
+    `rows`, `block` and `num_warps` are the fastest measured on an H100 (bfloat16, kernels 3, 7 and
+    11); the rest follows from the registers that `tools/kernel_resources.py` reports.
     """
     taps = split_evenly(kernel_size, MAX_TAPS)
     columns = split_evenly(kernel_size, MAX_SUMS // taps)
@@ -64,7 +61,7 @@ def blocks_for(kernel_size: int) -> Blocks:
 
 
 def split_evenly(total: int, most: int) -> int:
-    """Size of the parts when `total` is divided into as few parts of at most `most` as possible."""
+    """The size of equal parts, as few as possible, of at most `most` each."""
     return math.ceil(total / math.ceil(total / most))
 
 
@@ -78,27 +75,20 @@ def forward_launcher(
     step: int,
     flip: bool,
     blocks: Blocks,
-    epilogue: str = 'none',
-    keep: bool = False,
-    steps: tuple[int, int | None, int | None] | None = None,
+    epilogue: str,
+    keep: bool,
+    steps: tuple[int, int | None, int | None],
 ) -> Launcher:
-    """`depthwise_forward_kernel` for one kind of input; the arguments are all it depends on.
+    """`depthwise_forward_kernel` for one kind of input.
 
     Args:
         device: Index of the GPU, -1 for the interpreter.
-        dtype: Of the tensors.
-        bias_dtype: Of the bias, None without one.
-        channels: C.
-        kernel_size: K.
         step: Elements from one weight of a channel to the next.
-        flip: Whether the weights are taken in reverse order.
-        blocks: The division of the work.
-        epilogue: What is computed of the convolution.
-        keep: Whether the convolution itself is wanted too.
-        steps: Elements from one position to the next of y, other and before, None for a tensor
-            that is missing; None for a contiguous y alone.
+        keep: Whether the convolution is stored besides the result.
+        steps: Elements from one position to the next of y, other and before; None without them.
+        dtype, bias_dtype, channels, kernel_size, flip, blocks, epilogue: See `depthwise_forward`.
     """
-    y_step, other_step, before_step = steps or (channels, None, None)
+    y_step, other_step, before_step = steps
     constants = dict(
         C=channels, K=kernel_size, STEP=step, TAPS=blocks.taps, ROWS=blocks.rows,
         BLOCK=blocks.block, HAS_BIAS=bias_dtype is not None, FLIP=flip, ACC=sums_dtype(dtype),
@@ -154,13 +144,13 @@ def depthwise_forward(
         x: Contiguous input (N, H, W, C), on the current device.
         weight: (C, 1, K, K) of the dtype of x, as `lay_out` returns it.
         bias: (C,) of any dtype, or None.
-        flip: Takes the weights in reverse order, which makes it the input gradient.
+        flip: Whether to reverse the weights, which computes the input gradient.
         blocks: The division of the work; None for that of `blocks_for`.
-        epilogue: What the result is of the convolution z: 'none' z, 'times' z * other,
+        epilogue: What to compute from the convolution z: 'none' z, 'times' z * other,
             'plus_gelu' x + GELU(z), 'gelu_backward' (z + other) * GELU'(before).
         y: Where the result goes; None for a new tensor.
-        kept: Where the convolution itself goes, contiguous, or None.
-        other, before: (N, H, W, C) as the epilogue needs them. These and y may be parts of
+        kept: Where z goes, contiguous, or None.
+        other, before: (N, H, W, C), as the epilogue needs them. These and y may be parts of
             contiguous tensors with more channels.
     """
     batch, height, width, channels = x.shape
@@ -191,7 +181,7 @@ def depthwise_weight_gradient(
         grad: Contiguous gradient of the output (N, H, W, C).
         kernel_size: K.
         dtype: Of the results.
-        has_bias: Whether the gradient of the bias is wanted.
+        has_bias: Whether the gradient of the bias is needed.
         blocks: The division of the work; None for that of `blocks_for`.
 
     Returns:
@@ -204,7 +194,7 @@ def depthwise_weight_gradient(
         device, x.dtype, dtype, channels, kernel_size, has_bias, blocks
     )
     row_blocks = -(-width * channels // blocks.gradient_block)
-    # After this many blocks the channels are where they were.
+    # After this many blocks the channels repeat.
     period_blocks = min(channels // math.gcd(channels, blocks.gradient_block), row_blocks)
     rows = batch * -(-row_blocks // period_blocks) * height
     programs = period_blocks * -(-kernel_size // blocks.columns) * -(-kernel_size // blocks.taps)
@@ -228,12 +218,7 @@ def depthwise_weight_gradient(
 
 
 def lay_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight (C, 1, K, K) with the channels next to each other in memory, (K, K, C).
-
-    Args:
-        weight: (C, 1, K, K) in any memory layout; returned as it is if that is the right one.
-        dtype: Of the result.
-    """
+    """A weight (C, 1, K, K) in `dtype` and in memory as (K, K, C); itself if it is so already."""
     channels, _, kernel_size, _ = weight.shape
     to_channel, _, to_row, to_column = weight.stride()
     is_right = to_channel == 1 and to_row == kernel_size * to_column and weight.dtype == dtype
@@ -243,10 +228,9 @@ def lay_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
     return result.permute(3, 2, 0, 1).copy_(weight)
 
 
-@torch.no_grad()  # gradients are of the weights themselves
 def lay_out_together(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`lay_out` of many weights by two launches for each kernel size, in the order given."""
-    if any(weight.shape[0] % 8 for weight in weights):  # whose parts would not be aligned
+    """`lay_out` of many weights by two launches for each kernel size."""
+    if any(weight.shape[0] % 8 for weight in weights):  # the parts would not be aligned
         return [lay_out(weight, dtype) for weight in weights]
     results: dict[int, Tensor] = {}
     by_size: dict[tuple, list[int]] = {}

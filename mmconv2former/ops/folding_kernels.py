@@ -1,14 +1,14 @@
-"""Triton kernels that fold the affine parts around a product into its weight, and their gradients.
+"""Triton kernels that fold the affine parts around a 1x1 convolution into it, and unfold gradients.
 
-A product's weight (rows, columns) and bias (rows,), with `scale_in`, `shift_in` (columns,) of the
-LayerNorm before it and `scale_out` (rows,) of the layer scale behind it:
+For weight (rows, columns) and bias (rows,), with `scale_in`, `shift_in` (columns,) of the LayerNorm
+before it and `scale_out` (rows,) of the layer scale behind it:
 
     folded weight = scale_out * weight * scale_in
     folded bias = scale_out * (bias + weight @ shift_in)
 """
 
 # mypy: ignore-errors
-# These functions are Triton's, whose arguments have no types in Python.
+# Triton's functions have arguments without Python types.
 
 import triton
 import triton.language as tl
@@ -20,10 +20,10 @@ def fold_kernel(
     TASK: tl.constexpr, HAS_UNITS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Folds ROWS rows of a product; `tasks` (programs, TASK) tells each program which rows.
+    """Folds ROWS rows of a weight; `tasks` (programs, TASK) tells each program which rows.
 
     A task is: addresses of weight, bias, scale_in, shift_in, scale_out (0 for none), first row,
-    rows, columns, the places of folded weight and bias in `folded`, and that of the unit in
+    rows, columns, the offsets of folded weight and bias in `folded`, and that of the unit in
     `units` by which scale_out is divided.
     """
     task = tasks + tl.program_id(0) * TASK
@@ -68,7 +68,7 @@ def unfold_rows(
     N: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a product with a scale behind it, from those of the folded ones.
+    """Gradients for weight, bias and the scale behind them, from those of the folded ones.
 
     grad, weight, grad_weight (N, COLUMNS); the others (N,). A program owns ROWS rows.
     """
@@ -97,7 +97,7 @@ def unfold_columns(
     N: tl.constexpr, C: tl.constexpr, SHARE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a product behind a LayerNorm's scale and shift, from those of the folded ones.
+    """Gradients for a weight and the scale and shift before it, from those of the folded ones.
 
     grad, weight, grad_weight (N, C), grad_bias (N,). A program owns BLOCK columns of SHARE rows;
     its sums for scale and shift go to its row of `partial`, STEP elements a row.
@@ -148,9 +148,9 @@ def unfold_kernel(
 ):  # fmt: skip
     """Gradients of all that is folded in a block, from those of the folded weights and biases.
 
-    The first tensors are the gradients of the folded ones, then come the parameters, then their
-    gradients, and for those of the LayerNorms `partial` (SHARES, 4 C): of scale and shift of the
-    first, then of the second.
+    The arguments are the gradients of the folded ones, the parameters, their gradients, and for
+    those of the LayerNorms `partial` (SHARES, 4 C): scale and shift of the first, then of the
+    second.
     """
     ROW_BLOCKS: tl.constexpr = (C + ROWS - 1) // ROWS
     COLUMN_BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS

@@ -1,4 +1,4 @@
-"""Compiles Triton kernels once for each kind of input, and launches them at little cost."""
+"""Compiles each Triton kernel once for each kind of input, and launches it quickly."""
 
 from __future__ import annotations
 
@@ -11,21 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-class CompilationError(RuntimeError):
-    """Triton could not make a kernel for this machine."""
-
+from .triton_support import CompilationError
 
 compiling = threading.Lock()
 AcceleratorError = getattr(torch, 'AcceleratorError', torch.cuda.OutOfMemoryError)  # torch >= 2.8
 
 
 class Launcher:
-    """A kernel with all that it was compiled for, ready to run on one GPU.
+    """A kernel with its constants, ready to run on one GPU.
 
-    Triton's own way to a kernel that was compiled before costs several times an operator of torch,
-    as it binds and inspects all arguments. This has it compiled once and then calls it directly.
-    Pointers must be multiples of 16 bytes, but for those that a kernel's decorator excepts.
+    Triton's own launch binds and inspects all arguments each time, which takes several times as
+    long as an operator of torch. This compiles the kernel once and then calls it directly. Pointers
+    must be multiples of 16 bytes, except those that a kernel's decorator names.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], num_warps: int = 4) -> None:
@@ -34,7 +31,7 @@ class Launcher:
         self.num_warps = num_warps
         self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self.run: Any = None
-        self.at_once = 16  # programs that the GPU holds, known when it is compiled
+        self.at_once = 16  # programs that fit on the GPU, known after compilation
 
     def compile(self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
         """Compiles the kernel for a GPU, or loads it from Triton's cache.
@@ -44,24 +41,24 @@ class Launcher:
             sizes: Any integers, as many as it takes.
 
         Raises:
-            CompilationError: It did not work.
+            CompilationError: It failed.
         """
-        with compiling:  # as Triton is not made for two threads that load one kernel
+        with compiling:  # two threads must not load one kernel
             if self.run is not None:
                 return
             try:
                 compiled = self.kernel.warmup(
                     *tensors, *sizes, **self.constants, num_warps=self.num_warps, grid=(1,)
                 )
-                run = compiled.run  # which loads it on the GPU
+                run = compiled.run  # loads it on the GPU
                 self.function, self.metadata = compiled.function, compiled.packed_metadata
                 self.get_stream = triton.runtime.driver.active.get_current_stream
             except (torch.cuda.OutOfMemoryError, AcceleratorError):
-                raise  # of what ran before
-            except Exception as error:  # of the compiler, the linker, the cache or the driver
+                raise  # from what ran before
+            except Exception as error:  # from the compiler, the linker, the cache or the driver
                 raise CompilationError(f'{type(error).__name__}: {error}') from error
             processors, registers = limits(tensors[0].get_device())  # type: ignore[union-attr]
-            of_thread = 8 * -(-compiled.n_regs // 8)  # they are given in eights
+            of_thread = 8 * -(-compiled.n_regs // 8)  # allocated in eights
             of_program = 32 * self.num_warps * of_thread
             self.at_once = processors * max(1, registers // of_program)
             self.run = run
@@ -77,7 +74,7 @@ class Launcher:
             sizes: The arguments that follow, of 32 bits.
 
         Raises:
-            CompilationError: At the first call.
+            CompilationError: The first call failed to compile it.
         """
         if self.run is None:
             if is_on_cpu(tensors):  # Triton's interpreter
@@ -102,7 +99,7 @@ def sums_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 def is_packed(device: int, dtype: torch.dtype) -> bool:
-    """Whether `widen` may use instructions of NVIDIA's."""
+    """Whether `widen` may use NVIDIA's instructions."""
     return device >= 0 and dtype == torch.bfloat16 and torch.version.hip is None
 
 

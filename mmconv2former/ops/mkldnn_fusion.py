@@ -1,9 +1,9 @@
-"""Convolutions with what follows them in one operator, for inference on a CPU.
+"""Convolutions fused with the operation that follows, for inference on a CPU in float32.
 
-oneDNN writes the result of a convolution once, with GELU, a product or a sum applied, where stock
-operators write and read it again; and it takes weights that are laid out for it beforehand. The
-operators are those that `torch.compile` uses on CPUs. Elsewhere, and wherever gradients or a graph
-are wanted, stock operators compute the same.
+oneDNN applies GELU, a product or a sum before it writes the result of a convolution, where stock
+operators write it and read it again; and it takes weights that are laid out beforehand. These
+operators are the ones that `torch.compile` uses on CPUs. On other devices, and if gradients or a
+graph are needed, stock operators compute the same.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .depthwise import depthwise_conv2d
-from .memory_format import is_captured, is_cpu_float32, to_channels_first, to_channels_last
-from .pointwise import product
+from .dispatch import is_captured, is_cpu_float32
+from .memory_format import to_channels_first, to_channels_last
+from .pointwise import pointwise_conv
 
 HAS_FUSED_OPERATORS = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name)
@@ -25,10 +26,10 @@ HAS_FUSED_OPERATORS = torch.backends.mkldnn.is_available() and all(
 
 
 def is_fusible(x: Tensor) -> bool:
-    """Whether oneDNN's fused operators can be used on `x`, the one place that decides."""
+    """Whether oneDNN's fused operators run on x; the one place that decides."""
     if torch.is_grad_enabled() or is_captured():
         return False
-    is_plain = type(x) is Tensor  # what pretends to be a tensor knows stock operators only
+    is_plain = type(x) is Tensor  # subclasses only know stock operators
     return is_plain and is_cpu_float32(x) and HAS_FUSED_OPERATORS
 
 
@@ -51,9 +52,8 @@ class FusedConv(nn.Module):
         self.packed_weight: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.is_depthwise:
-            return product(x, self.weight, self.bias)
-        return depthwise_conv2d(x, self.weight, self.bias)
+        conv = depthwise_conv2d if self.is_depthwise else pointwise_conv
+        return conv(x, self.weight, self.bias)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Weight and bias."""
@@ -83,7 +83,7 @@ class FusedConv(nn.Module):
     def _pack(self, x: Tensor) -> tuple:
         """Weight, bias, padding, stride, dilation, groups, as oneDNN takes them.
 
-        The weight is laid out for the first size of x (N, C_in, H, W), and is right for any.
+        The weight is laid out for the first size of x (N, C_in, H, W), but works for any.
         """
         groups = self.weight.shape[0] if self.is_depthwise else 1
         padding = [self.weight.shape[-1] // 2] * 2 if self.is_depthwise else [0, 0]
@@ -96,7 +96,7 @@ class FusedConv(nn.Module):
         return self.packed_weight, self.bias, *geometry
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
-        self.packed_weight = None  # of other values, another dtype or device from here on
+        self.packed_weight = None  # values, dtype or device are about to change
         return super()._apply(function, recurse)
 
     def __getstate__(self) -> dict:

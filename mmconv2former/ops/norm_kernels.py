@@ -2,11 +2,11 @@
 
 Tensors are contiguous (positions, C); a program owns ROWS whole positions at a time. The residual
 stream keeps its own dtype, results for a branch are in that of the branch. Arithmetic is in
-float32, whatever the dtypes (in float64 for float64).
+float32 (in float64 for float64 tensors).
 """
 
 # mypy: ignore-errors
-# These functions are Triton's, whose arguments have no types in Python.
+# Triton's functions have arguments without Python types.
 
 import triton
 import triton.language as tl
@@ -21,7 +21,7 @@ def residual_norm_kernel(
 ):  # fmt: skip
     """total = x + factor * branch, and y = (total - mean) * rstd with mean and rstd over C.
 
-    factor (N,) is of an image of `per_image` positions; rstd (positions,).
+    factor (N,), one for each image of `per_image` positions; rstd (positions,).
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_rows = row < positions
@@ -179,10 +179,10 @@ def layer_norm_backward_kernel(
     C: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     CHANNELS_FIRST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of `layer_norm_kernel`, which are laid out as its tensors.
+    """Gradients of `layer_norm_kernel`, in the layouts of its tensors.
 
-    What the gradients of weight and bias add up to over this program's positions goes to its row
-    of `sums` (programs, 2 C).
+    Those of weight and bias, summed over this program's positions, go to its row of `sums`
+    (programs, 2 C).
     """
     blocks = tl.cdiv(per_image, ROWS)
     c = tl.arange(0, BLOCK)

@@ -1,145 +1,115 @@
-"""What the backward pass computes anew: same values and gradients, less kept, any precision."""
+"""Activation recomputation: the same values and gradients, less saved, in any precision."""
+
+import copy
 
 import pytest
 import torch
 from common.counting import count_bytes_kept
 from common.plain_conv2former import plain_conv2former
-from helpers.comparisons import SMALL_ARCHS, compare_with_plain, loss_of, randomized, relative_error
+from helpers.comparisons import compare_with_plain, leaves, loss_of, randomized, relative_error
 from helpers.half_precision import HALF_DTYPES, needs_float16
 from torch import nn
 
 from mmconv2former import Conv2Former
 from mmconv2former.models import blocks as blocks_module
-from mmconv2former.ops import depthwise, depthwise_products
+from mmconv2former.ops import depthwise, depthwise_matmul
 from mmconv2former.ops.block import RECOMPUTE
 from mmconv2former.registry import MODELS
 
-ARCH = SMALL_ARCHS['kernels']
+ARCH = dict(channels=(8, 12), depths=(1, 2), kernel_size=(11, 5))
 
 
-def gradients(model, x, autocast=None, scaler=1.0):
+def build(**options):
+    return randomized(Conv2Former(ARCH, out_indices=(0, 1), **options))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model, x, autocast=None, scale=1.0):
     model.zero_grad()
     x = x.clone().requires_grad_()
     with torch.autocast('cpu', autocast or torch.bfloat16, enabled=autocast is not None):
         outputs = model(x)
-    (scaler * loss_of([output.float() if autocast else output for output in outputs])).backward()
-    return outputs, {'x': x.grad} | {n: p.grad for n, p in model.named_parameters()}
+    (scale * loss_of([output.float() if autocast else output for output in outputs])).backward()
+    return outputs, {'x': x.grad} | {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize('recompute', RECOMPUTE)
-@pytest.mark.parametrize('arch', ['narrow', 'kernels'])
-def test_equals_the_plain_implementation(arch, recompute):
-    model = randomized(Conv2Former(SMALL_ARCHS[arch], recompute=recompute).double())
-    compare_with_plain(model, torch.randn(2, 3, 68, 75, dtype=torch.double), 1e-12, 1e-10)
+def test_equals_the_plain_implementation(recompute):
+    model = build(recompute=recompute).double()
+    compare_with_plain(model, normal(2, 3, 20, 27).double(), 1e-12, 1e-10)
 
 
-def test_less_and_less_is_kept():
-    x = torch.randn(1, 3, 64, 96)
-    nothing, elementwise, expansion = (
-        count_bytes_kept(Conv2Former('tiny', recompute=name), x) for name in RECOMPUTE
+def test_less_and_less_is_saved():
+    x, arch = normal(1, 3, 64, 64), dict(channels=(32, 64), depths=(2, 2), kernel_size=5)
+    nothing, elementwise, expansion, checkpointed = (
+        count_bytes_kept(Conv2Former(arch, out_indices=1, **options), x)
+        for options in [*(dict(recompute=name) for name in RECOMPUTE), dict(with_cp=True)]
     )
     assert elementwise < 0.65 * nothing
     assert expansion < 0.8 * elementwise
+    assert checkpointed < 0.5 * elementwise
+    with torch.no_grad():
+        assert count_bytes_kept(Conv2Former(arch, out_indices=1), x) == 0
 
 
-@pytest.mark.parametrize('recompute', RECOMPUTE[1:])
 @pytest.mark.parametrize('dtype', HALF_DTYPES)
-def test_half_precision(recompute, dtype):
+def test_half_precision(dtype):
     """As close to float64 as stock autograd under the same autocast, within a factor of two."""
-    torch.manual_seed(0)
-    x = torch.randn(2, 3, 64, 64)
-    model = randomized(Conv2Former(ARCH, recompute=recompute))
-    stock = randomized(Conv2Former(ARCH, recompute='nothing'))
-    _, exact = gradients(randomized(Conv2Former(ARCH, recompute='nothing')).double(), x.double())
-    _, expected = gradients(stock, x, dtype)
-    outputs, found = gradients(model, x, dtype)
-    assert all(output.dtype == torch.float32 for output in outputs)
-    for name, reference in exact.items():
-        allowed = 2 * relative_error(expected[name].double(), reference) + 2e-3
-        assert relative_error(found[name].double(), reference) < allowed, name
-        assert found[name].dtype == torch.float32
+    x, model = normal(2, 3, 24, 32), build(recompute='nothing')
+    _, exact = gradients(copy.deepcopy(model).double(), x.double())
+    _, stock = gradients(model, x, dtype)
+    for recompute in RECOMPUTE[1:]:
+        outputs, found = gradients(build(recompute=recompute), x, dtype)
+        assert all(output.dtype == torch.float32 for output in outputs)
+        for name, reference in exact.items():
+            allowed = 2 * relative_error(stock[name].double(), reference) + 2e-3
+            assert relative_error(found[name].double(), reference) < allowed, name
+            assert found[name].dtype == torch.float32
 
 
 @needs_float16
 @pytest.mark.parametrize('recompute', RECOMPUTE)
-def test_float16_does_not_overflow_with_large_inputs(recompute):
-    model = Conv2Former(ARCH, recompute=recompute, layer_scale_init_value=1.0)
-    outputs, found = gradients(model, 1e4 * torch.randn(2, 3, 64, 64), torch.float16)
-    assert all(torch.isfinite(output).all() for output in outputs)
-    assert all(torch.isfinite(gradient).all() for gradient in found.values())
-
-
-@needs_float16
-@pytest.mark.parametrize('recompute', RECOMPUTE)
-def test_float16_does_not_vanish_with_the_initial_layer_scale(recompute):
-    """With the loss scaled as GradScaler does, all parameters get a gradient through the 1e-6."""
-    torch.manual_seed(0)
-    model = randomized(Conv2Former(ARCH, recompute=recompute))
+def test_float16_neither_overflows_nor_vanishes(recompute):
+    """With large inputs; and with the initial layer scale, if the loss is scaled as usual."""
+    model = Conv2Former(ARCH, out_indices=(0, 1), recompute=recompute, layer_scale_init_value=1.0)
+    outputs, found = gradients(model, 1e4 * normal(2, 3, 24, 32), torch.float16)
+    assert all(value.isfinite().all() for value in [*outputs, *found.values()])
+    model = build(recompute=recompute)
     for name, parameter in model.named_parameters():
         if 'layer_scale' in name:
             nn.init.constant_(parameter, 1e-6)
-    _, found = gradients(model, torch.randn(2, 3, 64, 64), torch.float16, 2.0**8)
+    _, found = gradients(model, normal(2, 3, 24, 32), torch.float16, 2.0**4)
     for name, gradient in found.items():
-        assert torch.isfinite(gradient).all(), name
+        assert gradient.isfinite().all(), name
         assert gradient.abs().max() > 0, name
 
 
 def test_double_use_of_a_module():
-    torch.manual_seed(0)
-    model = randomized(Conv2Former(ARCH, recompute='expansion').double())
-    x, y = torch.randn(2, 1, 3, 64, 64, dtype=torch.double)
-    model.eval()
-    _, both = gradients(lambda_model(model, lambda m, z: [*m(z[0]), *m(z[1])]), torch.stack([x, y]))
+    model = build(recompute='expansion').double().eval()
+    x, y = (normal(1, 3, 24, 20, seed=seed).double() for seed in range(2))
     _, first = gradients(model, x)
     _, second = gradients(model, y)
-    # `loss_of` weighs outputs by their place in each, so the sums are the same
-    for name in first:
-        if name != 'x':
-            torch.testing.assert_close(both[f'model.{name}'], first[name] + second[name])
-
-
-def lambda_model(model, forward):
-    class Wrapper(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return forward(self.model, x)
-
-    return Wrapper()
+    model.zero_grad()
+    (loss_of(model(x)) + loss_of(model(y))).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, first[name] + second[name])
 
 
 def test_frozen_parts_get_no_gradient():
-    model = randomized(Conv2Former(ARCH, frozen_stages=1, recompute='expansion').double())
-    model.stages[2][0].attn.proj.weight.requires_grad_(False)
-    model.stages[2][0].layer_scale_1.requires_grad_(False)
-    model.stages[3][0].mlp.fc1.bias.requires_grad_(False)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        state[name].requires_grad_(parameter.requires_grad)
-    x = torch.randn(1, 3, 64, 64, dtype=torch.double)
-    model.eval()
+    model = build(frozen_stages=1, recompute='expansion').double().eval()
+    for name in ('1.0.attn.proj.weight', '1.0.layer_scale_1', '1.1.mlp.fc1.bias'):
+        model.get_parameter(f'stages.{name}').requires_grad_(False)
+    state = leaves(model)
+    x = normal(1, 3, 24, 20).double()
     loss_of(model(x)).backward()
     loss_of(plain_conv2former(x, state, model.depths)).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == (not parameter.requires_grad), name
         if parameter.requires_grad:
             assert relative_error(parameter.grad, state[name].grad) < 1e-10, name
-
-
-def test_nothing_is_kept_without_gradients():
-    model, x = Conv2Former(ARCH, recompute='expansion'), torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        outputs = model(x)
-        assert count_bytes_kept(model, x) == 0
-    assert all(output.grad_fn is None for output in outputs)
-
-
-def test_checkpointing_keeps_least():
-    x = torch.randn(1, 3, 64, 96)
-    plain = count_bytes_kept(Conv2Former('tiny'), x)
-    assert count_bytes_kept(Conv2Former('tiny', with_cp=True), x) < 0.5 * plain
 
 
 def test_bad_argument():
@@ -162,49 +132,41 @@ class OtherDepthwiseConv(nn.Conv2d):
 
 def test_other_depthwise_convolution_by_name():
     MODELS.register_module(module=OtherDepthwiseConv, force=True)
-    model = randomized(Conv2Former(ARCH, depthwise_conv='OtherDepthwiseConv').double())
-    compare_with_plain(model, torch.randn(1, 3, 64, 64, dtype=torch.double), 1e-12, 1e-10)
+    model = build(depthwise_conv='OtherDepthwiseConv').double()
+    compare_with_plain(model, normal(1, 3, 24, 20).double(), 1e-12, 1e-10)
     assert OtherDepthwiseConv.calls == sum(model.depths)
     with pytest.raises(ValueError, match=r'depthwise_conv must be a registered .* got .NoSuchConv'):
-        Conv2Former(ARCH, depthwise_conv='NoSuchConv')
+        build(depthwise_conv='NoSuchConv')
 
 
-@pytest.mark.parametrize('method', ['stock', 'products'])
-def test_the_weight_gradient_can_be_chosen(method, monkeypatch):
+def test_the_weight_gradient_by_matrix_products(monkeypatch):
+    """If a user asks for it, and by the rule in the dtype that autocast computes in."""
     calls = []
-    real = depthwise_products.weight_gradient
+    real = depthwise_matmul.weight_gradient
     monkeypatch.setattr(
-        depthwise_products, 'weight_gradient', lambda *a: calls.append(a) or real(*a)
+        depthwise_matmul, 'weight_gradient', lambda *args: calls.append(1) or real(*args)
     )
-    monkeypatch.setattr(depthwise, 'setting', method)
-    model = randomized(Conv2Former(ARCH).double())
-    compare_with_plain(model, torch.randn(1, 3, 64, 64, dtype=torch.double), 1e-12, 1e-10)
-    assert len(calls) == (2 * sum(model.depths) if method == 'products' else 0)
-
-
-def test_mixed_precision_has_no_matrix_products_of_float32(monkeypatch):
-    """The rule for the weight gradient is asked for the dtype that autocast computes in."""
-    monkeypatch.setattr(depthwise_products, 'is_faster', lambda x, weight: True)
-    calls = []
-    real = depthwise_products.weight_gradient
-    monkeypatch.setattr(
-        depthwise_products, 'weight_gradient', lambda *a: calls.append(a) or real(*a)
-    )
-    model = randomized(Conv2Former(ARCH))
-    gradients(model, torch.randn(1, 3, 64, 64), torch.bfloat16)
-    assert not calls
-    gradients(model, torch.randn(1, 3, 64, 64))
-    assert len(calls) == 2 * sum(model.depths)
+    x, count = normal(1, 3, 24, 20), 2 * sum(ARCH['depths'])
+    for method, expected in [('stock', 0), ('matmul', count)]:
+        monkeypatch.setattr(depthwise, 'setting', method)
+        compare_with_plain(build().double(), x.double(), 1e-12, 1e-10)
+        assert len(calls) == expected
+    monkeypatch.setattr(depthwise, 'setting', 'auto')
+    monkeypatch.setattr(depthwise_matmul, 'is_faster', lambda x, weight: True)
+    for autocast, expected in [(torch.bfloat16, 0), (None, count)]:
+        calls.clear()
+        gradients(build(), x, autocast)
+        assert len(calls) == expected
 
 
 def test_where_the_function_is_worth_it(monkeypatch):
-    """On a CPU in float32 only where less is kept; otherwise always."""
+    """On a CPU in float32 only where less is saved; otherwise always."""
     calls = []
     real = blocks_module.compute_block
     monkeypatch.setattr(
         blocks_module, 'compute_block', lambda *args: calls.append(1) or real(*args)
     )
-    x, blocks = torch.randn(1, 3, 64, 64), sum(Conv2Former(ARCH).depths)
+    x, blocks = normal(1, 3, 16, 16), sum(ARCH['depths'])
     for recompute, grad, half, expected in [
         ('elementwise', True, False, blocks),
         ('elementwise', False, False, 0),
@@ -214,5 +176,5 @@ def test_where_the_function_is_worth_it(monkeypatch):
     ]:
         calls.clear()
         with torch.set_grad_enabled(grad), torch.autocast('cpu', torch.bfloat16, enabled=half):
-            Conv2Former(ARCH, recompute=recompute)(x)
+            build(recompute=recompute)(x)
         assert len(calls) == expected, (recompute, grad, half)

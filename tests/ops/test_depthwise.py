@@ -1,4 +1,4 @@
-"""Which implementation runs where, what overrides it, and what happens if Triton fails."""
+"""What `depthwise_conv2d` accepts, which implementation runs where, and what graphs see of it."""
 
 import logging
 
@@ -6,56 +6,122 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmconv2former import Conv2Former
-from mmconv2former.ops import DepthwiseConv, block, depthwise, depthwise_conv2d
+from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d, triton_support
 from mmconv2former.ops.depthwise import VARIABLE, choice_for, choose, implementations
 
 CUDA = torch.device('cuda', 0)
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'  # for graphs
 needs_triton = pytest.mark.skipif(
-    not depthwise.is_interpreted(), reason='no Triton from 3.3 on in its interpreter'
+    not triton_support.is_interpreted(), reason='no Triton from 3.3 on in its interpreter'
 )
+BY_TRITON = pytest.param('triton', marks=needs_triton)
 
 
 @pytest.fixture(autouse=True)
 def fresh_choices(monkeypatch):
-    monkeypatch.setattr(depthwise, 'failures', [])
     monkeypatch.setattr(depthwise, 'setting', 'auto')
-    depthwise.choice_for.cache_clear()
+    choice_for.cache_clear()
     depthwise.log_once.cache_clear()
     yield
-    depthwise.choice_for.cache_clear()
+    triton_support.failures.clear()
+    choice_for.cache_clear()
 
 
+def normal(*shape):
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.double)
+
+
+def operands(dtype=torch.double, device='cpu', channels=8, kernel_size=3):
+    """Input and gradient (2, 6, 5, C), weight and bias."""
+    x, grad = normal(2, 2, 6, 5, channels)
+    values = x, grad, normal(channels, 1, kernel_size, kernel_size), normal(channels)
+    return [value.to(device, dtype) for value in values]
+
+
+def stock(x, grad, weight, bias):
+    """Output and gradients by torch's operator."""
+    leaves = [value.detach().clone().requires_grad_() for value in (x, weight, bias)]
+    padding, groups = weight.shape[-1] // 2, weight.shape[0]
+    out = F.conv2d(leaves[0].permute(0, 3, 1, 2), *leaves[1:], padding=padding, groups=groups)
+    out = out.permute(0, 2, 3, 1)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def own(function, x, grad, weight, bias):
+    """Output and gradients by a function."""
+    leaves = [value.detach().clone().requires_grad_() for value in (x, weight, bias)]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+# ---------------------------------------------------------------------------------------- arguments
+@pytest.mark.parametrize(
+    ('x', 'weight', 'bias', 'message'),
+    [
+        ((1, 8, 8), (8, 1, 3, 3), None, r'x must have shape \(N, H, W, C=8\), got \(1, 8, 8\)'),
+        ((1, 4, 4, 6), (8, 1, 3, 3), None, r'x must have shape .*C=8\), got \(1, 4, 4, 6\)'),
+        ((1, 4, 4, 8), (8, 1, 4, 4), None, 'odd kernel size, got 4'),
+        ((1, 4, 4, 8), (8, 1, 3, 5), None, r'\(C, 1, K, K\), got \(8, 1, 3, 5\)'),
+        ((1, 4, 4, 8), (8, 8, 3, 3), None, r'\(C, 1, K, K\), got \(8, 8, 3, 3\)'),
+        ((1, 4, 4, 8), (8, 1, 3, 3), (4,), r'bias must have shape \(C=8,\), got \(4,\)'),
+    ],
+)
+def test_wrong_shapes(x, weight, bias, message):
+    arguments = [torch.zeros(shape) for shape in (x, weight, bias) if shape is not None]
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv2d(*arguments)
+
+
+def test_wrong_values():
+    with pytest.raises(ValueError, match=r'one dtype, got torch.float16 and torch.float32'):
+        depthwise_conv2d(torch.zeros(1, 4, 4, 8).half(), torch.zeros(8, 1, 3, 3))
+    with pytest.raises(ValueError, match='kernel_size must be odd, got 4'):
+        DepthwiseConv(8, 4)
+
+
+# ------------------------------------------------------------------------------------------- choice
 @pytest.fixture
 def log(monkeypatch):
     lines = []
-    monkeypatch.setattr(
-        depthwise, 'print_log', lambda text, logger, level: lines.append((level, text))
-    )
+    for module in (depthwise, triton_support):
+        monkeypatch.setattr(
+            module, 'print_log', lambda text, logger, level: lines.append((level, text))
+        )
     return lines
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A stand-in for a GPU: `gpu(capability, triton)` says what torch tells of the machine."""
+    """Fakes a GPU: `gpu(setting, dtype, kernel_size, **machine)` is the choice there."""
 
-    def describe(capability=(9, 0), triton='3.6.0', hip=None):
-        monkeypatch.setattr(depthwise, 'triton_version', lambda: triton)
+    def choice(
+        setting, dtype=torch.bfloat16, kernel_size=11,
+        capability=(9, 0), triton='3.6.0', hip=None, device=CUDA,
+    ):  # fmt: skip
+        monkeypatch.setattr(triton_support, 'triton_version', lambda: triton)
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA Test')
         monkeypatch.setattr(torch.version, 'hip', hip)
         choice_for.cache_clear()
+        return choice_for(setting, device, dtype, kernel_size, False)
 
-    describe()
-    return describe
+    return choice
 
 
-def test_triton_where_it_runs(gpu):
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+def test_the_choice_on_gpus(gpu, log):
+    for dtype in triton_support.DTYPES:
         for kernel_size in (3, 7, 11, 31):
-            assert choice_for('auto', CUDA, dtype, kernel_size) == 'triton'
-    gpu(capability=(9, 4), hip='6.4')  # ROCm counts otherwise
-    assert choice_for('auto', CUDA, torch.float32, 11) == 'triton'
+            assert gpu('auto', dtype, kernel_size) == 'triton'
+    assert gpu('auto', capability=(9, 4), hip='6.4') == 'triton'  # ROCm counts otherwise
+    assert gpu('auto', torch.complex64) == 'native'
+    assert gpu('auto', kernel_size=1) == 'cudnn'
+    assert gpu('auto', device=torch.device('xpu')) == 'stock'
+    assert gpu('native', kernel_size=3) == 'native'
+    assert gpu('cudnn', kernel_size=31) == 'cudnn'
+    assert f'({VARIABLE}=cudnn)' in log[-1][1]
+    with pytest.raises(ValueError, match=rf'{VARIABLE} must be one of auto, .* got .fast.'):
+        gpu('fast')
 
 
 @pytest.mark.parametrize(
@@ -66,50 +132,34 @@ def test_triton_where_it_runs(gpu):
         (dict(capability=(7, 5)), r'NVIDIA Test has compute capability 7.5, below 8.0'),
     ],
 )
-def test_order_of_fallbacks(gpu, log, machine, problem):
-    """Without Triton, cuDNN up to kernel 7 and torch's own kernels above; with the reason, once."""
-    gpu(**machine)
+def test_without_triton(gpu, log, machine, problem):
+    """cuDNN up to kernel 7 and torch's own kernels above; with the reason, once."""
     for _ in range(2):
-        assert choice_for('auto', CUDA, torch.bfloat16, 7) == 'cudnn'
-        assert choice_for('auto', CUDA, torch.bfloat16, 9) == 'native'
-        choice_for.cache_clear()
+        assert gpu('auto', kernel_size=7, **machine) == 'cudnn'
+        assert gpu('auto', kernel_size=9, **machine) == 'native'
     assert [text for _, text in log] == [
         f'Depthwise convolutions, kernel 7, torch.bfloat16: cudnn ({problem}).',
         f'Depthwise convolutions, kernel 9, torch.bfloat16: native ({problem}).',
     ]
     with pytest.raises(RuntimeError, match=rf'{VARIABLE}=triton: {problem}'):
-        choice_for('triton', CUDA, torch.bfloat16, 9)
-
-
-def test_other_dtypes_and_sizes(gpu):
-    assert choice_for('auto', CUDA, torch.complex64, 11) == 'native'
-    assert choice_for('auto', CUDA, torch.float32, 1) == 'cudnn'
-    assert choice_for('auto', torch.device('xpu'), torch.float32, 11) == 'stock'
-
-
-def test_the_variable_overrides_it(gpu, log):
-    assert choice_for('native', CUDA, torch.float32, 3) == 'native'
-    assert choice_for('cudnn', CUDA, torch.float32, 31) == 'cudnn'
-    assert f'({VARIABLE}=cudnn)' in log[1][1]
-    with pytest.raises(ValueError, match=rf'{VARIABLE} must be one of auto, .* got .fast.'):
-        choice_for('fast', CUDA, torch.float32, 3)
+        gpu('triton', **machine)
 
 
 @needs_triton
-def test_on_a_cpu(monkeypatch):
+def test_the_choice_on_a_cpu(monkeypatch):
     x, weight = torch.zeros(1, 64, 64, 72), torch.nn.Parameter(torch.zeros(72, 1, 11, 11))
-    for setting in ('auto', 'cudnn', 'native', 'products'):
+    for setting, expected in [
+        *((name, 'matmul') for name in ('auto', 'cudnn', 'native', 'matmul')),
+        ('stock', 'stock'), ('triton', 'triton'),
+    ]:  # fmt: skip
         monkeypatch.setattr(depthwise, 'setting', setting)
-        assert choose(x, weight) == 'products'
-    monkeypatch.setattr(depthwise, 'setting', 'stock')
-    assert choose(x, weight) == 'stock'
-    monkeypatch.setattr(depthwise, 'setting', 'triton')
-    assert choose(x, weight) == 'triton'
+        assert choose(x, weight) == expected
     choice_for.cache_clear()
-    monkeypatch.setattr(depthwise, 'is_interpreted', lambda: False)
+    for module in (depthwise, triton_support):
+        monkeypatch.setattr(module, 'is_interpreted', lambda: False)
     with pytest.raises(RuntimeError, match='TRITON_INTERPRET=1 before Python starts'):
         choose(x, weight)
-    assert implementations(x, weight) == ['stock', 'products']
+    assert implementations(x, weight) == ['stock', 'matmul']
 
 
 @needs_triton
@@ -126,173 +176,145 @@ def test_what_triton_cannot_take_goes_elsewhere(monkeypatch):
     assert choose(large, weight) == 'native'
 
 
-@pytest.mark.parametrize(
-    'implementation',
-    ['native', 'cudnn', 'stock', 'products', pytest.param('triton', marks=needs_triton)],
-)
-def test_all_implementations_agree(implementation):
-    generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(2, 2, 6, 7, 8, generator=generator, dtype=torch.double)
-    weight = torch.randn(8, 1, 5, 5, generator=generator, dtype=torch.double)
-    bias = torch.randn(8, generator=generator, dtype=torch.double)
-    leaves = [value.clone().requires_grad_() for value in (x, weight, bias)]
-    out = F.conv2d(leaves[0].permute(0, 3, 1, 2), *leaves[1:], padding=2, groups=8)
-    out.backward(grad.permute(0, 3, 1, 2))
-    found = depthwise.depthwise_conv(x, weight, bias, implementation)
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, out.permute(0, 2, 3, 1))
-    grads = depthwise.depthwise_conv_backward(grad, x, weight, implementation=implementation)
-    for value, leaf in zip(grads, leaves):
-        torch.testing.assert_close(value, leaf.grad)
-
-
-@pytest.mark.parametrize(
-    'implementation', ['stock', 'products', pytest.param('triton', marks=needs_triton)]
-)
-def test_gradients_of_gradients(implementation, monkeypatch):
-    monkeypatch.setattr(depthwise, 'setting', implementation)
-    generator = torch.Generator().manual_seed(0)
-    shapes = (1, 2, 3, 2), (2, 1, 3, 3), (2,)
-    x, weight, bias = (
-        torch.randn(shape, generator=generator, dtype=torch.double, requires_grad=True)
-        for shape in shapes
-    )
-    assert choose(x, weight) == implementation
-    assert torch.autograd.gradgradcheck(depthwise_conv2d, (x, weight, bias))
-    assert torch.autograd.gradgradcheck(depthwise_conv2d, (x, weight))
-    weight.requires_grad_(False)
-    assert torch.autograd.gradgradcheck(lambda x: depthwise_conv2d(x, weight, bias), (x,))
-
-
 @needs_triton
 @pytest.mark.parametrize('function', ['depthwise_forward', 'depthwise_weight_gradient'])
 def test_a_failure_of_the_compiler_does_not_end_a_run(function, monkeypatch, log):
     """In the forward pass or later: one warning, and the same results by stock operators."""
-    monkeypatch.setattr(depthwise, 'setting', 'triton')
-    kernels = depthwise.triton_kernels()
 
     def fail(*args, **kwargs):
-        raise kernels.CompilationError('FileNotFoundError: gcc')
+        raise triton_support.CompilationError('FileNotFoundError: gcc')
 
-    monkeypatch.setattr(kernels, function, fail)
-    torch.manual_seed(0)
-    conv = DepthwiseConv(8, 3)
-    x, grad = torch.randn(2, 1, 5, 6, 8)
-    for _ in range(2):
-        conv.zero_grad()
-        out = conv(x)
-        out.backward(grad)
-        reference = torch.nn.Conv2d.forward(conv, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        torch.testing.assert_close(out, reference)
-        expected = torch.autograd.grad(reference, list(conv.parameters()), grad)
-        for parameter, value in zip(conv.parameters(), expected):
-            torch.testing.assert_close(parameter.grad, value)
-    (line,) = log
-    assert line[0] == logging.WARNING
-    assert 'FileNotFoundError: gcc' in line[1]
-    assert 'Continuing without Triton' in line[1]
-
-
-@needs_triton
-def test_a_network_prepares_its_weights_once_a_pass(monkeypatch):
-    """Together at the start, used by every layer, and forgotten at the end, also of a failure."""
     monkeypatch.setattr(depthwise, 'setting', 'triton')
-    kernels = depthwise.triton_kernels()
-    prepared, alone = [], []
-    together, one = kernels.lay_out_together, kernels.lay_out
-    monkeypatch.setattr(
-        block.block_triton(), 'lay_out_together',
-        lambda *args: prepared.append(together(*args)) or prepared[-1],
-    )  # fmt: skip
-
-    def lay_out(weight, dtype):
-        alone.append(one(weight, dtype) is not weight)
-        return one(weight, dtype)
-
-    monkeypatch.setattr(kernels, 'lay_out', lay_out)
-    arch = dict(channels=(8, 16), depths=(1, 1), kernel_size=3)
-    x = torch.randn(1, 3, 16, 16)
-    for recompute in ('nothing', 'elementwise'):
-        model = Conv2Former(arch, out_indices=(0, 1), recompute=recompute)
-        blocks = [part for stage in model.stages for part in stage]
-        prepared.clear()
-        with torch.autocast('cpu', torch.bfloat16):
-            outputs = model(x)
-        assert len(prepared) == 1
-        assert len(prepared[0]) == 4
-        assert all(part.ready is None for part in blocks)
-        alone.clear()  # those that made the four
-        sum(output.sum() for output in outputs).backward()
-        assert len(prepared) == 1, 'weights were prepared again for the backward pass'
-        assert not any(alone), 'a weight was laid out again'
-    monkeypatch.setattr(model, '_forward', lambda x: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        model(x)
-    assert all(part.ready is None for part in blocks)
-
-
-@needs_triton
-def test_a_deployed_network_prepares_its_weights_once(monkeypatch):
-    """They do not change any more: for each dtype at the first pass alone."""
-    monkeypatch.setattr(depthwise, 'setting', 'triton')
-    kernels = depthwise.triton_kernels()
-    made = []
-    one = kernels.lay_out
-
-    def lay_out(weight, dtype):
-        ready = one(weight, dtype)
-        made.extend([dtype] * (ready is not weight))
-        return ready
-
-    monkeypatch.setattr(kernels, 'lay_out', lay_out)
-    arch = dict(channels=(8, 16), depths=(1, 1), kernel_size=3)
-    model = Conv2Former(arch, out_indices=(0, 1)).switch_to_deploy()
-    x = torch.randn(1, 3, 16, 16)
-    with torch.autocast('cpu', torch.bfloat16):
-        for _ in range(2):
-            model(x)
-    assert made == [torch.bfloat16] * 4
-    model.double()
+    monkeypatch.setattr(depthwise.triton_kernels(), function, fail)
     for _ in range(2):
-        model(x.double())
-    assert made == [torch.bfloat16] * 4 + [torch.float64] * 4
+        torch.testing.assert_close(own(depthwise_conv2d, *operands()), stock(*operands()))
+    ((level, text),) = log
+    assert level == logging.WARNING
+    assert 'FileNotFoundError: gcc' in text
+    assert 'Continuing without Triton' in text
 
 
-@pytest.mark.parametrize('name', ['stock', pytest.param('triton', marks=needs_triton)])
-def test_autocast_spares_float64(name, monkeypatch):
-    """As it does with all of torch's operators."""
+# ---------------------------------------------------------------------------------- implementations
+@pytest.mark.parametrize('implementation', ['native', 'cudnn', 'stock', 'matmul', BY_TRITON])
+def test_all_implementations_agree(implementation):
+    x, grad, weight, bias = operands(kernel_size=5)
+    expected = stock(x, grad, weight, bias)
+    out = depthwise.depthwise_conv(x, weight, bias, implementation)
+    assert out.is_contiguous()
+    grads = depthwise.depthwise_conv_backward(grad, x, weight, implementation=implementation)
+    torch.testing.assert_close([out, *grads], expected)
+
+
+@pytest.mark.parametrize('implementation', ['stock', 'matmul', BY_TRITON])
+def test_gradients_of_gradients(implementation, monkeypatch):
+    monkeypatch.setattr(depthwise, 'setting', implementation)
+    x, weight, bias = (
+        normal(*shape).requires_grad_() for shape in [(1, 2, 3, 2), (2, 1, 3, 3), (2,)]
+    )
+    assert choose(x, weight) == implementation
+    assert torch.autograd.gradgradcheck(depthwise_conv2d, (x, weight, bias))
+    weight.requires_grad_(False)
+    assert torch.autograd.gradgradcheck(lambda x: depthwise_conv2d(x, weight), (x,))
+
+
+@pytest.mark.parametrize('name', ['stock', BY_TRITON])
+def test_autocast(name, monkeypatch):
+    """Computes in autocast's dtype, with gradients in those of the parameters; not in float64."""
     monkeypatch.setattr(depthwise, 'setting', name)
-    conv = DepthwiseConv(8, 3).double()
-    x = torch.randn(1, 4, 5, 8, dtype=torch.double)
-    expected = conv(x)
+    x, grad, weight, bias = operands(torch.float32)
     with torch.autocast('cpu', torch.bfloat16):
-        torch.testing.assert_close(conv(x), expected)
+        assert depthwise_conv2d(x, weight, bias).dtype == torch.bfloat16
+        found = own(depthwise_conv2d, x, grad.bfloat16(), weight, bias)
+        exact = own(depthwise_conv2d, *operands())
+    expected = stock(*operands())
+    torch.testing.assert_close(exact, expected)
+    for value, reference in zip(found, expected):
+        assert (value - reference).norm() < 2e-2 * reference.norm()
+    assert [value.dtype for value in found[1:]] == [torch.float32] * 3
 
 
-@needs_triton
-def test_frozen_stages_keep_nothing(monkeypatch):
-    """Though the weights of frozen and trained layers are prepared together."""
-    monkeypatch.setattr(depthwise, 'setting', 'triton')
-    arch = dict(channels=(8, 16), depths=(1, 1), kernel_size=3)
-    model = Conv2Former(arch, out_indices=(0, 1), frozen_stages=1, out_norm=False)
-    first, last = model(torch.randn(1, 3, 16, 16))
-    assert not first.requires_grad
-    last.sum().backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is None) == (not parameter.requires_grad), name
-
-
-@needs_triton
-def test_weights_may_change_between_passes(monkeypatch):
-    """Also in place and behind autograd's back, as averages of weights are swapped in."""
-    monkeypatch.setattr(depthwise, 'setting', 'triton')
-    arch = dict(channels=(8, 16), depths=(1, 1), kernel_size=3)
-    model = Conv2Former(arch, out_indices=1, layer_scale_init_value=1.0).double().eval()
-    x = torch.randn(1, 3, 16, 16, dtype=torch.double)
-    for _ in range(2):
+# ------------------------------------------------------------------------------------------- graphs
+@pytest.fixture
+def registered(monkeypatch):
+    """The registered operator is used on the CPU, too."""
+    monkeypatch.setattr(depthwise, 'OPERATOR_DEVICES', ('cpu', 'cuda'))
+    if triton_support.is_interpreted():
         monkeypatch.setattr(depthwise, 'setting', 'triton')
-        (found,) = model(x)
-        monkeypatch.setattr(depthwise, 'setting', 'stock')
-        torch.testing.assert_close(found, model(x)[0])
-        for parameter in model.parameters():
-            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_registered_operators(registered):
+    tests = ['test_schema', 'test_faketensor', 'test_aot_dispatch_dynamic']
+    for dtype, needs in [
+        (torch.float64, [True, True, True]),
+        (torch.bfloat16, [True, True, False]),
+        (torch.float16, [False, True, True]),
+    ]:
+        x, grad, weight, bias = operands(dtype, DEVICE, channels=4)
+        torch.library.opcheck(
+            torch.ops.mmconv2former.depthwise_conv2d_backward, (grad, x, weight, needs),
+            test_utils=tests,
+        )  # fmt: skip
+    leaves = [value.double().requires_grad_() for value in (x, weight, bias)]
+    torch.library.opcheck(torch.ops.mmconv2former.depthwise_conv2d, leaves)
+    torch.library.opcheck(torch.ops.mmconv2former.depthwise_conv2d, (*leaves[:2], None))
+
+
+def test_compile_takes_it_as_one_node(registered):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    x, _, weight, bias = operands(device=DEVICE)
+    torch.compile(depthwise_conv2d, backend=backend, fullgraph=True, dynamic=True)(x, weight, bias)
+    targets = [str(node.target) for node in graphs[0].graph.nodes if node.op == 'call_function']
+    assert sum('depthwise_conv2d' in target for target in targets) == 1
+    assert not any('conv' in target for target in targets if 'depthwise_conv2d' not in target)
+    torch._dynamo.reset()
+    compiled = torch.compile(depthwise_conv2d, backend='aot_eager', fullgraph=True)
+    torch.testing.assert_close(
+        own(compiled, *operands(device=DEVICE)), stock(*operands(device=DEVICE))
+    )
+
+
+def test_compiled_gradients_under_autocast(registered):
+    """By inductor, which trusts the dtypes and strides that the operators promise."""
+    x, grad, weight, bias = operands(torch.float32, DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found, expected = (
+            own(function, x, grad.bfloat16(), weight, bias)
+            for function in (torch.compile(depthwise_conv2d, fullgraph=True), depthwise_conv2d)
+        )
+    assert [value.dtype for value in found] == [torch.bfloat16] + [torch.float32] * 3
+    for value, reference in zip(found, expected):
+        assert (value - reference).norm() < 1e-2 * reference.norm()
+
+
+def test_export(registered):
+    conv, x = DepthwiseConv(8, 3).to(DEVICE), torch.rand(2, 6, 5, 8, device=DEVICE)
+    height = torch.export.Dim('height', min=2, max=64)
+    program = torch.export.export(conv, (x,), dynamic_shapes=({1: height},))
+    assert 'mmconv2former.depthwise_conv2d' in str(program.graph)
+    other = torch.rand(2, 9, 5, 8, device=DEVICE)
+    torch.testing.assert_close(program.module()(other), conv(other))
+
+
+def test_flops_are_counted(registered):
+    """As torch counts the stock operator: twice the multiply-adds, three times in training."""
+    x, grad, weight, bias = operands(device=DEVICE)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        own(depthwise_conv2d, x, grad, weight, bias)
+    assert counter.get_total_flops() == 3 * 2 * 9 * x.numel()
+
+
+def test_transforms_and_traces_keep_the_stock_operator(registered):
+    x, grad, weight, bias = operands(device=DEVICE)
+    found = torch.func.grad(lambda w: (depthwise_conv2d(x, w, bias) * grad).sum())(weight)
+    torch.testing.assert_close(found, stock(x, grad, weight, bias)[2])
+    traced = torch.jit.trace(DepthwiseConv(8, 3).to(DEVICE), torch.rand(1, 5, 6, 8, device=DEVICE))
+    assert 'aten::_convolution' in str(traced.inlined_graph)
+    assert 'mmconv2former::' not in str(traced.inlined_graph)

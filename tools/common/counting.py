@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmconv2former.ops import block, depthwise
+from mmconv2former.ops import block, depthwise, triton_support
 
 
 # ----------------------------------------------------------------------------------- multiply-adds
@@ -103,7 +103,7 @@ class TrafficCounter(TorchDispatchMode):
 @contextmanager
 def counted_kernels(counter: TrafficCounter) -> Iterator[None]:
     """Makes fake tensors take the path of a GPU, with Triton kernels that are only counted."""
-    if depthwise.installation_problem() is not None:
+    if triton_support.installation_problem() is not None:
         yield
         return
     from mmconv2former.ops.launch import Launcher  # needs Triton

@@ -1,9 +1,9 @@
-"""The weight gradient of a depthwise convolution as matrix products, for large kernels on a CPU.
+"""The weight gradient of a depthwise convolution by matrix products, for large kernels on a CPU.
 
-There the stock weight gradient is the most expensive operation of training this network. Here it is
-a set of matrix products, one for each column of the kernel: for each channel, rows of the padded
-input, shifted by that column, times the rows of the output's gradient. The wanted sums lie on the
-diagonals of the products. The rest is wasted, and yet this is faster where `is_faster` says so.
+There the stock weight gradient is the most expensive operation of training. Here, for each channel
+and each column of the kernel, the rows of the padded input, shifted by that column, are multiplied
+by the rows of the output's gradient. The sums that are needed lie on the diagonals of these matrix
+products. The rest is wasted, but this is still faster where `is_faster` says so.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS_PER_BLOCK = 16  # of the gradient in one product: few waste less, many need fewer products
-CACHE_BYTES = 2**22  # of the input at once, for which the products stay in a core's cache
+CACHE_BYTES = 2**22  # of the input at once, so that the products stay in a core's cache
 
 
 def is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether the matrix products beat the stock operator, as measured on 2 CPU cores in float32.
+    """Whether matrix products beat the stock operator, as measured on 2 CPU cores in float32.
 
-    docs/data/benchmarks.md has the table.
-
-    Args:
-        x: Input (N, H, W, ...).
-        weight: (C, 1, K, K).
+    docs/data/benchmarks.md has the table. x is (N, H, W, ...), weight (C, 1, K, K).
     """
     channels, kernel_size = weight.shape[0], weight.shape[-1]
     positions = x.shape[1] * x.shape[2]
@@ -85,4 +81,4 @@ def weight_gradient_of_part(x: Tensor, grad: Tensor, kernel_size: int, rows: int
         (kernel_size, channels, blocks, kernel_size, rows),
         (*outer, row_stride, row_stride + column_stride),
     )
-    return diagonals.sum((2, 4)).permute(1, 2, 0)
+    return diagonals.sum((2, 4)).permute(1, 2, 0)  # (C, K, K)

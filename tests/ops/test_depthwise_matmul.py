@@ -1,4 +1,4 @@
-"""The weight gradient as matrix products against autograd, and the rule that chooses it."""
+"""The weight gradient by matrix products against autograd, and the rule that chooses it."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from helpers.half_precision import HALF_DTYPES
 from torch import nn
 
-from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_products
+from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_matmul
 from mmconv2former.ops.depthwise import choose
-from mmconv2former.ops.depthwise_products import weight_gradient
+from mmconv2former.ops.depthwise_matmul import weight_gradient
 
 
 def stock_gradients(x, weight, bias, grad):
@@ -18,10 +18,17 @@ def stock_gradients(x, weight, bias, grad):
     return [tensor.grad for tensor in inputs]
 
 
-@pytest.mark.parametrize('kernel_size', [3, 5, 7, 9, 11, 15, 21, 31])
-@pytest.mark.parametrize('shape', [(2, 3, 8, 8), (1, 4, 1, 1), (3, 2, 17, 5), (2, 2, 33, 40)])
+# `cache_bytes` has it handle all channels of an image at once, some, or one by one.
+@pytest.mark.parametrize(
+    ('shape', 'kernel_size', 'cache_bytes'),
+    [((2, 3, 8, 8), 31, 2**22), ((1, 4, 1, 1), 3, 2**22), ((3, 2, 17, 5), 7, 2**22),
+     ((2, 2, 33, 40), 11, 2**22), ((2, 7, 20, 9), 11, 3000), ((2, 7, 20, 9), 5, 1)],
+)  # fmt: skip
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
-def test_weight_gradient_equals_autograd(kernel_size, shape, memory_format):
+def test_weight_gradient_equals_autograd(
+    shape, kernel_size, cache_bytes, memory_format, monkeypatch
+):
+    monkeypatch.setattr(depthwise_matmul, 'CACHE_BYTES', cache_bytes)
     torch.manual_seed(0)
     x = torch.randn(shape, dtype=torch.double).contiguous(memory_format=memory_format)
     grad = torch.randn(shape, dtype=torch.double)
@@ -30,9 +37,10 @@ def test_weight_gradient_equals_autograd(kernel_size, shape, memory_format):
     torch.testing.assert_close(weight_gradient(x, grad, kernel_size), expected)
 
 
-@pytest.mark.parametrize('shape', [(2, 160, 36, 36), (1, 64, 37, 29), (3, 520, 4, 4)])
-@pytest.mark.parametrize('kernel_size', [9, 11, 13])
-@pytest.mark.parametrize('method', ['auto', 'stock', 'products'])
+@pytest.mark.parametrize('method', ['auto', 'stock', 'matmul'])
+@pytest.mark.parametrize(
+    ('shape', 'kernel_size'), [((2, 160, 36, 36), 9), ((1, 64, 37, 29), 13), ((3, 520, 4, 4), 11)]
+)
 def test_module_equals_the_stock_convolution(shape, kernel_size, method, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(depthwise, 'setting', method)
@@ -48,37 +56,18 @@ def test_module_equals_the_stock_convolution(shape, kernel_size, method, monkeyp
         assert (value - reference).norm() < 1e-5 * reference.norm()
 
 
-@pytest.mark.parametrize('cache_bytes', [1, 3000, 10**9])
-def test_parts_do_not_matter(cache_bytes, monkeypatch):
-    """All channels of an image at once, some, or one by one."""
-    monkeypatch.setattr(depthwise_products, 'CACHE_BYTES', cache_bytes)
-    torch.manual_seed(0)
-    x, grad = (torch.randn(2, 7, 20, 9, dtype=torch.double) for _ in range(2))
-    weight = torch.randn(7, 1, 11, 11, dtype=torch.double)
-    _, expected, _ = stock_gradients(x, weight, weight[:, 0, 0, 0], grad)
-    torch.testing.assert_close(weight_gradient(x, grad, 11), expected)
-
-
 @pytest.mark.parametrize('dtype', HALF_DTYPES)
-def test_half_precision_by_products(dtype, monkeypatch):
-    """Not chosen there, but right where a user asks for it."""
-    monkeypatch.setattr(depthwise, 'setting', 'products')
+def test_half_precision(dtype, monkeypatch):
+    """Not chosen there, but right if a user asks for it; and without the input's gradient."""
+    monkeypatch.setattr(depthwise, 'setting', 'matmul')
     torch.manual_seed(0)
     conv = DepthwiseConv(6, 11).to(dtype)
-    x = torch.randn(2, 20, 24, 6).to(dtype).requires_grad_()
-    grad = torch.randn(2, 20, 24, 6).to(dtype)
+    x, grad = (torch.randn(2, 20, 24, 6).to(dtype) for _ in range(2))
     conv(x).backward(grad)
     wide = [tensor.float() for tensor in (x.permute(0, 3, 1, 2), conv.weight, conv.bias)]
-    expected = stock_gradients(*wide, grad.float().permute(0, 3, 1, 2))
-    values = (x.grad.permute(0, 3, 1, 2), conv.weight.grad, conv.bias.grad)
-    for value, reference in zip(values, expected):
+    _, *expected = stock_gradients(*wide, grad.float().permute(0, 3, 1, 2))
+    for value, reference in zip((conv.weight.grad, conv.bias.grad), expected):
         assert (value.float() - reference).norm() < 0.02 * reference.norm()
-
-
-def test_input_that_needs_no_gradient():
-    conv = DepthwiseConv(64, 11)
-    conv(torch.randn(1, 8, 8, 64)).sum().backward()
-    assert conv.weight.grad.abs().sum() > 0
 
 
 def zeros(channels, side):
@@ -98,18 +87,17 @@ def test_the_rule():
         (72, 32, 13, True), (72, 24, 13, False), (512, 4, 13, False), (72, 32, 31, True),
     ]:  # fmt: skip
         chosen = choose(zeros(channels, side), kernel(channels, size))
-        assert chosen == ('products' if expected else 'stock'), (channels, side, size)
+        assert chosen == ('matmul' if expected else 'stock'), (channels, side, size)
 
 
 def test_where_nothing_was_measured_the_stock_operator_stays(monkeypatch):
     x, weight = zeros(72, 64), kernel(72, 11)
-    assert choose(x, weight) == 'products'
+    assert choose(x, weight) == 'matmul'
     assert choose(x, weight.detach()) == 'stock'  # frozen
     assert choose(x.double(), weight) == 'stock'
     assert choose(x.to('meta'), weight.to('meta')) == 'stock'
     with torch.autocast('cpu', torch.bfloat16):
         assert choose(x, weight) == 'stock'
-    monkeypatch.setattr(depthwise, 'setting', 'stock')
-    assert choose(x, weight) == 'stock'
-    monkeypatch.setattr(depthwise, 'setting', 'products')
-    assert choose(x.double(), weight) == 'products'
+    for setting in ('stock', 'matmul'):
+        monkeypatch.setattr(depthwise, 'setting', setting)
+        assert choose(x.double(), weight) == setting
