@@ -1,14 +1,13 @@
-"""Exports a trained network: ONNX, `torch.export` or TorchScript, by the suffix of the file.
+"""Export a trained network: ONNX, `torch.export` or TorchScript, chosen by the file's suffix.
 
     python tools/export.py configs/segmentation/upernet_conv2former_t.py CHECKPOINT upernet.onnx
     python tools/export.py configs/detection/mask_rcnn_conv2former_t.py CHECKPOINT backbone.pt2 \\
         --what backbone
 
-Batch, height and width stay free, except of a whole detector. What was written is loaded again and
+Batch, height and width stay free, except for a whole detector. The file is loaded again and
 compared with the network on several sizes and batches; a file that differs is not kept. The report
-beside it, FILE.json, has sizes, differences, and how the input must be normalised. ONNX needs
-`pip install -c constraints.txt 'mmconv2former[export]'`. docs/export.md says what works and what
-does not.
+FILE.json has sizes, differences and the normalisation of the input. ONNX needs
+`pip install -c constraints.txt 'mmconv2former[export]'`. docs/export.md says what works.
 """
 
 from __future__ import annotations
@@ -23,17 +22,18 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from common.cli import run_errors
-from common.inference import one_of, parser_of, read_config, read_weights, to_deploy
+from common.inference import load_whole_model, one_of, parser_of, read_config, to_deploy
 from mmengine.config import Config
 from mmengine.model import BaseModule, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -41,107 +41,45 @@ from mmengine.utils import digit_version
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mmconv2former.checkpoint.loading import load_model, load_pretrained
+from mmconv2former.checkpoint.loading import load_pretrained
 
-TOLERANCE = 1e-4  # of the largest difference, as a share of the largest value if that is above 1
-LABEL_TOLERANCE = 1e-3  # share of the pixels: where two classes are as likely, rounding decides
-OPSETS = range(17, 21)  # LayerNormalization came with 17; torch's tracing exporter ends at 20
+TOLERANCE = 1e-4  # of the largest difference, relative to the largest value if that is above 1
+LABEL_TOLERANCE = 1e-3  # fraction of pixels: rounding decides between equally likely classes
+DETECTION_TOLERANCE = 0.02  # fraction of detections, for the same reason
+OPSETS = range(17, 21)  # 17 has LayerNormalization; torch's tracing exporter ends at 20
 INPUT = 'image'
 CHECK_SIZES = [(64, 64), (96, 160), (75, 70), (224, 224)]
 CHECK_BATCHES = [1, 3]
-DETECTION_TOLERANCE = 0.02  # share of detections, for the same reason
 DETECTOR_SHAPE = (800, 1344)  # COCO's test scale, as mmdet pads it
-DETECTOR_CHECKS = 3  # random pictures
-FREE_SIZES_SINCE = '2.6'  # of torch, in `torch.export` without bounds for each
-M = TypeVar('M', bound=nn.Module)
+DETECTOR_CHECKS = 3  # random images
+FREE_SIZES_SINCE = '2.6'  # torch version whose `torch.export` needs no bounds for free sizes
 
 
 # --------------------------------------------------------------------------------------- networks
-class MatrixAdaptiveAvgPool2d(nn.Module):
-    """Adaptive average pooling as two matrix products, for any size of input.
-
-    ONNX has no such operator, and the exporters write it for one size only. The mean over the rows
-    of each bin is a product with a matrix (S, H) that is made while the graph runs, the mean over
-    columns likewise.
-
-    Args:
-        output_size: S, of both sides.
-    """
-
-    def __init__(self, output_size: int) -> None:
-        super().__init__()
-        self.output_size = output_size
-
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, S, S)
-        return self.bins(x, 2) @ x @ self.bins(x, 3).transpose(0, 1)
-
-    def bins(self, x: Tensor, dim: int) -> Tensor:
-        """(S, size of `dim`): row i is 1 / length of bin i inside of that bin, else 0."""
-        size = x.shape[dim]
-        position = torch.arange(size, device=x.device)
-        index = torch.arange(self.output_size, device=x.device)[:, None]
-        # As torch does: from floor(i * size / S) to ceil((i + 1) * size / S).
-        start = index * size // self.output_size
-        end = ((index + 1) * size + self.output_size - 1) // self.output_size
-        inside = ((position >= start) & (position < end)).to(x.dtype)
-        return inside / inside.sum(1, keepdim=True)
-
-
-def exchange(module: nn.Module, old: type[M], new: Callable[[M], nn.Module]) -> nn.Module:
-    """Puts `new(child)` in the place of every module of a type, in place."""
-    for name, child in module.named_children():
-        if isinstance(child, old):
-            setattr(module, name, new(child))
-        else:
-            exchange(child, old, new)
-    return module
-
-
-def matrix_pooling(pool: nn.AdaptiveAvgPool2d) -> nn.Module:
-    """The form for ONNX of adaptive pooling.
-
-    Raises:
-        SystemExit: The output is not square.
-    """
-    sizes = pool.output_size if isinstance(pool.output_size, tuple) else (pool.output_size,) * 2
-    if sizes == (1, 1):
-        return pool  # which ONNX has
-    if sizes[0] != sizes[1] or sizes[0] is None:
-        raise SystemExit(f'error: {pool} has no form for ONNX here: its output is not square')
-    return MatrixAdaptiveAvgPool2d(sizes[0])
-
-
 class Network(nn.Module):
-    """A model as one function of the input (N, 3, H, W), with the names of its outputs."""
+    """A model as a function of the input (N, 3, H, W), with names for its outputs."""
 
-    model: BaseModule
     output_names: tuple[str, ...] = ('logits',)
     has_free_sizes = True
 
-    def __init__(self, model: BaseModule) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
-
-    def backbone_holder(self) -> nn.Module:
-        return self.model
+        self.model: Any = model
 
 
 class Features(Network):
     """The feature maps of a backbone."""
 
-    def __init__(self, model: BaseModule) -> None:
-        super().__init__(model)
-        self.output_names = tuple(f'features_{i}' for i in range(len(model.channels)))
-
-    def backbone_holder(self) -> nn.Module:
-        return nn.ModuleDict(dict(backbone=self.model))
+    def __init__(self, backbone: BaseModule) -> None:
+        super().__init__(nn.ModuleDict(dict(backbone=backbone)))
+        self.output_names = tuple(f'features_{i}' for i in range(len(backbone.channels)))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.model(x)
+        return self.model.backbone(x)
 
 
 class SegmentorLogits(Network):
-    """Logits (N, classes, H, W) of a segmentor of mmseg, in one piece: its mode 'whole'."""
+    """Logits (N, classes, H, W) of a segmentor of mmseg, in its mode 'whole'."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model.encode_decode(x, [dict(img_shape=x.shape[2:])])
@@ -167,10 +105,10 @@ class ClassifierLogits(Network):
 
 
 class Detections(Network):
-    """Boxes (D, 4) in xyxy pixels, scores (D,), labels (D,), masks (D, 28, 28) of one picture.
+    """Boxes (D, 4) in xyxy pixels, scores (D,), labels (D,) and masks (D, 28, 28) of one image.
 
-    Of a two-stage detector of mmdet, such as Mask R-CNN or Cascade Mask R-CNN. A mask covers its
-    box. The size of the input is fixed, as mmdet makes anchors and clips boxes in Python.
+    For two-stage detectors of mmdet, such as Mask R-CNN and Cascade Mask R-CNN. A mask covers its
+    box. The input size is fixed because mmdet makes anchors and clips boxes in Python.
     """
 
     has_free_sizes = False
@@ -181,7 +119,7 @@ class Detections(Network):
         self.output_names = ('boxes', 'scores', 'labels', *masks)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        from mmdet.structures import DetDataSample  # here, as users of one library have no other
+        from mmdet.structures import DetDataSample  # here: users of mmseg may not have mmdet
         from mmdet.structures.bbox import bbox2roi
 
         model, size = self.model, (int(x.shape[2]), int(x.shape[3]))
@@ -197,41 +135,15 @@ class Detections(Network):
         if not model.roi_head.with_mask:
             return detections
         rois = bbox2roi([found.bboxes])
-        stages = getattr(model.roi_head, 'num_stages', None)  # of a cascade, whose mean is taken
+        num_stages = getattr(model.roi_head, 'num_stages', None)  # a cascade averages its stages
         logits = [
             model.roi_head._mask_forward(*stage, features, rois)['mask_preds']
-            for stage in ([()] if stages is None else [(i,) for i in range(stages)])
+            for stage in ([()] if num_stages is None else [(i,) for i in range(num_stages)])
         ]
         index = torch.arange(found.labels.shape[0], device=x.device)
         classes = found.labels if logits[0].shape[1] > 1 else torch.zeros_like(found.labels)
         masks = torch.stack([mask[index, classes].sigmoid() for mask in logits]).mean(0)
         return *detections, masks
-
-
-class EveryLevel(nn.Module):
-    """mmdet's RoI extractor without its question whether a level has RoIs.
-
-    Tracing would keep the answer for the traced picture.
-
-    Args:
-        extractor: A SingleRoIExtractor.
-    """
-
-    extractor: BaseModule
-
-    def __init__(self, extractor: BaseModule) -> None:
-        super().__init__()
-        self.extractor = extractor
-        self.num_inputs, self.out_channels = extractor.num_inputs, extractor.out_channels
-
-    def forward(self, features: tuple[Tensor, ...], rois: Tensor) -> Tensor:
-        layers = self.extractor.roi_layers
-        levels = self.extractor.map_roi_levels(rois, len(layers))
-        pooled = rois.new_zeros(rois.shape[0], self.out_channels, *layers[0].output_size)
-        for level, (layer, feature) in enumerate(zip(layers, features)):
-            index = (levels == level).nonzero().squeeze(1)
-            pooled[index] = layer(feature, rois[index])
-        return pooled
 
 
 NETWORKS = {
@@ -246,92 +158,138 @@ def build_network(config: Config, checkpoint: str, what: str) -> Network:
 
     Args:
         config: A whole config.
-        checkpoint: File with its weights; it may be of a backbone alone if that is asked for.
+        checkpoint: File with its weights; for 'backbone', those of a backbone are enough.
         what: 'backbone', 'model' or 'labels'.
 
     Raises:
-        SystemExit: This kind of model has no such form.
+        SystemExit: This kind of model cannot be exported as `what`.
         CheckpointError: The checkpoint cannot be read, or is of another network.
     """
     networks = one_of(NETWORKS, config)
-    if what != 'backbone' and what not in networks:
-        allowed = ', '.join(['backbone', *networks])
-        raise SystemExit(
-            f'error: --what {what}: of {config.default_scope} can be exported: {allowed}'
-        )
-    init_default_scope(config.default_scope)
     if what == 'backbone':
+        init_default_scope(config.default_scope)
         backbone = MODELS.build(config.model.backbone)
         load_pretrained(backbone, checkpoint)
         return Features(revert_sync_batchnorm(backbone)).eval()
-    settings = copy.deepcopy(config.model)
-    if config.get('data_preprocessor') is not None:  # mmpretrain's configs have it beside
-        settings.setdefault('data_preprocessor', config.data_preprocessor)
-    model = MODELS.build(settings)
-    load_model(model, read_weights(checkpoint), checkpoint, strict=True)
+    if what not in networks:
+        raise SystemExit(
+            f'error: --what must be one of {", ".join(["backbone", *networks])} for '
+            f'{config.default_scope}, got {what}'
+        )
+    model = load_whole_model(config, checkpoint)
     if networks[what] is Detections and not (model.with_rpn and model.with_roi_head):
         raise SystemExit(
-            f'error: --what model: {config.model.type} is no two-stage detector; '
-            'of others the backbone can be exported'
+            f'error: --what model needs a two-stage detector, got {config.model.type}; '
+            'use --what backbone'
         )
-    return networks[what](revert_sync_batchnorm(model)).eval()
+    return networks[what](model).eval()
 
 
-# ---------------------------------------------------------------------------------------- formats
+# ---------------------------------------------------------------- replacements for exported layers
+class MatrixAdaptiveAvgPool2d(nn.Module):
+    """Adaptive average pooling as two matrix products, for inputs of any size.
+
+    ONNX has no such operator, and the exporters write it for one size only. The mean over the rows
+    of each bin is a product with a matrix that the graph computes; likewise for columns.
+
+    Args:
+        pool: The layer to replace; its output has R rows and C columns.
+    """
+
+    def __init__(self, pool: nn.AdaptiveAvgPool2d) -> None:
+        super().__init__()
+        size: Any = pool.output_size
+        self.rows, self.columns = size if isinstance(size, tuple) else (size, size)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, K, H, W) -> (N, K, R, C)
+        return self.bins(x, 2, self.rows) @ x @ self.bins(x, 3, self.columns).transpose(0, 1)
+
+    @staticmethod
+    def bins(x: Tensor, dim: int, number: int) -> Tensor:
+        """(number, size of `dim`): row i is 1 / length of bin i inside the bin, else 0."""
+        size = x.shape[dim]
+        position = torch.arange(size, device=x.device)
+        index = torch.arange(number, device=x.device)[:, None]
+        # As in torch: from floor(i * size / number) to ceil((i + 1) * size / number).
+        start = index * size // number
+        end = ((index + 1) * size + number - 1) // number
+        inside = ((position >= start) & (position < end)).to(x.dtype)
+        return inside / inside.sum(1, keepdim=True)
+
+
+class EveryLevel(nn.Module):
+    """mmdet's RoI extractor without its test whether a level has RoIs.
+
+    Tracing would keep the answer for the traced image.
+
+    Args:
+        extractor: A SingleRoIExtractor.
+    """
+
+    def __init__(self, extractor: BaseModule) -> None:
+        super().__init__()
+        self.extractor = extractor
+        self.num_inputs = extractor.num_inputs  # mmdet reads it
+
+    def forward(self, features: tuple[Tensor, ...], rois: Tensor) -> Tensor:
+        layers = self.extractor.roi_layers
+        levels = self.extractor.map_roi_levels(rois, len(layers))
+        channels = self.extractor.out_channels
+        pooled = rois.new_zeros(rois.shape[0], channels, *layers[0].output_size)
+        for level, (layer, feature) in enumerate(zip(layers, features)):
+            index = (levels == level).nonzero().squeeze(1)
+            pooled[index] = layer(feature, rois[index])
+        return pooled
+
+
+def replace_modules(module: nn.Module, old: type, new: Callable[[Any], nn.Module]) -> None:
+    """Replaces every submodule of type `old` by `new(submodule)`, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, old):
+            setattr(module, name, new(child))
+        else:
+            replace_modules(child, old, new)
+
+
 def for_export(network: Network, is_onnx: bool) -> Network:
-    """A copy with fewer operators and, for ONNX, without those that it does not have."""
+    """A copy, folded for inference, without operators that the format lacks."""
     network = copy.deepcopy(network)
-    holder = network.backbone_holder()
-    to_deploy(holder)
+    to_deploy(network.model)
     if is_onnx:
-        exchange(network, nn.AdaptiveAvgPool2d, matrix_pooling)
+        replace_modules(network, nn.AdaptiveAvgPool2d, MatrixAdaptiveAvgPool2d)
     if isinstance(network, Detections):
         from mmcv.ops import RoIAlign
         from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
-        exchange(network, SingleRoIExtractor, EveryLevel)
+        replace_modules(network, SingleRoIExtractor, EveryLevel)
         for module in network.modules():
             if isinstance(module, RoIAlign):
                 module.use_torchvision = True
     return network
 
 
-@contextmanager
-def torchvision_nms() -> Iterator[None]:
-    """Suppression by torchvision's operator, which ONNX and TorchScript know, not by mmcv's."""
-    import torchvision
+# ---------------------------------------------------------------------------------------- formats
+# ---------------------------------------------------------------------------------------- formats
+class TorchvisionNMS:
+    """Replaces mmcv's NMS operator by torchvision's, which ONNX and TorchScript know."""
 
-    nms_module: Any = importlib.import_module(
-        'mmcv.ops.nms'
-    )  # its package has a function of this name
+    @staticmethod
+    def apply(
+        boxes: Tensor, scores: Tensor, threshold: float, offset: int, score_thr: float, max_num: int
+    ) -> Tensor:
+        import torchvision
 
-    class Suppression:
-        @staticmethod
-        def apply(
-            boxes: Tensor,
-            scores: Tensor,
-            threshold: float,
-            offset: int,
-            score_threshold: float,
-            max_num: int,
-        ) -> Tensor:
-            if offset or score_threshold > 0:
-                raise SystemExit('error: NMS with an offset or a score threshold has no ONNX form')
-            kept = torchvision.ops.nms(boxes, scores, float(threshold))
-            return kept[:max_num] if max_num > 0 else kept
-
-    old, nms_module.NMSop = nms_module.NMSop, Suppression
-    try:
-        yield
-    finally:
-        nms_module.NMSop = old
+        if offset or score_thr > 0:
+            raise SystemExit('error: NMS with an offset or a score threshold cannot be exported')
+        kept = torchvision.ops.nms(boxes, scores, float(threshold))
+        return kept[:max_num] if max_num > 0 else kept
 
 
 class AnyNumberOfBoxes(TorchFunctionMode):
-    """Computes in another way what tracing would keep for the traced number of boxes only.
+    """Replaces calls for which tracing would fix the number of boxes.
 
-    mmdet splits boxes into those of each picture, of which there is one here, and repeats each box
-    for every class, which the exporter writes box by box.
+    mmdet splits boxes by image, of which there is one here, and repeats each box for every class,
+    which the exporter writes box by box.
     """
 
     def __torch_function__(
@@ -346,76 +304,11 @@ class AnyNumberOfBoxes(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def trace(network: Network, x: Tensor) -> torch.jit.ScriptModule:
-    """The network as TorchScript."""
-    if isinstance(network, Detections):
-        with torchvision_nms(), AnyNumberOfBoxes():
-            return torch.jit.trace(network, x, check_trace=False)
-    return torch.jit.trace(network, x, check_trace=False)
-
-
-def write_torchscript(network: Network, x: Tensor, path: Path, args: argparse.Namespace) -> None:
-    trace(network, x).save(str(path))
-
-
-def write_program(network: Network, x: Tensor, path: Path, args: argparse.Namespace) -> None:
-    """Writes what `torch.export` makes.
-
-    Raises:
-        SystemExit: It is a whole detector, whose Python branches on values.
-    """
-    if not network.has_free_sizes:
-        raise SystemExit(
-            'error: a whole detector can be exported to .onnx and .torchscript only, as its '
-            'Python branches on values, at which torch.export stops; --what backbone works'
-        )
-    torch.export.save(torch.export.export(network, (x,), dynamic_shapes=free_sizes()), path)
-
-
-def free_sizes() -> tuple[dict[int, Any]]:
-    """Batch, height and width of the one input, for `torch.export`.
-
-    Raises:
-        SystemExit: This torch cannot leave them free.
-    """
-    if digit_version(torch.__version__) < digit_version(FREE_SIZES_SINCE):
-        raise SystemExit(
-            f'error: .pt2 and --dynamo need torch {FREE_SIZES_SINCE} or later, found '
-            f'{torch.__version__}; .onnx without --dynamo and .torchscript do not'
-        )
-    return (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
-
-
-def write_onnx(network: Network, x: Tensor, path: Path, args: argparse.Namespace) -> None:
-    """Writes ONNX by tracing, or with `--dynamo` by way of `torch.export`."""
-    names = list(network.output_names)
-    if args.dynamo:
-        torch.onnx.export(
-            network, (x,), path, input_names=[INPUT], output_names=names,
-            opset_version=args.opset, dynamic_shapes=free_sizes(), dynamo=True,
-            external_data=False, verbose=False,
-        )  # fmt: skip
-        return
-    if network.has_free_sizes:
-        axes = {INPUT: {0: 'batch', 2: 'height', 3: 'width'}}
-        for name in names:
-            axes[name] = {0: 'batch'}
-    else:
-        axes = {name: {0: 'detections'} for name in names}
-    with CompleteNorms():
-        # Detectors first: mmdet has a branch for this exporter that calls what it no longer has.
-        network_or_trace = network if network.has_free_sizes else trace(network, x)
-        torch.onnx.export(
-            network_or_trace, (x,), str(path), input_names=[INPUT], output_names=names,
-            opset_version=args.opset, dynamic_axes=axes, **by_tracing(),
-        )  # fmt: skip
-
-
 class CompleteNorms(TorchFunctionMode):
     """Gives LayerNorms without scale and shift those of an identity.
 
-    torch 2.1 writes empty inputs for them: ONNX forbids the first, the second is a segmentation
-    fault of ONNX Runtime.
+    torch 2.1 writes empty inputs for them: ONNX forbids an empty scale, and an empty shift crashes
+    ONNX Runtime.
     """
 
     def __torch_function__(
@@ -423,20 +316,62 @@ class CompleteNorms(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is F.layer_norm and kwargs['weight'] is None:
-            x, normalized_shape = args
-            identity = dict(weight=x.new_ones(normalized_shape), bias=x.new_zeros(normalized_shape))
-            kwargs = {**kwargs, **identity}
+            x, shape = args
+            kwargs = {**kwargs, 'weight': x.new_ones(shape), 'bias': x.new_zeros(shape)}
         return function(*args, **kwargs)
 
 
-def by_tracing() -> dict[str, Any]:
-    """Arguments with which `torch.onnx.export` traces; before torch 2.5 it knew nothing else."""
-    has_choice = 'dynamo' in inspect.signature(torch.onnx.export).parameters
-    return dict(dynamo=False) if has_choice else {}
+def trace(network: Network, x: Tensor) -> torch.jit.ScriptModule:
+    """The network as TorchScript."""
+    with ExitStack() as stack:
+        if isinstance(network, Detections):
+            # mmcv.ops has a function of the module's name.
+            stack.enter_context(
+                patch.object(importlib.import_module('mmcv.ops.nms'), 'NMSop', TorchvisionNMS)
+            )
+            stack.enter_context(AnyNumberOfBoxes())
+        return torch.jit.trace(network, x, check_trace=False)
 
 
-def describe_input(path: Path, content: dict[str, Any]) -> None:
-    """Puts how to prepare the input into an ONNX file."""
+def write_torchscript(network: Network, x: Tensor, path: Path, args: argparse.Namespace) -> None:
+    trace(network, x).save(str(path))
+
+
+def write_program(network: Network, x: Tensor, path: Path, args: argparse.Namespace) -> None:
+    torch.export.save(torch.export.export(network, (x,), dynamic_shapes=free_sizes()), path)
+
+
+def free_sizes() -> tuple[dict[int, Any]]:
+    """Batch, height and width of the one input, for `torch.export`."""
+    return (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
+
+
+def write_onnx(network: Network, x: Tensor, path: Path, args: argparse.Namespace) -> None:
+    """Writes ONNX by tracing, or through `torch.export` with `--dynamo`."""
+    names = list(network.output_names)
+    options: dict[str, Any] = dict(
+        input_names=[INPUT], output_names=names, opset_version=args.opset
+    )
+    if args.dynamo:
+        torch.onnx.export(
+            network, (x,), path, dynamic_shapes=free_sizes(), dynamo=True, external_data=False,
+            verbose=False, **options,
+        )  # fmt: skip
+        return
+    if network.has_free_sizes:
+        axes = {INPUT: {0: 'batch', 2: 'height', 3: 'width'}, **{n: {0: 'batch'} for n in names}}
+    else:
+        axes = {name: {0: 'detections'} for name in names}
+    if 'dynamo' in inspect.signature(torch.onnx.export).parameters:  # since torch 2.5
+        options['dynamo'] = False
+    with CompleteNorms():
+        # Trace detectors first: in this exporter mmdet takes a branch that calls removed code.
+        traced = network if network.has_free_sizes else trace(network, x)
+        torch.onnx.export(traced, (x,), str(path), dynamic_axes=axes, **options)
+
+
+def add_metadata(path: Path, content: dict[str, Any]) -> None:
+    """Stores values in the metadata of an ONNX file."""
     import onnx
 
     model = onnx.load(path)
@@ -470,39 +405,37 @@ FORMATS = {
 
 
 # ------------------------------------------------------------------------------------------ check
-def random_picture(batch: int, size: tuple[int, int], channels: int) -> Tensor:
-    """Smooth noise of deviation near 1, as normalised pictures have: (batch, channels, H, W)."""
+def random_images(batch: int, size: tuple[int, int], channels: int) -> Tensor:
+    """Smooth noise (batch, channels, H, W) with a deviation near 1, like normalised images."""
     coarse = torch.randn(batch, channels, *(max(2, side // 8) for side in size))
     return F.interpolate(coarse, size, mode='bilinear') + 0.3 * torch.randn(batch, channels, *size)
 
 
 def compare(found: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
-    """How far outputs are apart: of the worst output the difference and what is allowed.
+    """The difference and the tolerance of the output that differs most.
 
-    For labels it is the share of those that differ.
+    For labels, the difference is the fraction that differs.
     """
     results = []
     for ours, theirs in zip(found, expected, strict=True):
         if ours.shape != theirs.shape:
             return dict(difference=float('inf'), tolerance=0.0)
         if theirs.is_floating_point():
-            difference = (ours - theirs).abs().max().item()
+            difference = (ours - theirs).abs().max().nan_to_num(nan=float('inf')).item()
             tolerance = TOLERANCE * max(1.0, theirs.abs().max().item())
         else:
             difference = (ours != theirs).double().mean().item()
             tolerance = LABEL_TOLERANCE
-        if difference != difference:  # NaN
-            difference = float('inf')
         results.append(dict(difference=difference, tolerance=tolerance))
     return max(results, key=lambda result: result['difference'] / result['tolerance'])
 
 
 def compare_detections(found: Sequence[Tensor], expected: Sequence[Tensor]) -> dict[str, float]:
-    """The share of detections without a counterpart, among those of both.
+    """The fraction of detections, among those of both, without a counterpart.
 
-    A counterpart has the label, a score within 1e-3, a box within half a pixel and a mask within
-    0.05. Where boxes overlap by nearly the threshold of the suppression, or a box is of nearly the
-    size at which another level of features is taken, rounding decides.
+    A counterpart has the same label, a score within 1e-3, a box within half a pixel and a mask
+    within 0.05. Rounding decides where boxes overlap by nearly the NMS threshold, or where a box's
+    size is nearly that at which features of another level are taken.
     """
     boxes, scores, labels, *masks = (y[:, None] for y in expected)
     is_same = (
@@ -512,36 +445,36 @@ def compare_detections(found: Sequence[Tensor], expected: Sequence[Tensor]) -> d
     )
     for ours, theirs in zip(found[3:], masks, strict=True):
         is_same &= (theirs - ours).abs().amax((-1, -2)) < 0.05
-    lonely = (~is_same.any(0)).sum() + (~is_same.any(1)).sum()
-    share = lonely.item() / max(1, sum(is_same.shape))
-    return dict(difference=share, tolerance=DETECTION_TOLERANCE, detections=len(labels))
+    unmatched = (~is_same.any(0)).sum() + (~is_same.any(1)).sum()
+    fraction = unmatched.item() / max(1, sum(is_same.shape))
+    return dict(difference=fraction, tolerance=DETECTION_TOLERANCE, detections=len(labels))
 
 
 def check(
     run: Callable[[Tensor], Any], network: Network, shapes: Sequence[tuple[int, int, int]]
 ) -> list[dict[str, Any]]:
-    """Compares a loaded file with the network it is of.
+    """Compares a loaded file with the network it was made from.
 
     Args:
         run: The file as a function.
-        network: As built, with nothing exchanged.
+        network: The network, without replaced modules.
         shapes: Batch, height and width of the inputs to try.
 
     Returns:
         For each of them `input`, `difference` and `tolerance`.
 
     Raises:
-        SystemExit: The network, or what was written of it, refuses a shape.
+        SystemExit: The network or the file refuses a shape.
     """
     channels = in_channels(network)
+    comparison = compare if network.has_free_sizes else compare_detections
     results = []
     for batch, height, width in shapes:
-        x = random_picture(batch, (height, width), channels)
+        x = random_images(batch, (height, width), channels)
         try:
             expected = as_list(network(x))
         except ValueError as error:
             raise SystemExit(f'error: --check-sizes {height}x{width}: {error}') from None
-        comparison = compare if network.has_free_sizes else compare_detections
         try:
             found = as_list(run(x))
         except (AssertionError, RuntimeError) as error:  # guards of `torch.export`, operators
@@ -549,8 +482,7 @@ def check(
             raise SystemExit(
                 f'error: the exported network refuses an input of {height}x{width}: {reason}'
             ) from None
-        result = comparison(found, expected)
-        results.append(dict(input=list(x.shape)) | result)
+        results.append(dict(input=list(x.shape)) | comparison(found, expected))
     return results
 
 
@@ -559,7 +491,6 @@ def as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def in_channels(network: Network) -> int:
-    """Channels of the input, by the first convolution."""
     return next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
 
 
@@ -574,20 +505,20 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
-    parser.add_argument('out', type=Path, help=f'file to write, of suffix {", ".join(FORMATS)}')
+    parser.add_argument('out', type=Path, help=f'file to write, ending with {", ".join(FORMATS)}')
     parser.add_argument(
         '--what',
         choices=['backbone', 'model', 'labels'],
         default='model',
-        help='the feature maps, the logits or detections (default), or the labels of a segmentor',
+        help='feature maps, logits or detections (default), or the labels of a segmentor',
     )
     parser.add_argument(
         '--shape', type=parse_size, metavar='HxW',
-        help='size of the traced input; of a whole detector the only one (default: 800x1344)',
+        help='size of the traced input; for a whole detector the only one (default: 800x1344)',
     )  # fmt: skip
     parser.add_argument('--opset', type=int, help='of ONNX, 17 to 20 (default: 17)')
     parser.add_argument(
-        '--dynamo', action='store_true', help='ONNX by way of torch.export: slower, opset 18'
+        '--dynamo', action='store_true', help='write ONNX through torch.export: slower, opset 18'
     )
     parser.add_argument(
         '--check-sizes', nargs='+', type=parse_size, default=CHECK_SIZES, metavar='HxW',
@@ -596,7 +527,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--check-batches', nargs='+', type=int, default=CHECK_BATCHES, metavar='N')
     args = parser.parse_args(argv)
     check_options(parser, args)
-    # Of guards that it cannot simplify, which is no fault.
+    # It reports guards that it cannot simplify, which is harmless.
     logging.getLogger('torch.fx.experimental.symbolic_shapes').setLevel(logging.ERROR)
     config = read_config(args)
     with run_errors(args.traceback):
@@ -605,25 +536,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     report |= dict(config=args.config, checkpoint=args.checkpoint, what=args.what)
     report['input'] = input_of(config)
     if args.out.suffix == '.onnx':
-        describe_input(args.out, report['input'])
+        add_metadata(args.out, report['input'])
     report['file']['bytes'] = args.out.stat().st_size
     args.out.with_name(f'{args.out.name}.json').write_text(json.dumps(report, indent=1) + '\n')
     print(table(report, args.out))
 
 
 def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends with one message if options are not usable; fills in defaults."""
+    """Fills in defaults and ends with a message if options are not usable."""
     if args.out.suffix not in FORMATS:
         parser.error(f'the file must end with {", ".join(FORMATS)}, got {args.out}')
     is_onnx = args.out.suffix == '.onnx'
     if not is_onnx and (args.dynamo or args.opset is not None):
         parser.error(f'--dynamo and --opset are for .onnx only, got {args.out}')
-    args.opset = args.opset or (18 if args.dynamo else 17)
-    if args.opset not in OPSETS or (args.dynamo and args.opset < 18):
-        lowest = 18 if args.dynamo else OPSETS[0]
+    lowest = 18 if args.dynamo else OPSETS[0]
+    args.opset = args.opset or lowest
+    if not lowest <= args.opset <= OPSETS[-1]:
         parser.error(f'--opset must be from {lowest} to {OPSETS[-1]}, got {args.opset}')
     if min(args.check_batches) < 1:
         parser.error(f'--check-batches must be at least 1, got {min(args.check_batches)}')
+    version = torch.__version__
+    if (args.dynamo or args.out.suffix == '.pt2') and digit_version(version) < digit_version(
+        FREE_SIZES_SINCE
+    ):
+        raise SystemExit(
+            f'error: .pt2 and --dynamo need torch {FREE_SIZES_SINCE} or later, found {version}; '
+            '.onnx without --dynamo and .torchscript do not'
+        )
     needed = ['onnx', 'onnxruntime', *(['onnxscript'] if args.dynamo else [])] if is_onnx else []
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -636,23 +575,23 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
 
 
 def export(network: Network, args: argparse.Namespace) -> dict[str, Any]:
-    """Writes the file, loads it again and compares.
-
-    Returns:
-        The report.
+    """Writes the file, loads it again and compares; returns the report.
 
     Raises:
-        SystemExit: It cannot be exported, or the file computes something else.
+        SystemExit: The network cannot be exported, or the file computes something else.
     """
     write, load = FORMATS[args.out.suffix]
     if network.has_free_sizes:
-        size, batch = args.shape or (96, 128), 2  # a batch of 1 would be taken as fixed
+        size, batch = args.shape or (96, 128), 2  # torch.export would fix a batch of 1
         shapes = [(n, *size_) for n, size_ in product(args.check_batches, args.check_sizes)]
     else:
         size, batch = args.shape or DETECTOR_SHAPE, 1
         shapes = [(1, *size)] * DETECTOR_CHECKS
-        if args.dynamo:
-            raise SystemExit('error: --dynamo: a whole detector can be traced only')
+        if args.dynamo or args.out.suffix == '.pt2':
+            raise SystemExit(
+                'error: torch.export cannot export a whole detector, whose Python branches on '
+                'values; use .onnx without --dynamo, .torchscript, or --what backbone'
+            )
     torch.manual_seed(0)
     start = time.time()
     with (
@@ -660,23 +599,23 @@ def export(network: Network, args: argparse.Namespace) -> dict[str, Any]:
         warnings.catch_warnings(),
         TemporaryDirectory(dir=args.out.parent) as folder,
     ):
-        warnings.simplefilter('ignore')  # of tracers, about what the comparison is for
+        warnings.simplefilter('ignore')  # tracers warn about what the comparison checks
         path = Path(folder) / args.out.name
-        x = random_picture(batch, size, in_channels(network))
+        x = random_images(batch, size, in_channels(network))
         try:
             write(for_export(network, args.out.suffix == '.onnx'), x, path, args)
-        except RuntimeError as error:  # of the exporters: something that they cannot express
+        except RuntimeError as error:  # an exporter cannot express something
             reason = str(error).strip().splitlines()[0]
             raise SystemExit(f'error: torch cannot write {args.out}: {reason}') from None
         seconds = time.time() - start
         checks = check(load(path), network, shapes)
-        wrong = [item for item in checks if not item['difference'] <= item['tolerance']]
-        if wrong:
-            raise SystemExit(
-                f'error: {args.out} was not written: for input {wrong[0]["input"]} the exported '
-                f'network differs by {wrong[0]["difference"]:.2g}, '
-                f'{wrong[0]["tolerance"]:.2g} is allowed'
-            )
+        for item in checks:
+            if not item['difference'] <= item['tolerance']:
+                raise SystemExit(
+                    f'error: {args.out} was not written: for input {item["input"]} the exported '
+                    f'network differs by {item["difference"]:.2g}, {item["tolerance"]:.2g} is '
+                    'allowed'
+                )
         os.replace(path, args.out)
     file: dict[str, Any] = dict(name=args.out.name, seconds=round(seconds, 1))
     if args.out.suffix == '.onnx':
@@ -686,9 +625,9 @@ def export(network: Network, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def input_of(config: Config) -> dict[str, Any]:
-    """What must be done with a picture before it enters the network."""
+    """How an image is prepared for the network."""
     settings = config.model.get('data_preprocessor') or config.get('data_preprocessor') or {}
-    swaps = settings.get('bgr_to_rgb') or settings.get('to_rgb') or False
+    swaps = settings.get('bgr_to_rgb') or settings.get('to_rgb')
     return dict(
         layout='float32 (N, channels, H, W)',
         channels='RGB' if swaps else 'BGR',

@@ -1,10 +1,10 @@
-"""Predicts on pictures, folders and videos with any recipe: drawings and JSON.
+"""Predict on images, folders and videos with any recipe; write drawings and JSON.
 
     python tools/predict.py CONFIG CHECKPOINT photo.jpg folder 'x/*.png' film.mp4 --out predictions
 
-Detection, segmentation or classification by the config, through its own test pipeline. Writes
-OUT/pictures (drawn predictions; an mp4 for a video), OUT/json, and for segmentation OUT/labels.
-What cannot be read is named at the end, with exit status 1, after all the rest is done.
+The config decides between detection, segmentation and classification; images go through its own
+test pipeline. Writes OUT/pictures (drawn predictions, an mp4 for a video), OUT/json and, for
+segmentation, OUT/labels. Inputs that cannot be predicted are listed at the end, with exit status 1.
 docs/predict.md describes the files.
 """
 
@@ -13,10 +13,9 @@ from __future__ import annotations
 import glob
 import json
 import warnings
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,91 +26,78 @@ import torch
 from common.cli import run_errors
 from common.inference import (
     add_cuda_graphs_argument,
+    build_visualizer,
     check_cuda_graphs,
-    one_of,
+    dataset_settings,
+    draw,
+    load_whole_model,
     parser_of,
     read_config,
-    read_weights,
     replay_backbone,
     to_deploy,
 )
+from mmcv.transforms import LoadAnnotations, LoadImageFromFile
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
-from mmengine.infer import BaseInferencer
-from mmengine.registry import DATASETS, init_default_scope
-from PIL import Image
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DATASETS
 from pycocotools import mask as coco_mask
-from rich.progress import Progress
+from rich.progress import track
 
-from mmconv2former.checkpoint.loading import load_model
+from mmconv2former.datasets.checked import CheckedPipeline, DataError
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
 DEFAULT_SCORE = 0.3
-DEFAULT_RATE = 25.0  # frames a second, of videos that do not say
+DEFAULT_RATE = 25.0  # frames per second, for videos that do not say
 TOP = 5  # classes of a classifier
-
-
-@dataclass(frozen=True)
-class Source:
-    """A picture or a video, and the name of what is written for it, without a suffix."""
-
-    path: Path
-    name: str
-
-    @property
-    def is_video(self) -> bool:
-        return self.path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
-    parser.add_argument('inputs', nargs='+', help='pictures, videos, folders, quoted patterns')
+    parser.add_argument('inputs', nargs='+', help='images, videos, folders, quoted patterns')
     parser.add_argument('--out', type=Path, required=True, help='folder to write to')
     parser.add_argument(
         '--score-thr',
         type=float,
-        help=f'detections below this are left out (default: {DEFAULT_SCORE})',
+        default=DEFAULT_SCORE,
+        help=f'drop detections below this score (default: {DEFAULT_SCORE})',
     )
-    parser.add_argument('--batch-size', type=int, default=1, help='pictures at a time')
-    parser.add_argument('--device', help='default: cuda if it is there, else cpu')
-    parser.add_argument('--no-pictures', action='store_true', help='JSON and labels only')
+    parser.add_argument('--batch-size', type=int, default=1, help='images at a time')
+    parser.add_argument('--device', help='default: cuda if available, else cpu')
+    parser.add_argument('--no-pictures', action='store_true', help='write no drawings')
     parser.add_argument(
-        '--no-deploy',
-        action='store_true',
-        help="keep the backbone's form for training, which is slower",
+        '--no-deploy', action='store_true', help='do not fold the backbone for inference; slower'
     )
     add_cuda_graphs_argument(parser)
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
-    if args.score_thr is not None and not 0 <= args.score_thr <= 1:
-        parser.error(f'--score-thr must be from 0 to 1, got {args.score_thr}')
+    if not 0 <= args.score_thr <= 1:
+        parser.error(f'--score-thr must be between 0 and 1, got {args.score_thr}')
     device = find_device(args.device)
     if args.cuda_graphs:
         check_cuda_graphs(device)
     sources = find_sources(args.inputs, args.out)
     config = read_config(args)
-    predictor_type = one_of(PREDICTORS, config)
-    if args.score_thr is not None and predictor_type is not Detector:
-        parser.error('--score-thr is for detectors only')
 
     with run_errors(args.traceback):
-        predictor = predictor_type(config, args.checkpoint, device)
-    if args.score_thr is not None:
-        predictor.score_thr = args.score_thr
+        predictor = Predictor(config, args.checkpoint, device, args.score_thr)
     if not args.no_deploy:
         to_deploy(predictor.model)
     if args.cuda_graphs:
         replay_backbone(predictor.model)
     writer = Writer(predictor, args.out, not args.no_pictures)
-    with Progress() as progress:
-        failures = run(predictor, writer, sources, args.batch_size, progress)
-    done = len(sources) - len(failures)
-    print(f'{done} of {len(sources)} inputs predicted: {args.out}')
+    images = [source for source in sources if not source.is_video]
+    failures = predict_images(predictor, writer, images, args.batch_size)
+    for source in sources:
+        if source.is_video:
+            try:
+                predict_video(predictor, writer, source, args.batch_size)
+            except ValueError as error:
+                failures.append(f'video {source.path}: {error}')
+    print(f'{len(sources) - len(failures)} of {len(sources)} inputs predicted: {args.out}')
     if failures:
-        listed = ''.join(f'\n  {path}: {reason}' for path, reason in failures.items())
-        raise SystemExit(f'error: these could not be predicted:{listed}')
+        raise SystemExit('\n  '.join(['error: these could not be predicted:', *failures]))
 
 
 def find_device(name: str | None) -> str:
@@ -123,52 +109,62 @@ def find_device(name: str | None) -> str:
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:  # of a build without CUDA: an assertion
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA raises the second
         reason = str(error).splitlines()[0]
         raise SystemExit(f'error: --device {name} cannot be used: {reason}') from None
     return name
 
 
 # ----------------------------------------------------------------------------------------- inputs
+@dataclass(frozen=True)
+class Source:
+    """An image or a video, and the name of its results, without a suffix."""
+
+    path: Path
+    name: str
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.suffix.lower() in VIDEO_SUFFIXES
+
+
 def find_sources(inputs: Iterable[str], out: Path) -> list[Source]:
-    """The files of the command line, none twice.
+    """The files of the command line, each once.
 
     Args:
-        inputs: Files, folders (searched through) and patterns.
-        out: Where results will lie; not searched.
+        inputs: Files, folders (searched with their subfolders) and patterns.
+        out: Folder of the results, which is not searched.
 
     Raises:
-        SystemExit: There is nothing of one of the inputs.
+        SystemExit: An input does not exist or has no images and videos.
     """
     names: dict[Path, str] = {}
     for text in inputs:
         path = Path(text)
-        if path.is_dir():
-            found = {file: file.relative_to(path) for file in sorted(path.rglob('*'))}
-            found = {file: name for file, name in found.items() if is_input(file, out)}
-        elif path.is_file():
-            found = {path: Path(path.name)}
+        if path.is_file():
+            found = [path]
         else:
-            matches = map(Path, sorted(glob.glob(text, recursive=True)))
-            found = {file: Path(file.name) for file in matches if is_input(file, out)}
+            files = path.rglob('*') if path.is_dir() else map(Path, glob.glob(text, recursive=True))
+            found = [file for file in sorted(files) if is_input(file, out)]
         if not found:
             exists = path.is_dir() or glob.has_magic(text)
-            problem = 'has no pictures and no videos' if exists else 'does not exist'
+            problem = 'has no images and no videos' if exists else 'does not exist'
             raise SystemExit(f'error: input {text} {problem}')
-        for file, name in found.items():
+        for file in found:
+            name = file.relative_to(path) if path.is_dir() else Path(file.name)
             names.setdefault(file.resolve(), unique(str(name.with_suffix('')), names.values()))
     return [Source(path, name) for path, name in names.items()]
 
 
 def is_input(path: Path, out: Path) -> bool:
-    """Whether a file of a folder is a picture or a video, and no result of this tool."""
+    """Whether a file is a visible image or video, and no result of this tool."""
     is_known = path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
     is_result = out.resolve() in path.resolve().parents
     return path.is_file() and is_known and not is_result and not path.name.startswith('.')
 
 
 def unique(name: str, taken: Iterable[str]) -> str:
-    """The name, with a number behind it if it is taken."""
+    """The name, with a number appended if it is taken."""
     candidate, number, taken = name, 1, set(taken)
     while candidate in taken:
         number += 1
@@ -176,400 +172,248 @@ def unique(name: str, taken: Iterable[str]) -> str:
     return candidate
 
 
-def read_picture(path: Path) -> np.ndarray:
-    """A picture, uint8 (H, W, 3) in the order BGR, decoded as mmcv does in a pipeline.
-
-    Raises:
-        ValueError: It cannot be read; the message says why.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()  # OpenCV would fill up a file that is cut off with grey
-        picture = mmcv.imfrombytes(path.read_bytes())
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, cv2.error) as error:
-        raise ValueError(f'cannot be read: {str(error).splitlines()[0]}') from None
-    if picture is None:
-        raise ValueError('cannot be read: OpenCV does not know this kind of picture')
-    return picture
-
-
-# ------------------------------------------------------------------------------------- predictors
-def build_dataset(config: Config) -> BaseDataset:
-    """The data set that the config tests on, for its classes; its files need not be there."""
-    settings = config.test_dataloader.dataset.to_dict()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of missing files
-        return DATASETS.build(settings | dict(lazy_init=True))
-
-
-class WholeCheckpoint(BaseInferencer):
-    """Stands before an inferencer of mmengine among the bases: the checkpoint must fit wholly.
-
-    Classes are those of the checkpoint or, where it names none, of the config's data set, instead
-    of COCO's and Cityscapes'.
-    """
-
-    checkpoint: str
-    default_meta: dict[str, Any]
-
-    def _load_weights_to_model(self, model: torch.nn.Module, content: dict, config: Config) -> None:
-        load_model(model, content, self.checkpoint, strict=True)
-        meta = content.get('meta') or {}
-        dataset_meta = meta.get('dataset_meta') or self.default_meta
-        meta = dict(meta, dataset_meta={key.lower(): v for key, v in dataset_meta.items()})
-        super()._load_weights_to_model(model, dict(content, meta=meta), config)
-
-
-class Predictor(ABC):
-    """A model of one library with its inferencer, and what its predictions mean.
+# -------------------------------------------------------------------------------------- predictor
+class Predictor:
+    """A model with its test pipeline, and what its predictions mean.
 
     Args:
-        config: A whole config of that library.
+        config: A whole config of mmdet, mmseg or mmpretrain.
         checkpoint: File with all weights of its model.
         device: As torch names it.
+        score_thr: Detections with a lower score are dropped.
 
     Raises:
         CheckpointError: The checkpoint cannot be read, or is of another network.
     """
 
-    needs_equal_sizes = True  # of the pictures of a batch
+    def __init__(self, config: Config, checkpoint: str, device: str, score_thr: float) -> None:
+        self.score_thr = score_thr
+        self.model = load_whole_model(config, checkpoint).to(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # the dataset's files need not be there
+            dataset = DATASETS.build(dict(dataset_settings(config), lazy_init=True))
+        meta = self.model.dataset_meta or dataset.metainfo
+        self.classes = meta.get('classes')
+        self.first_value = int(getattr(dataset, 'reduce_zero_label', False))
+        self.visualizer = build_visualizer(config, meta)
+        steps = [
+            step for step in dataset.pipeline.transforms if not isinstance(step, LoadAnnotations)
+        ]
+        self.of_file = CheckedPipeline(Compose(steps), dataset)
+        self.of_frame = Compose(step for step in steps if not isinstance(step, LoadImageFromFile))
 
-    def __init__(self, config: Config, checkpoint: str, device: str) -> None:
-        init_default_scope(config.default_scope)
-        self.dataset = build_dataset(config)
-        self.inferencer = self._build(config, checkpoint, device)
-        self.model = self.inferencer.model
+    def load(self, path: Path) -> Any:
+        """An image file as the network takes it.
 
-    @abstractmethod
-    def _build(self, config: Config, checkpoint: str, device: str) -> BaseInferencer:
-        """The library's inferencer."""
+        Raises:
+            DataError: It cannot be read; the message names it.
+        """
+        return self.of_file(dict(img_path=str(path), img_id=0))
 
-    def predict(self, pictures: list[np.ndarray]) -> list[Any]:
-        """The library's data samples of pictures as `read_picture` returns them."""
-        samples = self.inferencer(pictures, batch_size=len(pictures), return_datasamples=True)
-        return samples if isinstance(samples, list) else [samples]
+    def prepare(self, frame: np.ndarray) -> Any:
+        """A frame of a video, uint8 (H, W, 3) in BGR, as the network takes it."""
+        size = frame.shape[:2]
+        return self.of_frame(dict(img=frame, img_path='', img_id=0, img_shape=size, ori_shape=size))
 
-    @abstractmethod
+    def predict(self, inputs: list[dict[str, Any]]) -> list[Any]:
+        """The host library's data samples for what `load` and `prepare` return."""
+        with torch.no_grad():
+            samples = self.model.test_step(pseudo_collate(inputs))
+        for sample in samples:
+            if 'pred_instances' in sample:
+                found = sample.pred_instances
+                sample.pred_instances = found[found.scores >= self.score_thr]
+        return [sample.cpu() for sample in samples]
+
+    def draw(self, image: np.ndarray, sample: Any) -> np.ndarray:
+        """A prediction drawn on its image, both uint8 (H, W, 3) in BGR."""
+        if 'pred_score' in sample:  # draw all classes that `describe` lists
+            sample = sample.clone().set_pred_label(top_classes(sample.pred_score))
+        image = np.ascontiguousarray(image[..., ::-1])
+        drawn = draw(self.visualizer, image, sample, score_thr=self.score_thr, draw_gt=False)
+        return np.ascontiguousarray(drawn[..., ::-1])
+
     def describe(self, sample: Any) -> dict[str, Any]:
-        """A prediction as JSON takes it."""
-
-    @abstractmethod
-    def draw(self, picture: np.ndarray, sample: Any) -> np.ndarray:
-        """A prediction drawn on its picture, uint8 (H, W, 3) in the order RGB as the picture."""
-
-    def labels(self, sample: Any) -> np.ndarray | None:
-        """What is written as a picture of labels (H, W), if anything."""
-        return None
-
-
-class Detector(Predictor):
-    """Boxes and masks of mmdet."""
-
-    score_thr = DEFAULT_SCORE
-
-    def _build(self, config: Config, checkpoint: str, device: str) -> BaseInferencer:
-        from mmdet.apis import DetInferencer  # here, as users of one library have no other
-
-        return inferencer_of(DetInferencer, self.dataset, config, checkpoint, device)
-
-    def predict(self, pictures: list[np.ndarray]) -> list[Any]:
-        results = self.inferencer(
-            pictures, batch_size=len(pictures), return_datasamples=True, no_save_vis=True
+        """A prediction as JSON."""
+        if 'pred_instances' in sample:
+            return dict(instances=self._instances(sample.pred_instances))
+        if 'pred_sem_seg' in sample:
+            return dict(classes=self._regions(sample.pred_sem_seg.data.numpy()))
+        best = top_classes(sample.pred_score)
+        return dict(
+            classes=[
+                self._named(label, score=score)
+                for label, score in zip(best.tolist(), sample.pred_score[best].tolist())
+            ]
         )
-        return results['predictions']
 
-    def describe(self, sample: Any) -> dict[str, Any]:
-        found = sample.pred_instances.cpu()
-        found = found[found.scores >= self.score_thr]
-        classes = self.model.dataset_meta['classes']
+    def _named(self, label: int, **values: Any) -> dict[str, Any]:
+        name = self.classes[label] if self.classes else str(label)
+        return dict(label=label, **{'class': name}, **values)
+
+    def _instances(self, found: Any) -> list[dict[str, Any]]:
         instances = [
-            dict(label=label, **{'class': classes[label]}, score=score, box=box)
+            self._named(label, score=score, box=box)
             for label, score, box in zip(
                 found.labels.tolist(), found.scores.tolist(), found.bboxes.tolist()
             )
         ]
-        if 'masks' in found:
-            for instance, mask in zip(instances, found.masks.numpy()):
-                encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-                instance['mask'] = dict(encoded, counts=encoded['counts'].decode())
-        return dict(instances=instances)
+        for instance, mask in zip(instances, found.masks.numpy() if 'masks' in found else ()):
+            encoded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
+            instance['mask'] = dict(encoded, counts=encoded['counts'].decode())
+        return instances
 
-    def draw(self, picture: np.ndarray, sample: Any) -> np.ndarray:
-        visualizer = self.inferencer.visualizer
-        visualizer.add_datasample('', picture, sample, draw_gt=False, pred_score_thr=self.score_thr)
-        return visualizer.get_image()
+    def _regions(self, labels: np.ndarray) -> list[dict[str, Any]]:
+        """The classes of a label map, the largest first."""
+        found, areas = np.unique(labels, return_counts=True)
+        return [
+            self._named(
+                int(found[i]),
+                value=int(found[i]) + self.first_value,
+                pixels=int(areas[i]),
+                share=round(float(areas[i] / areas.sum()), 6),
+            )
+            for i in np.argsort(-areas, kind='stable')
+        ]
 
-
-class Segmentor(Predictor):
-    """Semantic labels of mmseg."""
-
-    def _build(self, config: Config, checkpoint: str, device: str) -> BaseInferencer:
-        from mmseg.apis import MMSegInferencer  # here, as users of one library have no other
-
-        inferencer = inferencer_of(MMSegInferencer, self.dataset, config, checkpoint, device)
-        meta = inferencer.model.dataset_meta
-        inferencer.visualizer.set_dataset_meta(meta['classes'], meta['palette'])
-        return inferencer
-
-    def describe(self, sample: Any) -> dict[str, Any]:
-        labels, areas = np.unique(sample.pred_sem_seg.data.cpu().numpy(), return_counts=True)
-        order = np.argsort(-areas, kind='stable')
-        classes = self.model.dataset_meta['classes']
-        shares = areas / areas.sum()
-        return dict(
-            classes=[
-                dict(
-                    label=int(labels[i]),
-                    **{'class': classes[labels[i]]},
-                    value=int(labels[i]) + self._first_value,
-                    pixels=int(areas[i]),
-                    share=round(float(shares[i]), 6),
-                )
-                for i in order
-            ]
-        )
-
-    def draw(self, picture: np.ndarray, sample: Any) -> np.ndarray:
-        visualizer = self.inferencer.visualizer
-        visualizer.add_datasample('', picture, sample, draw_gt=False)
-        return visualizer.get_image()
-
-    @property
-    def _first_value(self) -> int:
-        """What the first class has in pictures of labels: 1 where 0 is no class, as in ADE20K."""
-        return int(self.dataset.reduce_zero_label)
-
-    def labels(self, sample: Any) -> np.ndarray:
-        values = sample.pred_sem_seg.data[0].cpu().numpy() + self._first_value
-        fits_a_byte = len(self.model.dataset_meta['classes']) + self._first_value <= 256
-        return values.astype(np.uint8 if fits_a_byte else np.uint16)
+    def labels(self, sample: Any) -> np.ndarray | None:
+        """The label image (H, W) of a segmentation; 0 is no class where the dataset has it so."""
+        if 'pred_sem_seg' not in sample:
+            return None
+        values = sample.pred_sem_seg.data[0].numpy() + self.first_value
+        return values.astype(np.uint8 if len(self.classes) + self.first_value <= 256 else np.uint16)
 
 
-class Classifier(Predictor):
-    """The most probable classes of mmpretrain."""
-
-    needs_equal_sizes = False  # the pipeline brings all to one
-
-    def _build(self, config: Config, checkpoint: str, device: str) -> BaseInferencer:
-        # Here, as users of one library have no other.
-        from mmpretrain.apis import ImageClassificationInferencer, get_model
-        from mmpretrain.utils import progress
-        from mmpretrain.visualization import UniversalVisualizer
-
-        progress.disable_progress_bar = True  # there is one already
-        content = read_weights(checkpoint)
-        model = get_model(config, pretrained=False, device=device)
-        load_model(model, content, checkpoint, strict=True)
-        meta = (content.get('meta') or {}).get('dataset_meta') or self.dataset.metainfo
-        classes = meta.get('classes') or [str(i) for i in range(model.head.num_classes)]
-        inferencer = ImageClassificationInferencer(model, classes=classes)
-        inferencer.visualizer = UniversalVisualizer()
-        return inferencer
-
-    def describe(self, sample: Any) -> dict[str, Any]:
-        scores, labels = sample.pred_score.topk(min(TOP, len(sample.pred_score)))
-        classes = self.inferencer.classes
-        return dict(
-            classes=[
-                dict(label=label, **{'class': classes[label]}, score=score)
-                for label, score in zip(labels.tolist(), scores.tolist())
-            ]
-        )
-
-    def draw(self, picture: np.ndarray, sample: Any) -> np.ndarray:
-        best = sample.pred_score.topk(min(TOP, len(sample.pred_score))).indices
-        sample = sample.clone().set_pred_label(best)  # all of them are drawn
-        visualizer, classes = self.inferencer.visualizer, self.inferencer.classes
-        return visualizer.visualize_cls(picture, sample, classes, draw_gt=False)
-
-
-PREDICTORS = {'mmdet': Detector, 'mmseg': Segmentor, 'mmpretrain': Classifier}
-
-
-def inferencer_of(
-    inferencer_type: type, dataset: BaseDataset, config: Config, checkpoint: str, device: str
-) -> BaseInferencer:
-    """An inferencer of mmengine's kind whose checkpoint fits wholly; see `WholeCheckpoint`."""
-    settings = dict(checkpoint=checkpoint, default_meta=dataset.metainfo)
-    config.visualizer.vis_backends = None  # nothing but `Writer` writes
-    checked = type(inferencer_type.__name__, (WholeCheckpoint, inferencer_type), settings)
-    inferencer = checked(model=config, weights=checkpoint, device=device)
-    inferencer.show_progress = False  # no argument of mmseg's before 1.3
-    return inferencer
+def top_classes(scores: torch.Tensor) -> torch.Tensor:
+    """The labels of the highest scores."""
+    return scores.topk(min(TOP, len(scores))).indices
 
 
 # -------------------------------------------------------------------------------------------- run
 class Writer:
-    """Writes predictions of pictures and of videos below a folder."""
+    """Writes predictions below a folder; `with_drawings` says whether to draw them."""
 
-    def __init__(self, predictor: Predictor, out: Path, pictures: bool) -> None:
-        self.predictor, self.out, self.pictures = predictor, out, pictures
+    def __init__(self, predictor: Predictor, out: Path, with_drawings: bool) -> None:
+        self.predictor, self.out, self.with_drawings = predictor, out, with_drawings
 
-    def _path(self, kind: str, name: str, suffix: str) -> Path:
+    def path(self, kind: str, name: str, suffix: str) -> Path:
         path = self.out / kind / f'{name}{suffix}'
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def draw(self, picture: np.ndarray, sample: Any) -> np.ndarray:
-        """The drawing, of the picture's size and in its order, BGR."""
-        drawn = self.predictor.draw(np.ascontiguousarray(picture[..., ::-1]), sample)
-        drawn = mmcv.imresize(drawn, picture.shape[1::-1])
-        return np.ascontiguousarray(drawn[..., ::-1])
-
-    def write_picture(self, source: Source, picture: np.ndarray, sample: Any) -> None:
-        height, width = picture.shape[:2]
+    def write_image(self, source: Source, sample: Any) -> None:
+        height, width = sample.ori_shape
         content = dict(image=str(source.path), width=width, height=height)
         content |= self.predictor.describe(sample)
         labels = self.predictor.labels(sample)
         if labels is not None:
-            write_encoded(self._path('labels', source.name, '.png'), labels)
+            mmcv.imwrite(labels, str(self.path('labels', source.name, '.png')))
             content['labels'] = f'labels/{source.name}.png'
         text = json.dumps(content, ensure_ascii=False, indent=1)
-        self._path('json', source.name, '.json').write_text(text, encoding='utf-8')
-        if self.pictures:
-            drawn = self.draw(picture, sample)
-            write_encoded(self._path('pictures', source.name, '.jpg'), drawn)
+        self.path('json', source.name, '.json').write_text(text, encoding='utf-8')
+        if self.with_drawings:
+            drawn = self.predictor.draw(mmcv.imread(source.path), sample)
+            mmcv.imwrite(drawn, str(self.path('pictures', source.name, '.jpg')))
 
     def write_video(
         self, source: Source, rate: float, frames: Iterable[tuple[np.ndarray, Any]]
     ) -> None:
-        """Writes a video frame by frame; its JSON has one line a frame."""
+        """Writes a video frame by frame; its JSON has one line per frame.
+
+        Raises:
+            SystemExit: OpenCV cannot write videos.
+        """
         film = None
+        with self.path('json', source.name, '.json').open('w', encoding='utf-8') as file:
+            video = json.dumps(str(source.path), ensure_ascii=False)
+            file.write(f'{{"video": {video}, "frames_per_second": {rate}, "frames": [')
+            for index, (frame, sample) in enumerate(frames):
+                content = dict(frame=index) | self.predictor.describe(sample)
+                file.write(f'{"," if index else ""}\n{json.dumps(content, ensure_ascii=False)}')
+                if self.with_drawings:
+                    path = str(self.path('pictures', source.name, '.mp4'))
+                    codec = cv2.VideoWriter.fourcc(*'mp4v')
+                    film = film or cv2.VideoWriter(path, codec, rate, frame.shape[1::-1])
+                    if not film.isOpened():
+                        raise SystemExit(f'error: OpenCV cannot write {path}; use --no-pictures')
+                    film.write(self.predictor.draw(frame, sample))
+            file.write('\n]}\n')
+        if film is not None:
+            film.release()
+
+
+def predict_images(
+    predictor: Predictor, writer: Writer, sources: Sequence[Source], batch_size: int
+) -> list[str]:
+    """Predicts on image files; returns which could not be predicted and why."""
+    failures: list[str] = []
+
+    def load() -> Iterator[tuple[Source, dict[str, Any]]]:
+        for source in track(sources, 'images', disable=not sources):
+            try:
+                yield source, predictor.load(source.path)
+            except DataError as error:
+                failures.append(str(error))
+
+    for batch in batches(load(), batch_size):
         try:
-            with self._path('json', source.name, '.json').open('w', encoding='utf-8') as file:
-                video = json.dumps(str(source.path), ensure_ascii=False)
-                file.write(f'{{"video": {video}, "frames_per_second": {rate}, "frames": [')
-                for index, (picture, sample) in enumerate(frames):
-                    content = dict(frame=index) | self.predictor.describe(sample)
-                    text = json.dumps(content, ensure_ascii=False)
-                    file.write(f'{"," if index else ""}\n{text}')
-                    if self.pictures:
-                        drawn = self.draw(picture, sample)
-                        film = film or self._open_film(source, rate, drawn)
-                        film.write(drawn)
-                file.write('\n]}\n')
-        finally:
-            if film is not None:
-                film.release()
-
-    def _open_film(self, source: Source, rate: float, frame: np.ndarray) -> cv2.VideoWriter:
-        path = self._path('pictures', source.name, '.mp4')
-        codec = cv2.VideoWriter.fourcc(*'mp4v')
-        film = cv2.VideoWriter(str(path), codec, rate, frame.shape[1::-1])
-        if not film.isOpened():
-            raise SystemExit(f'error: OpenCV cannot write {path}; --no-pictures does without it')
-        return film
-
-
-def write_encoded(path: Path, picture: np.ndarray) -> None:
-    """Writes a picture in the form that the suffix names, to a path of any letters."""
-    path.write_bytes(cv2.imencode(path.suffix, picture)[1].tobytes())
-
-
-def run(
-    predictor: Predictor,
-    writer: Writer,
-    sources: Sequence[Source],
-    batch_size: int,
-    progress: Progress,
-) -> dict[Path, str]:
-    """Predicts on all sources.
-
-    Returns:
-        What could not be predicted, and why.
-    """
-    failures: dict[Path, str] = {}
-    pictures = [source for source in sources if not source.is_video]
-    if pictures:
-        task = progress.add_task('pictures', total=len(pictures))
-        loaded = read_pictures(pictures, failures, lambda: progress.advance(task))
-        for batch in batches(loaded, batch_size, predictor.needs_equal_sizes):
-            try:
-                samples = predictor.predict([picture for _, picture in batch])
-            except ValueError as error:  # such as of the backbone, for a picture that is too small
-                failures |= {source.path: str(error) for source, _ in batch}
-                continue
-            for (source, picture), sample in zip(batch, samples):
-                writer.write_picture(source, picture, sample)
-    for source in sources:
-        if source.is_video:
-            try:
-                run_video(predictor, writer, source, batch_size, progress)
-            except ValueError as error:
-                failures[source.path] = str(error)
+            samples = predictor.predict([inputs for _, inputs in batch])
+        except ValueError as error:  # e.g. CUDA graphs, for an image of another size
+            failures += [f'image {source.path}: {error}' for source, _ in batch]
+            continue
+        for (source, _), sample in zip(batch, samples):
+            writer.write_image(source, sample)
     return failures
 
 
-def read_pictures(
-    sources: Iterable[Source], failures: dict[Path, str], advance: Callable[[], None]
-) -> Iterator[tuple[Source, np.ndarray]]:
-    """Sources with their pictures, without those that are entered in `failures`."""
-    for source in sources:
-        try:
-            yield source, read_picture(source.path)
-        except ValueError as error:
-            failures[source.path] = str(error)
-        advance()
-
-
-def batches(
-    items: Iterable[tuple[Any, np.ndarray]], batch_size: int, equal_sizes: bool
-) -> Iterator[list[tuple[Any, np.ndarray]]]:
-    """Consecutive items, at most so many at a time.
-
-    With `equal_sizes` of one size of pictures: mmdet would fill smaller ones up, so that results
-    depended on their neighbours, and mmseg refuses others.
-    """
-    batch: list[tuple[Any, np.ndarray]] = []
-    for item in items:
-        is_other = batch and equal_sizes and item[1].shape != batch[0][1].shape
-        if is_other or len(batch) == batch_size:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
-
-
-def run_video(
-    predictor: Predictor, writer: Writer, source: Source, batch_size: int, progress: Progress
-) -> None:
+def predict_video(predictor: Predictor, writer: Writer, source: Source, batch_size: int) -> None:
     """Predicts on all frames of a video.
 
     Raises:
         ValueError: It cannot be read, or its frames cannot be predicted.
     """
     video = cv2.VideoCapture(str(source.path))
-    count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
-    task = progress.add_task(source.path.name, total=count if count > 0 else None)
-    first = next(read_frames(video), None)
+    rest = read_frames(video)
+    first = next(rest, None)
     if first is None:
-        video.release()
-        raise ValueError('cannot be read: OpenCV finds no frames')
+        raise ValueError('OpenCV finds no frames in it')
+    count = int(video.get(cv2.CAP_PROP_FRAME_COUNT))
+    frames = track(chain([first], rest), source.path.name, total=count if count > 0 else None)
+
+    def predictions() -> Iterator[tuple[np.ndarray, Any]]:
+        prepared = ((frame, predictor.prepare(frame)) for frame in frames)
+        for batch in batches(prepared, batch_size):
+            samples = predictor.predict([inputs for _, inputs in batch])
+            yield from zip((frame for frame, _ in batch), samples)
+
     rate = video.get(cv2.CAP_PROP_FPS)
-    rate = rate if rate > 0 else DEFAULT_RATE
-
-    def predicted() -> Generator[tuple[np.ndarray, Any], None, None]:
-        frames = ((None, frame) for part in ([first], read_frames(video)) for frame in part)
-        for batch in batches(frames, batch_size, predictor.needs_equal_sizes):
-            pictures = [picture for _, picture in batch]
-            yield from zip(pictures, predictor.predict(pictures))
-            progress.advance(task, len(batch))
-
-    with closing(predicted()) as frames:
-        try:
-            writer.write_video(source, rate, frames)
-        finally:
-            video.release()
+    writer.write_video(source, rate if rate > 0 else DEFAULT_RATE, predictions())
 
 
 def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:
-    """The frames that are left, as `read_picture` returns pictures."""
     while True:
         is_read, frame = video.read()
         if not is_read:
             return
         yield frame
+
+
+def batches(
+    items: Iterable[tuple[Any, dict[str, Any]]], batch_size: int
+) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
+    """Groups consecutive items whose inputs have one size, at most `batch_size` each.
+
+    mmdet would pad smaller ones, so that results depended on their neighbours.
+    """
+    batch: list[tuple[Any, dict[str, Any]]] = []
+    for item in items:
+        is_other = batch and item[1]['inputs'].shape != batch[0][1]['inputs'].shape
+        if is_other or len(batch) == batch_size:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 if __name__ == '__main__':

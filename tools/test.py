@@ -25,8 +25,10 @@ from common.cli import (
     run_errors,
 )
 from common.inference import (
+    DRAWN_BY,
     add_cuda_graphs_argument,
     check_cuda_graphs,
+    draw,
     drop_pretrained,
     one_of,
     replay_backbone,
@@ -42,12 +44,6 @@ from mmengine.runner import Runner
 from mmconv2former.datasets.checked import leaves
 from mmconv2former.engine.cuda_graphs import VaryingSizeError
 
-# The visualizer that draws predictions, and its method for it, by library.
-DRAW = {
-    'mmdet': ('DetLocalVisualizer', 'add_datasample'),
-    'mmseg': ('SegLocalVisualizer', 'add_datasample'),
-    'mmpretrain': ('UniversalVisualizer', 'visualize_cls'),
-}
 LEAST_SIDE = 224  # pixels of a classifier's drawing, on which text is legible
 
 
@@ -139,14 +135,13 @@ class DrawPredictions(Hook):
     different names, and of which mmpretrain's draws one of 5000, with red and blue exchanged.
 
     Args:
-        method: The visualizer's method for it.
         folder: Where the drawings go, under the names that the pictures have in their data set; a
             relative one is in the folder of the run. None draws for the window only.
-        options: Further arguments of the method.
+        options: Further arguments of `draw`.
     """
 
-    def __init__(self, method: str, folder: str | None, options: dict[str, Any]) -> None:
-        self.method, self.folder, self.options = method, folder, options
+    def __init__(self, folder: str | None, options: dict[str, Any]) -> None:
+        self.folder, self.options = folder, options
 
     def before_test(self, runner: Runner) -> None:
         self.roots = [
@@ -166,11 +161,9 @@ class DrawPredictions(Hook):
             if self.folder is not None:
                 suffix = '' if name.lower().endswith(('.jpg', '.jpeg')) else '.jpg'
                 options['out_file'] = str(Path(runner.log_dir, self.folder, name + suffix))
-            if self.method == 'visualize_cls' and min(picture.shape[:2]) < LEAST_SIDE:
+            if 'pred_score' in sample and min(picture.shape[:2]) < LEAST_SIDE:
                 options['resize'] = LEAST_SIDE
-            getattr(runner.visualizer, self.method)(
-                name=name, image=picture, data_sample=sample, **options
-            )
+            draw(runner.visualizer, picture, sample, name, **options)
 
     def name(self, path: str) -> str:
         """The picture's name with the folders that tell it from others, such as its class."""
@@ -190,16 +183,16 @@ def draw_predictions(config: Config, args: argparse.Namespace) -> DrawPrediction
     Raises:
         SystemExit: The config is of no library that we can draw for.
     """
-    visualizer, method = one_of(DRAW, config)
+    visualizer = one_of(DRAWN_BY, config)
     if not config.get('visualizer'):
         config.visualizer = dict(DEFAULT_VISUALIZER, type=visualizer)
     settings = (config.get('default_hooks') or {}).pop('visualization', None) or ConfigDict()
     options = dict(show=args.show, wait_time=args.wait_time)
     if 'score_thr' in settings:  # of a detector's drawings
-        options['pred_score_thr'] = settings.score_thr
+        options['score_thr'] = settings.score_thr
     if not args.show_dir:
         config.visualizer.vis_backends = None  # which would keep the drawings
-    return DrawPredictions(method, args.show_dir, options)
+    return DrawPredictions(args.show_dir, options)
 
 
 if __name__ == '__main__':

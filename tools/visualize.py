@@ -1,13 +1,13 @@
-"""Pictures of what a network is and does.
+"""Draw what a network is and does.
 
     python tools/visualize.py erf tiny convnext_tiny swin_tiny --images data/coco/val2017
-    python tools/visualize.py modulation work_dirs/.../epoch_36.pth --image picture.jpg
+    python tools/visualize.py modulation work_dirs/.../epoch_36.pth --image photo.jpg
     python tools/visualize.py kernels pretrain/conv2former_t.pth
     python tools/visualize.py predictions CONFIG work_dirs/.../epoch_36.pth --count 6
     python tools/visualize.py curves work_dirs/mask_rcnn_conv2former_t
 
-A NETWORK is a name (tiny, ib, swin_tiny, ...: random weights, and the picture says so), a
-checkpoint of Conv2Former, of the backbone alone or of a whole model, or NAME=CHECKPOINT.
+A NETWORK is a name (tiny, ib, swin_tiny, ...: random weights, and the figure says so), a checkpoint
+of Conv2Former, of the backbone alone or of a whole model, or NAME=CHECKPOINT.
 docs/visualize.md shows what each command prints and draws.
 """
 
@@ -16,12 +16,11 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 
@@ -36,21 +35,29 @@ from common.cli import (
     add_trust_argument,
     check_files,
     guard_checkpoints,
-    load_config,
+)
+from common.inference import (
+    DRAWN_BY,
+    build_visualizer,
+    dataset_settings,
+    draw,
+    load_whole_model,
+    one_of,
+    read_config,
 )
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, MODELS, VISUALIZERS, init_default_scope
+from mmengine.registry import DATASETS
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mmconv2former import Baseline, Conv2Former, Conv2FormerIsotropic
 from mmconv2former.checkpoint.architecture import recognise_arch
-from mmconv2former.checkpoint.loading import check_fit, find_prefix, load_pretrained
+from mmconv2former.checkpoint.loading import find_prefix, load_pretrained
 from mmconv2former.checkpoint.reading import CheckpointError, read_state_dict
 from mmconv2former.models.baselines import BASELINES
 from mmconv2former.models.blocks import Block
@@ -59,28 +66,26 @@ from mmconv2former.models.fusion import FUSIONS
 from mmconv2former.models.isotropic import ISOTROPIC_LETTERS
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
-PICTURE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')
-# Of ImageNet, as all recipes have them
+FIGURE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')
+# ImageNet's, as in all recipes
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-SHARES = (0.2, 0.3, 0.5, 0.99)  # of the receptive field's total, as RepLKNet's table has them
-SHARE_COLOURS = ('white', 'cyan', 'lime', 'red')
+SHARES = {0.2: 'white', 0.3: 'cyan', 0.5: 'lime', 0.99: 'red'}  # those of RepLKNet's table
 DOTS_PER_INCH = 110
+# The layer scales of all networks that have them: ours, ConvNeXt's, HorNet's, DeiT-3's.
+LAYER_SCALE = re.compile(r'.*\.(layer_scale_[12]|gamma|gamma[12]\.weight|ls[12]\.gamma)')
+LAYER_SCALE_HELP = (
+    'set the layer scales of random weights: at their initial 1e-6 or so, blocks do nothing'
+)
+PEAK_HELP = 'scale each field to this maximum before log10(x + 1), in the figure only'
+FIRST_KERNELS = ('stages.0.0.attn.att.2.weight', 'blocks.0.attn.att.2.weight')
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest='command', required=True)
-    for name, (add_arguments, run) in COMMANDS.items():
-        command = commands.add_parser(name, help=(run.__doc__ or '').partition('\n')[0])
-        add_arguments(command)
-        command.set_defaults(run=run)
-    args = parser.parse_args(arguments)
+    args = make_parser().parse_args(arguments)
     logger = MMLogger.get_current_instance()
     level = logger.level
-    logger.setLevel(logging.WARNING)  # mmengine tells of each tensor that it gave its first value
+    logger.setLevel(logging.WARNING)  # mmengine logs the initialisation of every tensor
     try:
         args.run(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -89,19 +94,85 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger.setLevel(level)
 
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest='command', required=True)
+
+    def add_command(
+        name: str, run: Callable, out: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
+        help_ = (run.__doc__ or '').partition('\n')[0]
+        command = commands.add_parser(name, help=help_, parents=parents)
+        command.add_argument('--out', type=figure_path, default=out, help=f'default: {out}')
+        command.set_defaults(run=run)
+        return command
+
+    on_device = argparse.ArgumentParser(add_help=False)
+    devices = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
+    on_device.add_argument('--device', choices=devices, default=devices[-1])
+    of_network = argparse.ArgumentParser(add_help=False, parents=[on_device])
+    of_network.add_argument(
+        '--fusion', choices=list(FUSIONS), default='hadamard', help='of Conv2Former, an ablation'
+    )
+    add_trust_argument(of_network)
+    of_blocks = argparse.ArgumentParser(add_help=False, parents=[of_network])
+    of_blocks.add_argument('network', metavar='NETWORK', help='see above')
+    of_blocks.add_argument(
+        '--blocks', nargs='+', metavar='STAGE.BLOCK',
+        help='such as 0.2 2.11, from 0 (isotropic: 5), or all (default: the last of each stage)',
+    )  # fmt: skip
+
+    erf = add_command('erf', draw_erf, 'erf.png', of_network)
+    erf.add_argument('networks', nargs='+', metavar='NETWORK', help='see above')
+    erf.add_argument('--images', nargs='+', type=Path, required=True, help='files and folders')
+    erf.add_argument('--limit', type=int, default=50, help='maximum number of images')
+    erf.add_argument('--size', type=int, default=1024, help='side of the input, pixels')
+    erf.add_argument('--layer-scale', type=float, metavar='VALUE', help=LAYER_SCALE_HELP)
+    erf.add_argument('--with-cp', action='store_true', help='less memory, more time')
+    erf.add_argument('--peak', type=int, help=PEAK_HELP)
+
+    modulation = add_command('modulation', draw_modulation, 'modulation.png', of_blocks)
+    modulation.add_argument('--image', type=Path, required=True)
+    modulation.add_argument('--size', type=int, default=640, help='maximum longest side')
+    modulation.add_argument('--channels', type=int, nargs='+', help='these instead of the mean')
+
+    kernels = add_command('kernels', draw_kernels, 'kernels.png', of_blocks)
+    kernels.add_argument('--count', type=int, default=14, help='kernels per block, evenly spaced')
+
+    predictions = add_command('predictions', draw_predictions, 'predictions.jpg', on_device)
+    predictions.add_argument('config', help='config file, of detection or segmentation')
+    predictions.add_argument('checkpoint', help='checkpoint of the whole model')
+    predictions.add_argument('--split', choices=['train', 'val', 'test'], default='test')
+    predictions.add_argument('--count', type=int, default=6, help='images, evenly spaced')
+    predictions.add_argument('--indices', type=int, nargs='+', help='these images instead')
+    predictions.add_argument('--score', type=float, default=0.3, help='of objects, the minimum')
+    add_config_arguments(predictions)
+    add_data_root_argument(predictions)
+
+    curves = commands.add_parser('curves', help='losses and metrics of a training run')
+    plot_curves.add_arguments(curves)
+    curves.set_defaults(run=plot_curves.plot_curves)
+    return parser
+
+
+def figure_path(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in FIGURE_SUFFIXES:
+        allowed = ', '.join(FIGURE_SUFFIXES)
+        raise argparse.ArgumentTypeError(f'must end with one of {allowed}, got {text}')
+    return path
+
+
 # --------------------------------------------------------------------------------------- networks
-# The names of layer scales in all networks that have them: ours, ConvNeXt's, HorNet's, DeiT-3's.
-LAYER_SCALE = re.compile(r'.*\.(layer_scale_[12]|gamma|gamma[12]\.weight|ls[12]\.gamma)')
-
-
-@dataclass(frozen=True)
-class Network:
-    """A backbone to look at, in eval mode and without gradients of its parameters.
+class Network(NamedTuple):
+    """A backbone to look at, in eval mode, without gradients of its parameters.
 
     Attributes:
-        label: Its name, or its class for a checkpoint alone.
-        weights: Where they are from, in words.
-        backbone: Gives a tuple of feature maps (N, C, h, w), the last one the deepest.
+        label: Its name, or its class if only a checkpoint is given.
+        weights: Where they come from, in words.
+        backbone: Returns a tuple of feature maps (N, C, h, w), the deepest last.
     """
 
     label: str
@@ -123,22 +194,23 @@ def load_network(
 
     Args:
         description: `NAME`, `CHECKPOINT` or `NAME=CHECKPOINT`.
-        fusion: Of Conv2Former: the shapes in a file do not tell it.
-        with_cp: Whether blocks are computed anew in the backward pass, for less memory.
-        layer_scale: Value of all layer scales of random weights, of networks that have some; None
-            leaves them as they are.
+        fusion: Of Conv2Former; the shapes in a file do not tell it.
+        with_cp: Whether to recompute blocks in the backward pass, which needs less memory.
+        layer_scale: Value of all layer scales of random weights; None leaves them as they are.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: There is no such network, or the checkpoint is not of it.
-        ModuleNotFoundError: A baseline's library is not installed.
+        ValueError: There is no such network, or the checkpoint is of another network.
+        ModuleNotFoundError: The library of a baseline is not installed.
     """
     name, _, checkpoint = description.partition('=')
     if Path(description).is_file():
         name, checkpoint = '', description
     torch.manual_seed(0)  # the same random weights each time
-    make = partial(build_backbone, name) if name else partial(backbone_of_checkpoint, checkpoint)
-    backbone = make(fusion, with_cp)
+    # The last output is the deepest feature map. On a CPU only time matters: keep activations.
+    options = dict(out_indices=-1, fusion=fusion, with_cp=with_cp, recompute='nothing')
+    build = partial(build_backbone, name) if name else partial(recognise_backbone, checkpoint)
+    backbone = build(options)
     backbone.init_weights()
     weights = 'random weights'
     if checkpoint:
@@ -148,89 +220,71 @@ def load_network(
         weights += f', layer scale {layer_scale:g}'
     backbone.eval().requires_grad_(False)
     for module in backbone.modules():
-        if hasattr(module, 'with_cp'):  # of itself alone: norms and drop path stay in eval mode
+        if hasattr(module, 'with_cp'):  # not its norms and drop path, which stay in eval mode
             module.training = with_cp
     return Network(name or type(backbone).__name__, weights, backbone)
 
 
-def conv2former_options(fusion: str, with_cp: bool) -> dict:
-    """Arguments for which the last output is the deepest feature map.
-
-    With `recompute='nothing'`, as nothing but time matters on a CPU.
-    """
-    return dict(out_indices=-1, fusion=fusion, with_cp=with_cp, recompute='nothing')
-
-
-def build_backbone(
-    name: str, fusion: str, with_cp: bool
-) -> Conv2Former | Conv2FormerIsotropic | Baseline:
-    """A backbone by its name, whose last output is the deepest feature map.
+def build_backbone(name: str, options: dict) -> Conv2Former | Conv2FormerIsotropic | Baseline:
+    """A backbone by its name.
 
     Raises:
         ValueError: There is none of this name, or it takes images of one size only.
-        ModuleNotFoundError: A baseline's library is not installed.
+        ModuleNotFoundError: The library of a baseline is not installed.
     """
-    options = conv2former_options(fusion, with_cp)
     arch = name.removeprefix('conv2former_')
     if arch in ARCHS or arch in ARCH_LETTERS:
         return Conv2Former(arch, **options)
     if arch in ISOTROPIC_LETTERS:
         return Conv2FormerIsotropic(arch, **options)
-    if name in BASELINES:
-        is_of_timm = BASELINES[name].family.library == 'timm'
-        baseline = Baseline(name, options={} if is_of_timm else dict(with_cp=with_cp))
-        if is_of_timm:
-            baseline.body.set_grad_checkpointing(with_cp)
-        return baseline
-    raise ValueError(
-        f'network must be a checkpoint or one of {", ".join([*ARCHS, *ISOTROPIC_LETTERS])}, '
-        f'{", ".join(BASELINES)}, got {name!r}, which is no file either'
-    )
+    if name not in BASELINES:
+        raise ValueError(
+            f'network must be a checkpoint or one of {", ".join([*ARCHS, *ISOTROPIC_LETTERS])}, '
+            f'{", ".join(BASELINES)}, got {name!r}, which is not a file either'
+        )
+    with_cp = options['with_cp']
+    if BASELINES[name].family.library != 'timm':
+        return Baseline(name, options=dict(with_cp=with_cp))
+    baseline = Baseline(name)
+    baseline.body.set_grad_checkpointing(with_cp)
+    return baseline
 
 
-def backbone_of_checkpoint(
-    checkpoint: str, fusion: str, with_cp: bool
-) -> Conv2Former | Conv2FormerIsotropic:
-    """The Conv2Former that a checkpoint is of, by the shapes of its tensors, still to be loaded.
+def recognise_backbone(checkpoint: str, options: dict) -> Conv2Former | Conv2FormerIsotropic:
+    """The Conv2Former of a checkpoint, recognised by shapes, with random weights.
 
     Raises:
         FileNotFoundError, CheckpointError: See `read_state_dict`; or it is of another network.
     """
     state_dict = read_state_dict(checkpoint)
-    first_kernels = ['stages.0.0.attn.att.2.weight', 'blocks.0.attn.att.2.weight']
-    prefix = find_prefix(state_dict, first_kernels)
-    found = {
-        name[len(prefix) :]: value for name, value in state_dict.items() if name.startswith(prefix)
-    }
-    options = conv2former_options(fusion, with_cp)
-    architecture = recognise_arch(found)
-    if architecture.depths:
-        arch = dict(channels=architecture.channels, depths=architecture.depths)
+    prefix = find_prefix(state_dict, FIRST_KERNELS)
+    found = {name[len(prefix) :]: v for name, v in state_dict.items() if name.startswith(prefix)}
+    arch = recognise_arch(found)
+    if arch.depths:
         return Conv2Former(
-            arch,
-            kernel_size=architecture.kernel_size,
-            mlp_ratio=architecture.mlp_ratio or 4,
-            in_channels=architecture.in_channels or 3,
+            dict(channels=arch.channels, depths=arch.depths),
+            kernel_size=arch.kernel_size,
+            mlp_ratio=arch.mlp_ratio or 4,
+            in_channels=arch.in_channels or 3,
             **options,
         )
-    kernel = found.get(first_kernels[1])
+    kernel = found.get(FIRST_KERNELS[1])  # (C, 1, K, K)
     if kernel is None or kernel.dim() != 4:
         raise CheckpointError(
-            f'checkpoint {checkpoint!r} is of no Conv2Former (of a baseline write '
+            f'checkpoint {checkpoint!r} has no Conv2Former (for a baseline write '
             f'NAME=CHECKPOINT); its names begin with '
             f'{sorted({name.split(".")[0] for name in state_dict})}'
         )
-    blocks = {name.split('.')[1] for name in found if name.startswith('blocks.')}
-    channels, _, kernel_size, _ = kernel.shape
+    depth = len({name.split('.')[1] for name in found if name.startswith('blocks.')})
     return Conv2FormerIsotropic(
-        dict(channels=channels, depth=len(blocks), kernel_size=kernel_size),
+        dict(channels=kernel.shape[0], depth=depth, kernel_size=kernel.shape[-1]),
         patch_embedding='plain' if 'patch_embed.weight' in found else 'conv',
         **options,
     )
 
 
 def load_weights(backbone: nn.Module, checkpoint: str) -> None:
-    """Fills a backbone from a file of ours, of the backbone's library, or of a whole model.
+    """Loads a file of ours, of the backbone's library, or of a whole model.
 
     Raises:
         FileNotFoundError, CheckpointError: See `mmconv2former.checkpoint.loading.load_pretrained`.
@@ -238,39 +292,40 @@ def load_weights(backbone: nn.Module, checkpoint: str) -> None:
     if not isinstance(backbone, Baseline):
         load_pretrained(backbone, checkpoint)
     elif any(name.startswith('backbone.body.') for name in read_state_dict(checkpoint)):
-        load_pretrained(backbone, checkpoint, prefix='backbone')  # trained in a recipe of ours
+        load_pretrained(backbone, checkpoint, prefix='backbone')  # trained with a recipe of ours
     else:
         backbone.is_init = False
         backbone.pretrained = dict(type='Pretrained', checkpoint=checkpoint)
         backbone.init_weights()
 
 
-def set_layer_scale(backbone: nn.Module, value: float) -> int:
-    """Sets every layer scale of a network to a value, and tells how many there are."""
+def set_layer_scale(backbone: nn.Module, value: float) -> bool:
+    """Sets every layer scale to a value; returns whether there are any."""
     scales = [p for name, p in backbone.named_parameters() if LAYER_SCALE.fullmatch(name)]
     for scale in scales:
         nn.init.constant_(scale, value)
-    return len(scales)
+    return bool(scales)
 
 
 def blocks_of(network: Network) -> dict[str, Block]:
-    """The blocks of a Conv2Former by their names, such as `stages.2.11`, or `blocks.5`.
+    """The blocks of a Conv2Former by name, such as `stages.2.11` or `blocks.5`.
 
     Raises:
         ValueError: It is another network.
     """
     blocks = {n: m for n, m in network.backbone.named_modules() if isinstance(m, Block)}
     if not blocks:
-        raise ValueError(f'{network.label} has no modulation: this is for Conv2Former only')
+        raise ValueError(f'{network.label} has no modulation; this needs a Conv2Former')
     return blocks
 
 
 def choose_blocks(blocks: Mapping[str, Block], chosen: Sequence[str] | None) -> dict[str, Block]:
-    """The blocks that a user names, by default the last of each stage.
+    """The blocks that a user names.
 
     Args:
         blocks: All, by name.
-        chosen: Such as `['0.2', '2.11']`, of isotropic networks `['5']`; or `['all']`; or None.
+        chosen: Such as `['0.2', '2.11']`, `['5']` for isotropic networks, or `['all']`. None takes
+            the last of each stage, or of each quarter of an isotropic network.
 
     Raises:
         ValueError: There is no such block.
@@ -280,7 +335,7 @@ def choose_blocks(blocks: Mapping[str, Block], chosen: Sequence[str] | None) -> 
         stages.setdefault(name.rpartition('.')[0], []).append(name)
     if chosen is None:
         names = [stage[-1] for stage in stages.values()]
-        if len(stages) == 1:  # an isotropic network: the ends of the quarters
+        if len(stages) == 1:
             names = list(dict.fromkeys(list(blocks)[len(blocks) * i // 4 - 1] for i in range(1, 5)))
     elif list(chosen) == ['all']:
         names = list(blocks)
@@ -295,19 +350,19 @@ def choose_blocks(blocks: Mapping[str, Block], chosen: Sequence[str] | None) -> 
 
 # ----------------------------------------------------------------------------------------- images
 def find_images(paths: Sequence[Path], limit: int) -> list[Path]:
-    """Image files among paths and in the folders among them, the first `limit` by name.
+    """The first `limit` image files among paths and in the folders among them.
 
     Raises:
         FileNotFoundError: A path does not exist, or there is no image.
     """
     found: list[Path] = []
     for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f'{path} does not exist')
         if path.is_dir():
             found += sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif path.is_file():
-            found.append(path)
         else:
-            raise FileNotFoundError(f'{path} does not exist')
+            found.append(path)
     if not found:
         raise FileNotFoundError(
             f'no image ({", ".join(IMAGE_SUFFIXES)}) in {", ".join(map(str, paths))}'
@@ -334,21 +389,15 @@ def to_input(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
 
 
-def fit_into(image: Image.Image, size: int) -> Image.Image:
-    """The image with its longest side at most `size`."""
-    scale = min(1.0, size / max(image.size))
-    return image.resize([max(1, round(side * scale)) for side in image.size])
-
-
 # ------------------------------------------------------------------------------- receptive field
-def input_gradient(backbone: nn.Module, x: Tensor) -> np.ndarray:
-    """What each pixel adds to the centre of the last feature map.
+def input_gradient(backbone: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> np.ndarray:
+    """How much each pixel contributes to the centre of the last feature map.
 
     The positive part of the gradient of the summed positive part of that position, summed over
     colours and images: RepLKNet's method (arXiv 2203.06717, section 5.1, and its published code).
 
     Args:
-        backbone: Gives a tuple of feature maps (N, C, h, w).
+        backbone: Returns a tuple of feature maps (N, C, h, w).
         x: Images (N, 3, H, W).
 
     Returns:
@@ -374,15 +423,15 @@ def input_gradient(backbone: nn.Module, x: Tensor) -> np.ndarray:
 def smallest_square(field: np.ndarray, share: float) -> tuple[int, float]:
     """The smallest square around the centre that holds a share of a field's total.
 
-    Squares grow by a pixel to each side of the pixel (H // 2, W // 2), up to the border.
+    Squares grow by a pixel on each side of the pixel (H // 2, W // 2), up to the border.
 
     Args:
         field: (H, W), not negative.
         share: In (0, 1].
 
     Returns:
-        Its side in pixels, at most the shorter one of the field; and its share of the field's area.
-        If no square holds enough, which a field that is not square may have, the largest one.
+        Its side in pixels and its share of the field's area. If no square holds enough, as in a
+        field that is not square, the largest one.
     """
     height, width = field.shape
     y, x = height // 2, width // 2
@@ -397,11 +446,11 @@ def smallest_square(field: np.ndarray, share: float) -> tuple[int, float]:
 
 
 def log_scaled(field: np.ndarray, peak: float | None = None) -> np.ndarray:
-    """log10(x + 1), of which the largest is 1.
+    """log10(x + 1) of a field that is not negative, divided by its maximum.
 
     Args:
-        field: Not negative.
-        peak: What its largest value is made before; None leaves it as it is.
+        field: Of any shape.
+        peak: The field is scaled to this maximum before; None leaves it as it is.
     """
     if peak is not None:
         field = field * (peak / field.max())
@@ -409,37 +458,8 @@ def log_scaled(field: np.ndarray, peak: float | None = None) -> np.ndarray:
     return logarithm / logarithm.max()
 
 
-def add_erf_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `draw_erf`."""
-    parser.add_argument('networks', nargs='+', metavar='NETWORK', help='see above; all in one go')
-    parser.add_argument('--images', nargs='+', type=Path, required=True, help='files and folders')
-    parser.add_argument('--limit', type=positive_int, default=50, help='images at most')
-    parser.add_argument('--size', type=positive_int, default=1024, help='side of the input, pixels')
-    parser.add_argument(
-        '--layer-scale',
-        type=float,
-        metavar='VALUE',
-        help='of random weights, where a network has layer scales: they begin at 1e-6 or so, with '
-        'which untrained blocks do nothing',
-    )
-    parser.add_argument(
-        '--with-cp', action='store_true', help='blocks computed anew: less memory, more time'
-    )
-    parser.add_argument(
-        '--peak',
-        type=positive_int,
-        help='makes this the largest value of each field before the logarithm, in the picture: '
-        'where gradients are far below 1, the logarithm of x + 1 shows their centre only',
-    )
-    add_network_arguments(parser)
-    parser.add_argument('--out', type=picture_path, default='erf.png')
-
-
 def draw_erf(args: argparse.Namespace) -> None:
-    """effective receptive field: pictures, and a table of areas
-
-    The fields themselves are beside the picture, in a .npz.
-    """
+    """effective receptive field: a figure, a table of areas, and the fields in a .npz"""
     guard_checkpoints(args)
     images = find_images(args.images, args.limit)
     networks = [
@@ -459,58 +479,51 @@ def draw_erf(args: argparse.Namespace) -> None:
         fields.append(total / len(images))
         seconds = (time.time() - start) / len(images)
         print(f'{network.label} ({network.weights}): {len(images)} images, {seconds:.1f} s each')
+
     print(f'\nside of the smallest centred square in pixels of {args.size}, share of the image:')
-    for line in area_table(networks, fields):
-        print(line)
-
-    save(erf_figure(networks, fields, args.peak), args.out)
-    arrays = args.out.with_suffix('.npz')
-    np.savez_compressed(arrays, networks=[n.title for n in networks], fields=fields)
-    print(f'\npicture in {args.out}, fields in {arrays}')
-
-
-def area_table(networks: Sequence[Network], fields: Sequence[np.ndarray]) -> list[str]:
-    """Lines of a table: for each network, what holds each of `SHARES`."""
     width = max(len(network.label) for network in networks)
-    lines = [f'{"":{width}}' + ''.join(f'{share:>16.0%}' for share in SHARES)]
+    print(f'{"":{width}}' + ''.join(f'{share:>16.0%}' for share in SHARES))
     for network, field in zip(networks, fields):
         cells = [f'{s} ({area:.1%})' for s, area in (smallest_square(field, p) for p in SHARES)]
         row = f'{network.label:{width}}' + ''.join(f'{cell:>16}' for cell in cells)
-        lines.append(f'{row}   {network.weights}')
-    return lines
+        print(f'{row}   {network.weights}')
+    save(erf_figure(networks, fields, args.peak), args.out)
+    arrays = args.out.with_suffix('.npz')
+    np.savez_compressed(arrays, networks=[n.title for n in networks], fields=fields)
+    print(f'\nfigure in {args.out}, fields in {arrays}')
 
 
 def erf_figure(
     networks: Sequence[Network], fields: Sequence[np.ndarray], peak: float | None
 ) -> Figure:
-    """One panel a network, scaled by `log_scaled`, with the squares of `SHARES`."""
+    """One panel per network, scaled by `log_scaled`, with the squares of `SHARES`."""
     columns = min(4, len(fields))
     figure, axes = panels(-(-len(fields) // columns), columns, size=3.2)
     for axis, network, field in zip(axes.flat, networks, fields):
         height, width = field.shape
         axis.imshow(log_scaled(field, peak), cmap='inferno', extent=(0, width, height, 0))
         axis.set_title(network.title.replace(', ', '\n', 1), fontsize=8)
-        for share, colour in zip(SHARES, SHARE_COLOURS):
+        for share, colour in SHARES.items():
             side, _ = smallest_square(field, share)
             # Around the middle of the centre pixel
             corner = (width // 2 + 0.5 - side / 2, height // 2 + 0.5 - side / 2)
-            square = Rectangle(corner, side, side, fill=False, color=colour, lw=0.8)
-            square.set_label(f'{share:.0%}: {side}')
-            axis.add_patch(square)
+            label = f'{share:.0%}: {side}'
+            axis.add_patch(
+                Rectangle(corner, side, side, fill=False, color=colour, lw=0.8, label=label)
+            )
         axis.legend(fontsize=6, loc='upper right', framealpha=0.4, labelcolor='white',
                     facecolor='black')  # fmt: skip
     return figure
 
 
 # ------------------------------------------------------------------------------------- modulation
-@dataclass(frozen=True)
-class ModulationMaps:
-    """Both branches of a block's modulation on an image, and what becomes of them, each (C, h, w).
+class ModulationMaps(NamedTuple):
+    """Both branches of a block's modulation on an image, and their fusion, each (C, h, w).
 
     Attributes:
-        a: Of the large depthwise convolution.
+        a: Output of the large depthwise convolution.
         v: The linear projection.
-        fused: A * V, or what else the network's `fusion` makes of them.
+        fused: A * V, or the result of another `fusion`.
     """
 
     a: Tensor
@@ -528,40 +541,25 @@ def modulation_maps(
         x: One image (1, 3, H, W).
         blocks: Some of its blocks, by name.
     """
-    seen: dict[tuple[str, str], Tensor] = {}
+    seen: dict[nn.Module, Tensor] = {}
 
-    def keep(key: tuple[str, str], _: nn.Module, __: tuple, output: Tensor) -> None:
-        seen[key] = output  # (1, h, w, C)
+    def keep(module: nn.Module, _: tuple, output: Tensor) -> None:
+        seen[module] = output  # (1, h, w, C)
 
-    handles = [
-        module.register_forward_hook(partial(keep, (name, branch)))
-        for name, block in blocks.items()
-        for branch, module in (('a', block.attn.att), ('v', block.attn.v))
-    ]
+    branches = [m for block in blocks.values() for m in (block.attn.att, block.attn.v)]
+    handles = [module.register_forward_hook(keep) for module in branches]
     try:
-        with torch.no_grad():  # hooks are called in this mode only, see `Modulation.forward`
+        with torch.no_grad():
             backbone(x)
     finally:
         for handle in handles:
             handle.remove()
     maps = {}
     for name, block in blocks.items():
-        a, v = seen[name, 'a'], seen[name, 'v']
+        a, v = seen[block.attn.att], seen[block.attn.v]
         fused = FUSIONS[block.attn.fusion](a, v)
         maps[name] = ModulationMaps(*(t[0].permute(2, 0, 1).cpu() for t in (a, v, fused)))
     return maps
-
-
-def add_modulation_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('network', metavar='NETWORK', help='see above')
-    parser.add_argument('--image', type=Path, required=True)
-    parser.add_argument('--size', type=positive_int, default=640, help='longest side at most')
-    add_block_arguments(parser)
-    parser.add_argument(
-        '--channels', type=int, nargs='+', help='draw these, with their sign, instead of the mean'
-    )
-    add_network_arguments(parser)
-    parser.add_argument('--out', type=picture_path, default='modulation.png')
 
 
 def draw_modulation(args: argparse.Namespace) -> None:
@@ -569,7 +567,9 @@ def draw_modulation(args: argparse.Namespace) -> None:
     guard_checkpoints(args)
     network = load_network(args.network, args.fusion)
     blocks = choose_blocks(blocks_of(network), args.blocks)
-    image = fit_into(read_image(args.image), args.size)
+    image = read_image(args.image)
+    scale = min(1.0, args.size / max(image.size))
+    image = image.resize([max(1, round(side * scale)) for side in image.size])
     backbone = network.backbone.to(args.device)
     maps = modulation_maps(backbone, to_input(image).to(args.device), blocks)
     fused_name = 'A*V' if args.fusion == 'hadamard' else f'A, V by {args.fusion}'
@@ -578,10 +578,9 @@ def draw_modulation(args: argparse.Namespace) -> None:
     print(f'means of absolute values:\n{"block":14}{"size":>10}{"A":>10}{"V":>10}{fused_name:>10}')
     for name, found in maps.items():
         size = f'{found.a.shape[2]}x{found.a.shape[1]}'
-        means = (t.abs().mean().item() for t in (found.a, found.v, found.fused))
-        print(f'{name:14}{size:>10}' + ''.join(f'{mean:10.4f}' for mean in means))
+        print(f'{name:14}{size:>10}' + ''.join(f'{t.abs().mean():10.4f}' for t in found))
     save(modulation_figure(network, image, maps, args.channels, fused_name), args.out)
-    print(f'picture in {args.out}')
+    print(f'figure in {args.out}')
 
 
 def modulation_figure(
@@ -591,24 +590,21 @@ def modulation_figure(
     channels: Sequence[int] | None,
     fused_name: str,
 ) -> Figure:
-    """Blocks from left to right; A and what becomes of it, mean or channel by channel, below.
+    """Blocks from left to right; A and its fusion with V, mean or by channel, from top to bottom.
 
     Raises:
         ValueError: A block has no such channel.
     """
-    rows: list[tuple[str, list[Tensor]]] = []  # what is drawn of each block
-    if channels is None:
-        rows.append(('mean |A|', [found.a.abs().mean(0) for found in maps.values()]))
-        means = [found.fused.abs().mean(0) for found in maps.values()]
-        rows.append((f'mean |{fused_name}|', means))
-    for channel in channels or ():
-        for name, found in maps.items():
+    for name, found in maps.items():
+        for channel in channels or ():
             if not 0 <= channel < len(found.a):
                 raise ValueError(f'channel must be from 0 to {len(found.a) - 1} in {name}, '
                                  f'got {channel}')  # fmt: skip
-        rows.append((f'A, channel {channel}', [found.a[channel] for found in maps.values()]))
-        of_channel = [found.fused[channel] for found in maps.values()]
-        rows.append((f'{fused_name}, channel {channel}', of_channel))
+    # What to draw of (C, h, w), by name
+    shown: dict[str, Callable[[Tensor], Tensor]] = {'mean of |{}|': lambda t: t.abs().mean(0)}
+    if channels is not None:
+        shown = {f'{{}}, channel {i}': partial(torch.select, dim=0, index=i) for i in channels}
+    rows = [(title, select, part) for title, select in shown.items() for part in ('a', 'fused')]
 
     figure, axes = panels(len(rows), 1 + len(maps), 2.6, aspect=image.height / image.width)
     figure.suptitle(network.title, fontsize=9)
@@ -616,8 +612,9 @@ def modulation_figure(
     extent = (0, image.width, image.height, 0)
     axes[0, 0].imshow(image)
     axes[0, 0].set_title('image', fontsize=8)
-    for (row_name, drawn), row in zip(rows, axes):
-        for name, values, axis in zip(maps, map(Tensor.numpy, drawn), row[1:]):
+    for (title, select, part), row in zip(rows, axes):
+        for (name, found), axis in zip(maps.items(), row[1:]):
+            values = select(getattr(found, part)).numpy()
             low, high = values.min(), values.max()
             if channels is not None:
                 high = np.abs(values).max()
@@ -627,7 +624,8 @@ def modulation_figure(
                 values, cmap='viridis' if channels is None else 'RdBu_r', vmin=low, vmax=high,
                 alpha=0.65, extent=extent, interpolation='bilinear',
             )  # fmt: skip
-            axis.set_title(f'{name}: {row_name}\n{low:.2g} to {high:.2g}', fontsize=7)
+            drawn = title.format('A' if part == 'a' else fused_name)
+            axis.set_title(f'{name}: {drawn}\n{low:.2g} to {high:.2g}', fontsize=7)
     return figure
 
 
@@ -638,21 +636,11 @@ def kernels_of(block: Block) -> np.ndarray:
 
 
 def mean_kernels(blocks: Mapping[str, Block]) -> dict[str, np.ndarray]:
-    """The mean of the absolute kernels of each stage, over blocks and channels, (K, K)."""
+    """The mean absolute kernel (K, K) of each stage, over blocks and channels."""
     stages: dict[str, list[np.ndarray]] = {}
     for name, block in blocks.items():
         stages.setdefault(name.rpartition('.')[0], []).append(np.abs(kernels_of(block)).mean(0))
     return {stage: np.mean(kernels, 0) for stage, kernels in stages.items()}
-
-
-def add_kernels_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('network', metavar='NETWORK', help='see above')
-    add_block_arguments(parser)
-    parser.add_argument(
-        '--count', type=positive_int, default=14, help='kernels of a block, evenly spaced'
-    )
-    add_network_arguments(parser)
-    parser.add_argument('--out', type=picture_path, default='kernels.png')
 
 
 def draw_kernels(args: argparse.Namespace) -> None:
@@ -671,29 +659,26 @@ def draw_kernels(args: argparse.Namespace) -> None:
         print(f'{stage:10}{f"{size}x{size}":>8}{centre:10.4f}{border:10.4f}'
               + ''.join(f'{f"{side}x{side}":>11}' for side in sides))  # fmt: skip
     save(kernels_figure(network, chosen, means, args.count), args.out)
-    print(f'picture in {args.out}')
+    print(f'figure in {args.out}')
 
 
 def kernels_figure(
     network: Network, kernels: Mapping[str, np.ndarray], means: Mapping[str, np.ndarray], count: int
 ) -> Figure:
-    """A row of kernels for each block, under them the means of the stages; each on its own scale.
+    """A row of kernels for each block, the means of the stages below; each on its own scale.
 
     Args:
+        network: For the title.
         kernels: Of each block to draw, (C, K, K).
         means: Of each stage, (K, K).
         count: Kernels drawn of each block.
     """
-    size = 0.85
-    figure = plt.figure(
-        figsize=(size * count, size * (1.15 * len(kernels)) + 2.4), dpi=DOTS_PER_INCH
-    )
-    sheet, bottom = figure.subfigures(
-        2, 1, squeeze=False, height_ratios=(size * 1.15 * len(kernels), 2.4)
-    ).flat
-    sheet.suptitle(f'{network.title}: kernels, each from -max (blue) to +max '
-                   '(red); channel and max above it', fontsize=8)  # fmt: skip
-    axes = sheet.subplots(len(kernels), count, squeeze=False)
+    heights = (0.98 * len(kernels), 2.4)
+    figure = plt.figure(figsize=(0.85 * count, sum(heights)), dpi=DOTS_PER_INCH)
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).flat
+    top.suptitle(f'{network.title}: kernels, each from -max (blue) to +max '
+                 '(red); channel and max above it', fontsize=8)  # fmt: skip
+    axes = top.subplots(len(kernels), count, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     for (name, of_block), row in zip(kernels.items(), axes):
@@ -715,159 +700,62 @@ def kernels_figure(
 
 
 # ------------------------------------------------------------------------------------ predictions
-LEFT_OF_EACH = 'left of each pair the truth, right the prediction'
-
-
-def add_predictions_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `draw_predictions`."""
-    parser.add_argument('config', help='config file, of detection or segmentation')
-    parser.add_argument('checkpoint', help='checkpoint file of the whole model')
-    parser.add_argument('--split', choices=['train', 'val', 'test'], default='test')
-    parser.add_argument('--count', type=positive_int, default=6, help='images, evenly spaced')
-    parser.add_argument('--indices', type=int, nargs='+', help='these images of the split instead')
-    parser.add_argument('--score', type=float, default=0.3, help='least score of a drawn object')
-    add_config_arguments(parser)
-    add_data_root_argument(parser)
-    add_device_argument(parser)
-    parser.add_argument('--out', type=picture_path, default='predictions.jpg')
-
-
 def draw_predictions(args: argparse.Namespace) -> None:
     """predictions beside the truth on images of a data set"""
-    config = load_config(args)
-    if config.get('default_scope') not in ('mmdet', 'mmseg'):
-        raise ValueError(
-            f'{args.config} is of {config.get("default_scope")}; predictions are drawn for '
-            'detection (mmdet) and segmentation (mmseg)'
-        )
-    pairs = drawn_pairs(config, args.checkpoint, args.split, args.count, args.indices, args.score,
-                        args.device)  # fmt: skip
+    config = read_config(args)
+    one_of({scope: None for scope in DRAWN_BY if scope != 'mmpretrain'}, config)
+    pairs = drawn_pairs(config, args)
     columns = min(2, len(pairs))
-    heights = [picture.shape[0] / picture.shape[1] for _, picture in pairs]
-    figure, axes = panels(-(-len(pairs) // columns), columns, 4.8, aspect=max(heights))
-    figure.suptitle(f'{Path(args.checkpoint).name}: {LEFT_OF_EACH}', fontsize=9)
-    for axis, (name, picture) in zip(axes.flat, pairs):
-        axis.imshow(picture)
+    aspect = max(image.shape[0] / image.shape[1] for image in pairs.values())
+    figure, axes = panels(-(-len(pairs) // columns), columns, 4.8, aspect)
+    title = 'left of each pair the truth, right the prediction'
+    figure.suptitle(f'{Path(args.checkpoint).name}: {title}', fontsize=9)
+    for axis, (name, image) in zip(axes.flat, pairs.items()):
+        axis.imshow(image)
         axis.set_title(name, fontsize=7)
     save(figure, args.out)
-    names = ', '.join(name for name, _ in pairs)
-    print(f'{len(pairs)} images of {args.split}: {names}\npicture in {args.out}')
+    print(f'{len(pairs)} images of {args.split}: {", ".join(pairs)}\nfigure in {args.out}')
 
 
-def drawn_pairs(
-    config: Config,
-    checkpoint: str,
-    split: str,
-    count: int,
-    indices: Sequence[int] | None,
-    score: float,
-    device: str,
-) -> list[tuple[str, np.ndarray]]:
-    """Truth and prediction side by side, as the host library's visualizer draws them.
-
-    Args:
-        config: A whole config of mmdet or mmseg.
-        checkpoint: Of the whole model.
-        split: Whose images, 'train', 'val' or 'test'; with the pipeline of the test.
-        count: How many, evenly spaced.
-        indices: Which ones instead.
-        score: Least score of an object that is drawn, in detection.
-        device: 'cpu' or 'cuda'.
-
-    Returns:
-        For each image its file name and the picture (H, 2 W, 3) in RGB.
+def drawn_pairs(config: Config, args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Truth and prediction side by side, drawn by the host library, uint8 (H, 2 W, 3) by file name.
 
     Raises:
         SystemExit: Data are missing.
-        FileNotFoundError, CheckpointError: The checkpoint is not there or not of this model.
+        CheckpointError: The checkpoint cannot be read or is of another network.
         ValueError: There is no such split, or it has no such image.
     """
-    dataloader = f'{split}_dataloader'
+    dataloader = f'{args.split}_dataloader'
     if not config.get(dataloader):
-        raise ValueError(f'--split {split}: {config.filename} has no {dataloader}')
+        raise ValueError(f'--split {args.split}: {config.filename} has no {dataloader}')
     check_files(config, [dataloader, 'test_dataloader'], check_weights=False)
-    state_dict = read_state_dict(checkpoint)
-    init_default_scope(config.default_scope)
-    config.model.backbone.init_cfg = None  # the checkpoint holds all weights
-    model = MODELS.build(config.model)
-    try:
-        check_fit(state_dict, model.state_dict(), may_miss=None)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f'checkpoint {checkpoint!r} does not fit the model: {error}'
-        ) from error
-    model.load_state_dict(state_dict, strict=False)
-    model = model.to(device).eval()
-
-    settings = without_wrappers(config[dataloader].dataset)
-    settings.pipeline = without_wrappers(config.test_dataloader.dataset).pipeline
-    settings.test_mode = True  # keeps images without objects
-    dataset = DATASETS.build(settings)
-    if indices is None:
-        indices = np.unique(np.linspace(0, len(dataset) - 1, count).round().astype(int)).tolist()
+    model = load_whole_model(config, args.checkpoint).to(args.device)
+    pipeline = dataset_settings(config).pipeline
+    # With `test_mode` images without objects are kept.
+    changes = dict(pipeline=pipeline, test_mode=True)
+    dataset = DATASETS.build(dict(dataset_settings(config, args.split), **changes))
+    last = len(dataset) - 1
+    indices = args.indices or np.unique(np.linspace(0, last, args.count).round().astype(int))
     for index in indices:
-        if not 0 <= index < len(dataset):
-            raise ValueError(f'--indices must be from 0 to {len(dataset) - 1}, got {index}')
-    visualizer = VISUALIZERS.build(dict(config.visualizer, vis_backends=None, name='visualize'))
-    visualizer.dataset_meta = dataset.metainfo
-    options = dict(pred_score_thr=score) if config.default_scope == 'mmdet' else {}
-
-    pairs = []
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        for index in indices:
+        if not 0 <= index <= last:
+            raise ValueError(f'--indices must be from 0 to {last}, got {index}')
+    visualizer = build_visualizer(config, dataset.metainfo)
+    pairs = {}
+    for index in indices:
+        with torch.no_grad():
             (sample,) = model.test_step(pseudo_collate([dataset[index]]))
-            name = Path(sample.img_path).name
-            image = np.asarray(read_image(Path(sample.img_path)))
-            out = Path(folder, 'pair.png')
-            visualizer.add_datasample(name, image, sample, out_file=str(out), **options)
-            pairs.append((name, np.asarray(read_image(out))))
+        path = Path(sample.img_path)
+        image = np.asarray(read_image(path))
+        sides = [
+            draw(visualizer, image, sample, score_thr=args.score, draw_gt=is_truth,
+                 draw_pred=not is_truth)
+            for is_truth in (True, False)
+        ]  # fmt: skip
+        pairs[path.name] = np.hstack(sides)
     return pairs
 
 
-def without_wrappers(dataset: ConfigDict) -> ConfigDict:
-    """The settings of a dataset out of those that repeat it, check it and the like."""
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    return dataset
-
-
-# ------------------------------------------------------------------------- arguments and pictures
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f'must be an int of at least 1, got {text}')
-    return int(text)
-
-
-def picture_path(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
-        allowed = ', '.join(PICTURE_SUFFIXES)
-        raise argparse.ArgumentTypeError(f'must end with one of {allowed}, got {text}')
-    return path
-
-
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    devices = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
-    parser.add_argument('--device', choices=devices, default=devices[-1])
-
-
-def add_block_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--blocks',
-        nargs='+',
-        metavar='STAGE.BLOCK',
-        help='such as 0.2 2.11, both from 0 (isotropic: 5), or all (default: last of each stage)',
-    )
-
-
-def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        '--fusion', choices=list(FUSIONS), default='hadamard', help='of Conv2Former, an ablation'
-    )
-    add_device_argument(parser)
-    add_trust_argument(parser)
-
-
+# ----------------------------------------------------------------------------------------- figures
 def panels(rows: int, columns: int, size: float, aspect: float = 1.0) -> tuple[Figure, np.ndarray]:
     """A figure of panels without axes, each `size` inches wide and `aspect` times as high."""
     figure, axes = plt.subplots(
@@ -888,14 +776,6 @@ def save(figure: Figure, out: Path) -> None:
     figure.savefig(out, bbox_inches='tight')
     plt.close(figure)
 
-
-COMMANDS: dict[str, tuple[Callable, Callable]] = {
-    'erf': (add_erf_arguments, draw_erf),
-    'modulation': (add_modulation_arguments, draw_modulation),
-    'kernels': (add_kernels_arguments, draw_kernels),
-    'predictions': (add_predictions_arguments, draw_predictions),
-    'curves': (plot_curves.add_arguments, plot_curves.plot_curves),
-}
 
 if __name__ == '__main__':
     main()

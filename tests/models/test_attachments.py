@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmconv2former import Conv2Former, Conv2FormerIsotropic
 from mmconv2former.models import blocks
 from mmconv2former.models.blocks import Block
-from mmconv2former.ops import depthwise
+from mmconv2former.ops import DepthwiseConv, depthwise
 
 ARCH = SMALL_ARCHS['kernels']  # of 1, 1, 2 and 1 blocks
 BLOCKS = sum(ARCH['depths'])
@@ -184,10 +184,28 @@ def test_a_count_by_hooks_is_complete():
     assert 2 * count == counter.get_total_flops()
 
 
-def test_the_example_of_the_page(capsys):
-    (block,) = (b for b in read_blocks(ROOT / 'docs/use_in_your_config.md') if b.name == 'hooks')
-    exec(compile(block.text, 'use_in_your_config.md', 'exec'), {})
-    assert capsys.readouterr().out == 'torch.Size([1, 7, 7, 576])\n'
+PAGE = ROOT / 'docs/use_in_your_config.md'
+EXAMPLES = [b for b in read_blocks(PAGE) if b.language == 'python' and b.file_name is None]
+
+
+@pytest.mark.parametrize('example', EXAMPLES, ids=lambda block: block.name)
+def test_examples_of_the_page(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'pretrain').mkdir()
+    torch.save(Conv2Former('tiny', out_norm=False).state_dict(), 'pretrain/conv2former_t.pth')
+    names = {}
+    exec(compile(example.text, PAGE.name, 'exec'), names)
+    if example.name == 'plain':
+        shapes = [(1, channels, 224 // s, 224 // s) for channels, s in
+                  zip((72, 144, 288, 576), (4, 8, 16, 32))]  # fmt: skip
+        assert [tuple(feature.shape) for feature in names['features']] == shapes
+    elif example.name == 'hooks':
+        assert capsys.readouterr().out == 'torch.Size([1, 7, 7, 576])\n'
+    else:
+        layer = DepthwiseConv(4, 3)
+        layer.total_ops = 0
+        names['custom_ops'][DepthwiseConv](layer, (), torch.zeros(1, 5, 6, 4))
+        assert layer.total_ops == 5 * 6 * 4 * 9
 
 
 # ----------------------------------------------------------------------------- which way is taken

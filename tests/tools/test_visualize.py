@@ -1,6 +1,5 @@
-"""The pictures' numbers, against hand-made fields and the plain network; and what is refused."""
+"""The figures' numbers against hand-made fields and the plain network; and what is refused."""
 
-import argparse
 import json
 import re
 from xml.etree import ElementTree
@@ -22,11 +21,10 @@ from common.plain_conv2former import (
     plain_conv2former,
     stem,
 )
-from demo import CONFIG, MODEL
-from evidence import segmentation_size
 from helpers import ROOT
-from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
+from helpers.comparisons import randomized
+from helpers.models import DETECTION_MODEL, SEGMENTATION_MODEL, save_model
+from mmengine.config import Config
 from torch import nn
 
 from mmconv2former import Baseline, Conv2Former, Conv2FormerIsotropic
@@ -34,40 +32,26 @@ from mmconv2former import Baseline, Conv2Former, Conv2FormerIsotropic
 ARCH = dict(channels=(8, 12), depths=(2, 1), kernel_size=(5, 3))
 
 
-@pytest.fixture(autouse=True)
-def in_process(guarded, monkeypatch):
-    """What the tools set for their process is undone after each test."""
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    monkeypatch.chdir(ROOT)
-
-
-def randomize(module):
-    """Weights for which every part of a network matters."""
-    torch.manual_seed(1)
-    for name, value in module.state_dict().items():
-        if value.is_floating_point():
-            low = 0.5 if 'running_var' in name or 'layer_scale' in name else -0.5
-            nn.init.uniform_(value, low, 1.0)
-    return module.eval()
+pytestmark = pytest.mark.usefixtures('in_process')
 
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder with pictures of three kinds, in it and below."""
+    """A folder with images of three kinds, one in a subfolder, and another file."""
     folder = tmp_path / 'images'
     (folder / 'below').mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 4), np.uint8)
     cv2.imwrite(str(folder / 'colour.jpg'), pixels[..., :3])
     cv2.imwrite(str(folder / 'transparent.png'), pixels)
     cv2.imwrite(str(folder / 'below/grey.PNG'), pixels[..., 0])
-    (folder / 'notes.txt').write_text('no picture')
+    (folder / 'notes.txt').write_text('no image')
     return folder
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
     """A whole model's file with a small backbone, and the backbone."""
-    backbone = randomize(Conv2Former(ARCH, out_indices=(0, 1)))
+    backbone = randomized(Conv2Former(ARCH, out_indices=(0, 1))).eval()
     state_dict = {f'backbone.{name}': value for name, value in backbone.state_dict().items()}
     path = tmp_path / 'model.pth'
     torch.save(dict(meta={}, state_dict=state_dict | {'head.weight': torch.ones(2)}), path)
@@ -86,26 +70,12 @@ def test_sides_of_a_field_made_by_hand():
     for share, side in expected.items():
         assert visualize.smallest_square(field, share) == (side, side**2 / 81), share
 
-
-def test_sides_at_the_border():
     corner = np.zeros((8, 8))
     corner[0, 0] = 1
     assert visualize.smallest_square(corner, 0.2) == (8, 1.0)  # an even side has no middle pixel
     wide = np.zeros((8, 16))
     wide[4, 0] = 1
     assert visualize.smallest_square(wide, 0.2) == (8, 0.5)  # no square holds it
-
-
-def test_table_of_areas_grows_with_the_share():
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        field = generator.random((33, 33)) ** 8
-        sides = [visualize.smallest_square(field, share)[0] for share in visualize.SHARES]
-        assert sides == sorted(sides)
-        for share, side in zip(visualize.SHARES, sides):
-            part = slice(16 - side // 2, 17 + side // 2)
-            inner = slice(17 - side // 2, 16 + side // 2)
-            assert field[part, part].sum() >= share * field.sum() > field[inner, inner].sum()
 
 
 @pytest.mark.parametrize('kernel_size', [3, 7, 11])
@@ -149,7 +119,7 @@ def test_a_gradient_that_is_not_finite_is_refused():
         visualize.input_gradient(lambda images: (-images,), x)
 
 
-def test_logarithm_of_the_picture():
+def test_logarithm_of_the_figure():
     field = np.array([0.0, 9.0, 99.0])
     np.testing.assert_allclose(visualize.log_scaled(field), [0, 0.5, 1])
     np.testing.assert_allclose(visualize.log_scaled(field / 1e6, peak=99), [0, 0.5, 1])
@@ -190,7 +160,7 @@ def test_layer_scale_of_random_weights_widens_the_field():
     assert network.title == 'efficientnet_b0, random weights'
 
 
-@pytest.mark.parametrize('name', ['nano', 'ib', 'convnext_tiny', 'hornet_tiny', 'deit3_small'])
+@pytest.mark.parametrize('name', ['nano', 'is', 'convnext_tiny', 'hornet_tiny', 'deit3_small'])
 def test_all_layer_scales_are_found(name):
     backbone = visualize.load_network(name, layer_scale=7.0).backbone
     scaled = [key for key, value in backbone.named_parameters() if (value == 7).all()]
@@ -201,7 +171,7 @@ def test_all_layer_scales_are_found(name):
 # --------------------------------------------------------------------------------------- networks
 def test_isotropic_checkpoint_is_recognised(tmp_path):
     arch = dict(channels=8, depth=5, kernel_size=3)
-    backbone = randomize(Conv2FormerIsotropic(arch, patch_embedding='conv'))
+    backbone = randomized(Conv2FormerIsotropic(arch, patch_embedding='conv')).eval()
     torch.save(backbone.state_dict(), tmp_path / 'isotropic.pth')
     network = visualize.load_network(str(tmp_path / 'isotropic.pth'))
     x = torch.rand(1, 3, 32, 32)
@@ -268,7 +238,7 @@ def test_modulation_is_drawn_and_measured(checkpoint, images, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert 'colour.jpg at 64x46' in printed
     network = visualize.load_network(str(path))
-    x = visualize.to_input(visualize.fit_into(visualize.read_image(image), 64))
+    x = visualize.to_input(visualize.read_image(image).resize((64, 46)))
     blocks = visualize.blocks_of(network)
     for name, found in visualize.modulation_maps(network.backbone, x, blocks).items():
         (line,) = {line for line in printed.splitlines() if line.startswith(name)}
@@ -300,94 +270,60 @@ def test_kernels_and_their_means(checkpoint, tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------ predictions
-DETECTION = [
-    *MODEL,
-    'model.backbone.arch=nano',
-    'model.neck.in_channels=[64,128,256,512]',
-    'test_dataloader.dataset.pipeline.1.scale=(64,64)',
-    'model.test_cfg.rcnn.score_thr=0.0',  # else untrained weights predict nothing
-    'model.test_cfg.rcnn.max_per_img=4',
-]
-SEGMENTATION = [
-    'model.backbone.init_cfg=None',
-    'model.decode_head.channels=32',
-    'model.auxiliary_head.channels=32',
-    *segmentation_size(64),
-]
-SEGMENTOR = 'configs/segmentation/upernet_conv2former_n.py'
-CASES = {
-    'detection': (CONFIG, DETECTION, 'coco'),
-    'segmentation': (SEGMENTOR, SEGMENTATION, 'ade/ADEChallengeData2016'),
-}
-
-
-def save_untrained(config_path, options, path):
-    config = Config.fromfile(ROOT / config_path)
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    config.merge_from_dict(parser.parse_args(['--cfg-options', *options]).cfg_options)
-    init_default_scope(config.default_scope)
-    torch.manual_seed(0)
-    torch.save(dict(state_dict=MODELS.build(config.model).state_dict()), path)
+FOLDERS = {DETECTION_MODEL: 'coco', SEGMENTATION_MODEL: 'ade/ADEChallengeData2016'}
 
 
 @pytest.fixture(scope='module')
-def untrained(tmp_path_factory):
-    """Checkpoints of both kinds of model."""
-    folder = tmp_path_factory.mktemp('untrained')
-    for kind, (config, options, _) in CASES.items():
-        save_untrained(config, options, folder / f'{kind}.pth')
-    return folder
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('models')
+    return {recipe: save_model(recipe, folder) for recipe in FOLDERS}
 
 
-@pytest.mark.parametrize('kind', CASES)
-def test_predictions_beside_the_truth(kind, untrained, sample, tmp_path, capsys, monkeypatch):
-    config, options, root = CASES[kind]
-    drawn = []
+@pytest.mark.parametrize('recipe', FOLDERS)
+def test_predictions_beside_the_truth(recipe, models, sample, tmp_path, capsys, monkeypatch):
+    drawn = {}
     draw = visualize.drawn_pairs
-    monkeypatch.setattr(
-        visualize, 'drawn_pairs', lambda *args: drawn.extend(draw(*args)) or list(drawn)
-    )
-    out = tmp_path / 'predictions.png'
-    command = ['predictions', config, str(untrained / f'{kind}.pth'), '--data-root',
-               str(sample / root), '--score', '0', '--out', str(out)]  # fmt: skip
-    visualize.main([*command, '--count', '2', '--cfg-options', *options])
-    assert [name for name, _ in drawn] == [
-        '000000000001.jpg',
-        '000000000006.jpg',
-    ]  # first and last of six
-    assert '2 images of test: 000000000001.jpg, 000000000006.jpg' in capsys.readouterr().out
+    monkeypatch.setattr(visualize, 'drawn_pairs', lambda *a: drawn.update(draw(*a)) or drawn)
+    model, out = models[recipe], tmp_path / 'predictions.png'
+
+    def run(*options, config=model.config, checkpoint=model.checkpoint):
+        drawn.clear()
+        arguments = ['predictions', config, checkpoint, '--data-root', sample / FOLDERS[recipe],
+                     '--score', 0, '--out', out, *options]  # fmt: skip
+        visualize.main([str(argument) for argument in arguments])
+
+    run('--count', 2)
+    names = ['000000000001.jpg', '000000000006.jpg']  # first and last of six
+    assert list(drawn) == names
+    assert f'2 images of test: {", ".join(names)}' in capsys.readouterr().out
     assert cv2.imread(str(out)).shape[1] > 2 * 128
-    for _, picture in drawn:
-        truth, prediction = picture[:, :64], picture[:, 64:]
+    for pair in drawn.values():
+        truth, prediction = pair[:, :64], pair[:, 64:]
         assert truth.shape == prediction.shape == (64, 64, 3)
         assert (truth != prediction).any()
 
-    drawn.clear()
-    wrapped = Config.fromfile(config)
+    wrapped = Config.fromfile(model.config)
     wrapped.train_dataloader.dataset = dict(
         type='RepeatDataset', times=2, dataset=wrapped.train_dataloader.dataset
     )
     wrapped.dump(tmp_path / 'wrapped.py')
-    inside = [option for option in options if not option.startswith('train_dataloader.dataset')]
-    visualize.main([command[0], str(tmp_path / 'wrapped.py'), *command[2:], '--split', 'train',
-                    '--indices', '7', '--cfg-options', *inside])  # fmt: skip
-    assert [name for name, _ in drawn] == ['000000000008.jpg']
-    with pytest.raises(SystemExit, match='error: --indices must be from 0 to 5, got 6'):
-        visualize.main([*command, '--indices', '6', '--cfg-options', *options])
-    command[2] = str(untrained / {'detection': 'segmentation', 'segmentation': 'detection'}[kind])
-    command[2] += '.pth'
+    run('--split', 'train', '--indices', 7, config=tmp_path / 'wrapped.py')
+    assert list(drawn) == ['000000000008.jpg']
+    for index in (6, -1):
+        with pytest.raises(SystemExit, match=f'error: --indices must be from 0 to 5, got {index}'):
+            run('--indices', index)
+    (other,) = FOLDERS.keys() - {recipe}
     with pytest.raises(SystemExit, match=r'error: .*does not fit.* names missing'):
-        visualize.main([*command, '--cfg-options', *options])
+        run(checkpoint=models[other].checkpoint)
 
 
 # ----------------------------------------------------------------------------------------- curves
-def test_curves_are_those_of_the_older_command(tmp_path, monkeypatch):
+def test_curves_are_those_of_plot_curves(tmp_path, monkeypatch):
     folder = tmp_path / '20260101_000000/vis_data'
     folder.mkdir(parents=True)
     records = [dict(step=1, loss=2.0, loss_cls=1.0), dict(step=2, loss=1.0), dict(step=1, mIoU=3.0)]
     (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, records)))
-    out = tmp_path / 'older.png'
+    out = tmp_path / 'other.png'
     monkeypatch.setattr('sys.argv', ['plot_curves.py', str(tmp_path), '--out', str(out)])
     plot_curves.main()
     visualize.main(['curves', str(tmp_path)])
@@ -397,24 +333,21 @@ def test_curves_are_those_of_the_older_command(tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------- what is refused
-def test_a_folder_without_images(tmp_path):
-    for folder, message in ((tmp_path, 'no image'), (tmp_path / 'none', 'none does not exist')):
-        with pytest.raises(SystemExit, match=f'error: .*{message}'):
-            visualize.main(['erf', 'nano', '--images', str(folder)])
-
-
 @pytest.mark.parametrize(
     ('command', 'message'),
     [
+        ('erf nano --images {tmp}/new', 'new does not exist'),
+        ('erf nano --images {images}/notes.txt --limit 1', 'notes.txt cannot be read'),
+        ('erf nano --images {empty}', 'no image'),
         ('erf huge --images {images}', "network must be a checkpoint or one of nano.*got 'huge'"),
         ('erf nano={tmp}/none.pth --images {images}', 'none.pth.* does not exist'),
         ('erf nano={model} --images {images}', 'does not fit this Conv2Former: channels is'),
         ('erf {text} --images {images}', 'text.pth.* cannot be read'),
-        ('erf {other} --images {images}', r'no Conv2Former \(.* NAME=CHECKPOINT'),
+        ('erf {other} --images {images}', r'has no Conv2Former \(.* NAME=CHECKPOINT'),
         ('erf coatnet_0 --images {images}', 'coatnet_0 is for classification only'),
         ('erf {model} --images {broken} --size 64', 'broken.jpg cannot be read'),
         ('erf {model} --images {images} --size 7', 'input must be at least 8x8 pixels'),
-        ('modulation efficientnet_b0 --image {broken}', 'no modulation: this is for Conv2Former'),
+        ('modulation efficientnet_b0 --image {broken}', 'has no modulation; this needs a Conv2F'),
         ('modulation {model} --image {broken} --blocks 2.0', 'block stages.2.0 does not exist; '
          'there are stages.0.0 to stages.0.1, stages.1.0 to stages.1.0'),
         ('modulation {model} --image {broken}', 'broken.jpg cannot be read'),
@@ -422,16 +355,19 @@ def test_a_folder_without_images(tmp_path):
          'channel must be from 0 to 7 in stages.0.1, got 8'),
         ('kernels {images}/notes.txt', 'notes.txt.* cannot be read'),
         ('predictions none.py {model}', 'config none.py: it does not exist'),
-        ('predictions configs/classification/conv2former_n_in1k.py {model}', 'is of mmpretrain'),
+        ('predictions configs/classification/conv2former_n_in1k.py {model}',
+         'must be one of mmdet, mmseg, got .mmpretrain'),
     ],
 )  # fmt: skip
 def test_one_clear_message(command, message, checkpoint, images, tmp_path):
     (tmp_path / 'text.pth').write_text('no checkpoint')
     torch.save({'fc.weight': torch.ones(3)}, tmp_path / 'other.pth')
-    picture = (images / 'colour.jpg').read_bytes()
-    (tmp_path / 'broken.jpg').write_bytes(picture[: len(picture) // 2])
+    image = (images / 'colour.jpg').read_bytes()
+    (tmp_path / 'broken.jpg').write_bytes(image[: len(image) // 2])
+    (tmp_path / 'empty').mkdir()
     paths = dict(
-        images=images, tmp=tmp_path, model=checkpoint[0], text=tmp_path / 'text.pth',
+        empty=tmp_path / 'empty', images=images, tmp=tmp_path, model=checkpoint[0],
+        text=tmp_path / 'text.pth',
         other=tmp_path / 'other.pth', broken=tmp_path / 'broken.jpg',
     )  # fmt: skip
     with pytest.raises(SystemExit, match=f'^error: .*{message}') as error:
@@ -439,19 +375,17 @@ def test_one_clear_message(command, message, checkpoint, images, tmp_path):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    'options', [['--size', '0'], ['--limit', 'x'], ['--out', 'erf.txt'], ['--device', 'tpu']]
-)
-def test_arguments_out_of_range(options, capsys):
+@pytest.mark.parametrize('options', [['--out', 'erf.txt'], ['--device', 'tpu']])
+def test_arguments_that_are_not_allowed(options, capsys):
     with pytest.raises(SystemExit):
         visualize.main(['erf', 'nano', '--images', '.', *options])
     assert f'argument {options[0]}' in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------- the block diagram
-def texts_of(picture):
-    """Words of an SVG, and those among them that are names of parameters."""
-    elements = list(ElementTree.parse(picture).iter('{http://www.w3.org/2000/svg}text'))
+def texts_of(image):
+    """The words of an SVG, and those that name parameters."""
+    elements = list(ElementTree.parse(image).iter('{http://www.w3.org/2000/svg}text'))
     names = {e.text for e in elements if 'monospace' in e.get('style')}
     return [element.text for element in elements], names
 

@@ -1,45 +1,52 @@
-"""A config and a checkpoint that holds its whole model, for `predict.py` and `export.py`.
+"""Load a model from a config and a checkpoint, and draw its predictions.
 
-`test.py` takes a part of it, and the option `--cuda-graphs` of both is here.
+Shared by `predict.py`, `visualize.py`, `export.py` and `test.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine.config import Config
-from mmengine.model import is_model_wrapper
+import numpy as np
+from mmengine.config import Config, ConfigDict
+from mmengine.model import BaseModel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
 from mmengine.runner import CheckpointLoader
+from mmengine.visualization import Visualizer
 from torch import nn
 
 from common.cli import add_config_arguments, check_checkpoint, load_config
 from mmconv2former import use_cuda_graphs
+from mmconv2former.checkpoint.loading import load_model
 
-BACKBONE = 'backbone.'
+# The visualizer that draws predictions, by library.
+DRAWN_BY = {
+    'mmdet': 'DetLocalVisualizer',
+    'mmseg': 'SegLocalVisualizer',
+    'mmpretrain': 'UniversalVisualizer',
+}
 
 
+# ------------------------------------------------------------------------------------ command line
 def parser_of(description: str) -> argparse.ArgumentParser:
-    """A parser with the arguments of both tools.
-
-    Args:
-        description: The docstring of the tool.
-    """
+    """A parser for tools that take a config and a checkpoint of its whole model."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint with the weights of the whole model')
+    parser.add_argument('checkpoint', help='checkpoint of the whole model')
     add_config_arguments(parser)
     return parser
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """The config of the command line, its model without weights to begin from.
+    """The config of the command line, without pretrained weights, which the checkpoint replaces.
 
     Raises:
-        SystemExit: The config or an option is not usable, or there is no such checkpoint.
+        SystemExit: The config, an option or the path of the checkpoint is not usable.
     """
     config = load_config(args)
     check_checkpoint('', args.checkpoint)
@@ -48,21 +55,21 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def drop_pretrained(config: Config) -> None:
-    """Takes the pretrained weights out of a model of which a checkpoint holds all weights."""
+    """Removes pretrained weights from a model whose weights all come from a checkpoint."""
     for part in ('backbone', 'head'):
         if 'init_cfg' in (config.model.get(part) or {}):
             config.model[part].init_cfg = None
 
 
 def one_of(options: Mapping[str, Any], config: Config) -> Any:
-    """The one of some options that is for the config's library.
+    """The option for the config's library.
 
     Args:
         options: By default scope, such as 'mmdet'.
         config: A whole config.
 
     Raises:
-        SystemExit: There is none.
+        SystemExit: There is no option for this library.
     """
     scope = config.get('default_scope')
     if scope not in options:
@@ -73,18 +80,87 @@ def one_of(options: Mapping[str, Any], config: Config) -> Any:
     return options[scope]
 
 
-def read_weights(checkpoint: str) -> dict[str, Any]:
-    """What a checkpoint holds, with `state_dict`; see `weights.load_from_checked_file`."""
-    return CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
+# ------------------------------------------------------------------------------------------- model
+def load_whole_model(config: Config, checkpoint: str) -> BaseModel:
+    """The config's model with all weights of a checkpoint, in eval mode, on the CPU.
+
+    Its `dataset_meta` has the classes that the checkpoint names, or is None.
+
+    Raises:
+        CheckpointError: The checkpoint cannot be read, or is of another network.
+    """
+    init_default_scope(config.default_scope)
+    settings = copy.deepcopy(config.model)
+    if config.get('data_preprocessor') is not None:  # mmpretrain has it beside the model
+        settings.setdefault('data_preprocessor', config.data_preprocessor)
+    model = MODELS.build(settings)
+    content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
+    load_model(model, content, checkpoint, strict=True)
+    meta = (content.get('meta') or {}).get('dataset_meta')
+    model.dataset_meta = meta and {key.lower(): value for key, value in meta.items()}
+    return revert_sync_batchnorm(model).eval()
+
+
+def dataset_settings(config: Config, split: str = 'test') -> ConfigDict:
+    """The settings of a split's dataset, without the datasets around it such as RepeatDataset."""
+    settings = config[f'{split}_dataloader'].dataset
+    while 'dataset' in settings:
+        settings = settings.dataset
+    return settings
 
 
 def to_deploy(model: nn.Module) -> None:
-    """Gives the backbone its form for inference, if it has one."""
+    """Folds the backbone for inference, if it can be folded."""
     switch_to_deploy = getattr(model.backbone, 'switch_to_deploy', None)
     if switch_to_deploy is not None:
         switch_to_deploy()
 
 
+# ---------------------------------------------------------------------------------------- drawings
+def build_visualizer(config: Config, dataset_meta: Mapping[str, Any]) -> Visualizer:
+    """The config's visualizer, or that of its library, which draws but writes nothing.
+
+    Args:
+        config: A whole config.
+        dataset_meta: Has `classes`, and `palette` for segmentation.
+    """
+    settings = dict(config.get('visualizer') or dict(type=one_of(DRAWN_BY, config)))
+    visualizer = VISUALIZERS.build(settings | dict(vis_backends=None, name='inference'))
+    visualizer.dataset_meta = dict(dataset_meta)
+    return visualizer
+
+
+def draw(
+    visualizer: Visualizer,
+    image: np.ndarray,
+    sample: Any,
+    name: str = '',
+    score_thr: float | None = None,
+    **options: Any,
+) -> np.ndarray:
+    """Draws a prediction, the truth, or both side by side, as the host library does.
+
+    Args:
+        visualizer: That of the host library.
+        image: uint8 (H, W, 3), RGB.
+        sample: A data sample of the host library.
+        name: The title of a window that shows it.
+        score_thr: Minimum score of a drawn object; None leaves it to the library.
+        options: Further arguments of `add_datasample` or `visualize_cls`, such as `draw_gt` and
+            `out_file`.
+
+    Returns:
+        uint8 (H, W, 3), RGB: what was drawn last, so set `draw_gt` or `draw_pred` to False.
+    """
+    if score_thr is not None and 'pred_instances' in sample:
+        options['pred_score_thr'] = score_thr
+    visualizer.set_image(image)  # mmseg leaves the previous one if there is nothing to draw
+    add = getattr(visualizer, 'visualize_cls', visualizer.add_datasample)  # mmpretrain has both
+    add(name=name, image=image, data_sample=sample, **options)
+    return visualizer.get_image()
+
+
+# ------------------------------------------------------------------------------------- CUDA graphs
 def add_cuda_graphs_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cuda-graphs',
@@ -94,12 +170,12 @@ def add_cuda_graphs_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def check_cuda_graphs(device: str) -> None:
-    """Raises SystemExit unless the device, such as cuda:1, has what `--cuda-graphs` needs."""
+    """Raises SystemExit unless the device, such as cuda:1, supports `--cuda-graphs`."""
     if not device.startswith('cuda'):
         raise SystemExit(f'error: --cuda-graphs needs a CUDA device, the device is {device}')
 
 
 def replay_backbone(model: nn.Module) -> None:
-    """Does what `--cuda-graphs` asks for, to a model or to one in its wrapper for processes."""
+    """Applies `--cuda-graphs` to a model, or to one in its wrapper for several processes."""
     inner: Any = model.module if is_model_wrapper(model) else model
     use_cuda_graphs(inner.backbone)
