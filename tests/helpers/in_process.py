@@ -1,25 +1,48 @@
 """Runs the tools in the process of the tests, which saves the imports of the host libraries."""
 
-import importlib.util
+import io
+import os
 import runpy
 import subprocess
 import sys
-from functools import cache
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import patch
 
 from evidence import segmentation_size
+from mmengine.runner import CheckpointLoader
 
-from helpers import ROOT
+from helpers import ROOT, commands
 from helpers.tiny import FOUR_ITERATIONS
 from helpers.tools import forget_instances
 
 
-@cache
 def load_tool(name):
     """The module of a tool; `test` and `train` are names of other modules too."""
-    spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / f'tools/{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return commands.load_tool(f'tools/{name}.py')
+
+
+def output_of(tool, *arguments, succeeds=True):
+    """What a tool prints, the message of its error included; its process is left as it was."""
+    text, error = io.StringIO(), None
+    schemes = patch.object(CheckpointLoader, '_schemes', dict(CheckpointLoader._schemes))
+    argv = [f'tools/{tool}.py', *map(str, arguments)]
+    forget_instances()  # runs in the same second have loggers of the same name
+    with (
+        patch.dict(os.environ),
+        schemes,
+        patch.object(sys, 'argv', argv),
+        patch('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True)),  # slow
+        redirect_stdout(text),
+        redirect_stderr(text),
+    ):
+        try:
+            load_tool(tool).main()
+        except SystemExit as exit_:
+            error = exit_.code
+    forget_instances()
+    output = text.getvalue() + (f'{error}\n' if isinstance(error, str) else '')
+    assert (not error) == succeeds, output
+    return output
 
 
 def refusal_of(tool, *arguments):
@@ -47,7 +70,7 @@ def run_command(command, options, monkeypatch, capfd):
 
 
 SEGMENTATION = ROOT / 'configs/segmentation/upernet_conv2former_n.py'
-# A network of which no copy takes time, in the recipe's place.
+# A network that is quick to build and run, instead of the recipe's.
 TINY = f"""
 _base_ = {str(SEGMENTATION)!r}
 model = dict(
@@ -68,7 +91,7 @@ def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), init_cfg=None, more='
     return path
 
 
-# What `quick_segmentation` of the tools' tests adds, without what this network has already.
+# As `helpers.tiny.quick_segmentation`, without what this network has already.
 SMALL_DATA = [
     *segmentation_size(64),
     *FOUR_ITERATIONS,
