@@ -2,7 +2,7 @@
 
     python tools/test.py configs/detection/mask_rcnn_conv2former_t.py work_dirs/.../epoch_36.pth
 
-In the place of the checkpoint, `none` evaluates the network with its initial weights.
+With `none` instead of a checkpoint it evaluates the network with its initial weights.
 """
 
 from __future__ import annotations
@@ -42,9 +42,8 @@ from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
 from mmconv2former.datasets.checked import leaves
-from mmconv2former.engine.cuda_graphs import VaryingSizeError
 
-LEAST_SIDE = 224  # pixels of a classifier's drawing, on which text is legible
+MIN_SIDE = 224  # pixels; smaller images are enlarged, so that a classifier's text is legible
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,17 +54,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('checkpoint', help='checkpoint file, or none')
     add_arguments(parser)
     parser.add_argument(
-        '--tta', action='store_true', help="augment at test time, as the config's tta_pipeline says"
+        '--tta', action='store_true', help="test-time augmentation with the config's tta_pipeline"
     )
     parser.add_argument('--out', metavar='FILE.pkl', help='where to write the predictions')
     parser.add_argument(
         '--show-dir',
         metavar='DIR',
-        help='draw predictions and the truth into WORK_DIR/TIME/DIR, or into DIR if it begins '
-        'with /; of several processes the first draws its share',
+        help='draw predictions beside the ground truth into WORK_DIR/TIME/DIR, or into DIR if it '
+        'begins with /; of several processes, only the first draws its share',
     )
     parser.add_argument('--show', action='store_true', help='show the drawings in a window')
-    parser.add_argument('--wait-time', type=float, default=2, help='seconds a drawing is shown')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds to show a drawing')
     add_cuda_graphs_argument(parser)
     args = parser.parse_args(argv)
     if args.cuda_graphs:
@@ -91,33 +90,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with run_errors(args.traceback):
         runner = build_runner(config)
-        if args.out is not None:
-            # mmdet's own packs the masks; mmengine's serves the others.
-            name = 'DumpDetResults' if config.get('default_scope') == 'mmdet' else 'DumpResults'
-            metric = METRICS.build(dict(type=name, out_file_path=args.out))
-            runner.test_evaluator.metrics.append(metric)
         if drawing is not None:
             runner.register_hook(drawing)
-        preflight(runner, strict=True)
+        preflight(runner, ['test'], strict=True)
+        if args.out is not None:
+            # mmdet's own packs the masks.
+            name = 'DumpDetResults' if config.get('default_scope') == 'mmdet' else 'DumpResults'
+            dump = METRICS.build(dict(type=name, out_file_path=args.out))
+            runner.test_evaluator.metrics.append(dump)
         if args.checkpoint == 'none':
             initialize(runner.model)
         if args.cuda_graphs:
             replay_backbone(runner.model)
-        try:
-            runner.test()
-        except VaryingSizeError as error:
-            if args.traceback:
-                raise
-            raise SystemExit(f'error: --cuda-graphs: {error}') from None
+        runner.test()
 
 
 def initialize(model: BaseModel) -> None:
-    """Gives a model its initial weights, pretrained ones too, which mmengine does to train only."""
+    """Initializes a model, pretrained weights included; mmengine does so for training only."""
     (model.module if is_model_wrapper(model) else model).init_weights()
 
 
 def augment_at_test_time(config: Config) -> None:
-    """Wraps the model and exchanges the pipeline for the test.
+    """Wraps the model and replaces the pipeline, for test-time augmentation.
 
     Raises:
         SystemExit: The config does not say how.
@@ -129,14 +123,14 @@ def augment_at_test_time(config: Config) -> None:
 
 
 class DrawPredictions(Hook):
-    """Draws every picture's prediction and truth by the visualizer of the host library.
+    """Draws the prediction and the ground truth of every image with the library's visualizer.
 
-    In the place of the libraries' own hooks, which lay pictures into different folders under
-    different names, and of which mmpretrain's draws one of 5000, with red and blue exchanged.
+    The libraries' own hooks write to different folders under different names; mmpretrain's draws
+    one image of 5000, with red and blue swapped.
 
     Args:
-        folder: Where the drawings go, under the names that the pictures have in their data set; a
-            relative one is in the folder of the run. None draws for the window only.
+        folder: Where the drawings go, under the names of the images in their dataset; a relative
+            one is in the folder of the run. None draws to the window only.
         options: Further arguments of `draw`.
     """
 
@@ -155,18 +149,18 @@ class DrawPredictions(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] = ()
     ) -> None:
         for sample in outputs:
-            picture = mmcv.imfrombytes(get(sample.img_path), channel_order='rgb')
+            image = mmcv.imfrombytes(get(sample.img_path), channel_order='rgb')
             name = self.name(sample.img_path)
             options = dict(self.options)
             if self.folder is not None:
                 suffix = '' if name.lower().endswith(('.jpg', '.jpeg')) else '.jpg'
                 options['out_file'] = str(Path(runner.log_dir, self.folder, name + suffix))
-            if 'pred_score' in sample and min(picture.shape[:2]) < LEAST_SIDE:
-                options['resize'] = LEAST_SIDE
-            draw(runner.visualizer, picture, sample, name, **options)
+            if 'pred_score' in sample and min(image.shape[:2]) < MIN_SIDE:
+                options['resize'] = MIN_SIDE
+            draw(runner.visualizer, image, sample, name, **options)
 
     def name(self, path: str) -> str:
-        """The picture's name with the folders that tell it from others, such as its class."""
+        """The path of an image within its dataset."""
         absolute = Path(path).absolute()
         for root in self.roots:
             if root in absolute.parents:
@@ -175,23 +169,22 @@ class DrawPredictions(Hook):
 
 
 def draw_predictions(config: Config, args: argparse.Namespace) -> DrawPredictions:
-    """The hook that draws, in the place of the config's own.
+    """The hook that draws instead of the config's own.
 
-    Where the config has no visualizer, mmengine's, which draws no predictions, gives way to that of
-    the library.
+    A config without a visualizer gets the library's; mmengine's default draws no predictions.
 
     Raises:
-        SystemExit: The config is of no library that we can draw for.
+        SystemExit: We cannot draw for the config's library.
     """
     visualizer = one_of(DRAWN_BY, config)
     if not config.get('visualizer'):
         config.visualizer = dict(DEFAULT_VISUALIZER, type=visualizer)
     settings = (config.get('default_hooks') or {}).pop('visualization', None) or ConfigDict()
     options = dict(show=args.show, wait_time=args.wait_time)
-    if 'score_thr' in settings:  # of a detector's drawings
+    if 'score_thr' in settings:  # for detectors
         options['score_thr'] = settings.score_thr
     if not args.show_dir:
-        config.visualizer.vis_backends = None  # which would keep the drawings
+        config.visualizer.vis_backends = None  # they would save the drawings
     return DrawPredictions(args.show_dir, options)
 
 

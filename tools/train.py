@@ -2,8 +2,8 @@
 
     python tools/train.py configs/detection/mask_rcnn_conv2former_t.py
 
-One script for all host libraries: `default_scope` in the config says which one builds the parts.
-For several processes see `dist_train.sh` and `slurm_train.sh`.
+`default_scope` in the config says which library builds the parts. For several processes see
+`dist_train.sh` and `slurm_train.sh`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from common.cli import (
     preflight,
     run_errors,
 )
-from common.config_check import DEFAULT_TYPES
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
@@ -35,7 +34,7 @@ from mmengine.runner import Runner
 AMP_FORMATS = ('auto', 'bfloat16', 'float16')
 CPU_WRAPPER = 'mmconv2former.CpuAmpOptimWrapper'
 GPU_WRAPPER = 'mmconv2former.ReliableAmpOptimWrapper'
-# Types that `--amp` may replace; the last two are in the config that an earlier run has saved.
+# Types that `--amp` may replace; the last two come from the config that an earlier run saved.
 AMP_REPLACES = ('OptimWrapper', 'AmpOptimWrapper', CPU_WRAPPER, GPU_WRAPPER)
 
 
@@ -50,23 +49,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs='?',
         const='auto',
         choices=AMP_FORMATS,
-        help='train in mixed precision; auto, the default, is bfloat16 where the device has it, '
-        'else float16',
+        help='use mixed precision; auto (default) is bfloat16 if the device has it, else float16',
     )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help="scale the learning rate by the real batch over the recipe's",
+        help="scale the learning rate by the actual batch size over the recipe's",
     )
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from a checkpoint; without a name, from the newest in the work dir',
+        help='resume from a checkpoint; without a name, from the newest in the work dir',
     )
     parser.add_argument(
-        '--tensorboard', action='store_true', help='log for TensorBoard too (in WORK_DIR/TIME)'
+        '--tensorboard', action='store_true', help='also log for TensorBoard (in WORK_DIR/TIME)'
     )
     args = parser.parse_args(separate_config(sys.argv[1:] if argv is None else argv))
     config = load_config(args, ('train_dataloader', 'train_cfg', 'optim_wrapper'))
@@ -80,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.auto_scale_lr.enable = True
     if args.tensorboard:
         if find_spec('tensorboard') is None:
-            raise SystemExit(
-                'error: --tensorboard: tensorboard is missing: pip install tensorboard'
-            )
+            raise SystemExit('error: --tensorboard needs: pip install tensorboard')
         visualizer = config.get('visualizer') or DEFAULT_VISUALIZER
         backends = [*(visualizer.get('vis_backends') or ()), dict(type='TensorboardVisBackend')]
         config.visualizer = dict(visualizer, vis_backends=backends)
@@ -101,12 +97,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             runner.logger.info(precision)
         if compile_settings:
             compile_backbone(runner, {} if compile_settings is True else compile_settings)
-        preflight(runner, strict=bool(config.get('resume')))
+        modes = ['train', 'val'] if config.get('val_dataloader') else ['train']
+        preflight(runner, modes, strict=bool(config.get('resume')))
         runner.train()
 
 
 def separate_config(words: Sequence[str]) -> list[str]:
-    """Gives `--amp CONFIG` its default; argparse would take the config for the format."""
+    """Writes `--amp CONFIG` as `--amp=auto CONFIG`; argparse would take CONFIG for the format."""
     return [
         '--amp=auto' if word == '--amp' and Path(after).suffix else word
         for word, after in zip(words, [*words[1:], ''])
@@ -116,13 +113,13 @@ def separate_config(words: Sequence[str]) -> list[str]:
 def set_precision(config: Config, format_: str) -> str:
     """Makes a config train in mixed precision.
 
-    What the config leaves open is filled in: the format, and whether the loss is scaled. bfloat16
-    has the range of float32 and needs no scaling.
+    Fills in what the config leaves open: the format, and whether the loss is scaled. bfloat16 has
+    the range of float32 and needs no scaling.
 
     Args:
         config: Has an `optim_wrapper`.
-        format_: One of `AMP_FORMATS`. 'auto' keeps the config's own `dtype`; without one it takes
-            bfloat16 on a CPU and on GPUs that have it, else float16.
+        format_: One of `AMP_FORMATS`. 'auto' is the config's own `dtype`; without one, bfloat16 on
+            a CPU and on GPUs that have it, else float16.
 
     Returns:
         A line for the log: the format and the reason for it.
@@ -131,20 +128,20 @@ def set_precision(config: Config, format_: str) -> str:
         SystemExit: `optim_wrapper` has an unsupported type, or the GPU has no bfloat16.
     """
     settings = config.optim_wrapper
-    type_ = settings.get('type', DEFAULT_TYPES['optim_wrapper'])
+    type_ = settings.get('type', 'OptimWrapper')
     if type_ not in AMP_REPLACES:
         raise SystemExit(
             f'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, got {type_}'
         )
     device = get_device()
     name = torch.cuda.get_device_name() if device == 'cuda' else device
-    # `torch.cuda.is_bf16_supported` counts emulation too.
+    # `torch.cuda.is_bf16_supported` is true for emulation too.
     is_old_gpu = device == 'cuda' and torch.cuda.get_device_capability() < (8, 0)
     own = settings.get('dtype')
     if format_ != 'auto':
         dtype, reason = format_, f'--amp {format_}'
         if own not in (None, format_):
-            settings.pop('loss_scale', None)  # was for the config's own format
+            settings.pop('loss_scale', None)  # meant for the config's own format
     elif own is not None:
         dtype, reason = own, f'optim_wrapper.dtype={own}'
     else:
@@ -165,10 +162,10 @@ def set_precision(config: Config, format_: str) -> str:
 
 
 def compile_backbone(runner: Runner, settings: dict) -> None:
-    """Obeys mmengine's key `compile` with the backbone alone, for all sizes of input at once.
+    """Compiles the backbone alone for mmengine's key `compile`, for all input sizes at once.
 
-    mmengine would compile the whole training step, at which torch fails in the optimizer's `step`
-    that mmengine wraps; and heads change their shapes with every image.
+    mmengine would compile the whole training step. There torch fails on the optimizer's wrapped
+    `step`, and heads have other shapes for every image.
 
     Args:
         runner: A runner whose model is built.
@@ -176,7 +173,7 @@ def compile_backbone(runner: Runner, settings: dict) -> None:
     """
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     model.backbone.compile(**{'dynamic': True, **settings})
-    runner.logger.info('The backbone is compiled with torch.compile at its first iteration.')
+    runner.logger.info('The backbone is compiled with torch.compile in the first iteration.')
 
 
 if __name__ == '__main__':

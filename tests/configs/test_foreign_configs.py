@@ -1,8 +1,7 @@
 """Conv2Former in other people's configs: those of docs/use_in_your_config.md, as users run them.
 
-The page is the input. Its configs stand in an empty folder beside a checkpoint and know nothing of
-this repository; whatever `mmconv2former` is installed serves them. They are built as they stand,
-with all their layers; only the pictures are small.
+The page is the input. Its configs are written to an empty folder beside a checkpoint and use
+nothing else of this repository. Only images, backbone depth and numbers of queries are reduced.
 """
 
 import math
@@ -30,7 +29,9 @@ from mmconv2former import Conv2Former, Conv2FormerClsHead
 PAGE = ROOT / 'docs/use_in_your_config.md'
 SHARED = 'conv2former_t.py'  # which the others inherit
 NAMES = [name for name in files_of(PAGE) if name != SHARED]
-SIZE = 96
+SIZE = 64
+ARCH = dict(channels=(72, 144, 288, 576), depths=(1, 1, 2, 1))  # tiny, but shallow
+QUERIES = 50  # of DETR heads: fewer than the positions of an image
 PROMISED = {
     'faster_rcnn.py', 'retinanet.py', 'atss.py', 'rtmdet.py', 'yolox.py', 'deformable_detr.py',
     'dino.py', 'mask2former_instances.py', 'segformer.py', 'semantic_fpn.py', 'upernet.py',
@@ -45,7 +46,7 @@ def test_page_has_every_promised_config():
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """A user's folder: the page's configs, what its commands make, and a checkpoint."""
+    """A user's folder: the page's configs, results of its commands, and a checkpoint."""
     folder = tmp_path_factory.mktemp('user')
     write_files(PAGE, folder)
     python = os.path.dirname(sys.executable)
@@ -53,8 +54,8 @@ def folder(tmp_path_factory):
     for block in read_blocks(PAGE):
         for command in block.commands() if block.language == 'bash' else ():
             subprocess.run(command, shell=True, cwd=folder, env=environment, check=True)
-    # Layer scales as of a trained network: at their initial 1e-6 hardly a gradient is left.
-    backbone = Conv2Former('tiny', out_norm=False, layer_scale_init_value=0.1)
+    # Layer scales of a trained network; at the initial 1e-6 gradients almost vanish.
+    backbone = Conv2Former(ARCH, out_norm=False, layer_scale_init_value=0.1)
     head = Conv2FormerClsHead(576)
     (folder / 'pretrain').mkdir()
     torch.save(backbone.state_dict() | head.state_dict(), folder / 'pretrain/conv2former_t.pth')
@@ -66,12 +67,14 @@ def config(request, folder, monkeypatch):
     monkeypatch.chdir(folder)
     config = Config.fromfile(request.param)
     init_default_scope(config.default_scope)
-    config.model.backbone.drop_path_rate = 0.0  # a dropped block has no gradient
-    preprocessor = config.model.setdefault(  # as mmengine's runner does
+    config.model.backbone.update(arch=ARCH, drop_path_rate=0.0)
+    if 'num_queries' in config.model:
+        config.model.num_queries = QUERIES
+    preprocessor = config.model.setdefault(  # as mmengine's runner does it
         'data_preprocessor', config.get('data_preprocessor', ConfigDict())
     )
     if preprocessor.get('batch_augments'):
-        preprocessor.batch_augments = None  # which bring pictures to the recipe's size
+        preprocessor.batch_augments = None  # they would resize images to the recipe's size
     if preprocessor.get('size'):
         preprocessor.size = (SIZE, SIZE)
     torch.manual_seed(0)
@@ -79,37 +82,36 @@ def config(request, folder, monkeypatch):
 
 
 def detection_batch(config):
-    size = 224 if config.model.get('as_two_stage') else SIZE  # more positions than DINO's queries
     with_mask = 'panoptic_head' in config.model
-    return demo_mm_inputs(2, (3, size, size), num_items=[4, 3], num_classes=80, with_mask=with_mask)
+    return demo_mm_inputs(2, (3, SIZE, SIZE), num_items=[4, 3], num_classes=80, with_mask=with_mask)
 
 
 def segmentation_batch(config):
     samples = []
     for _ in range(2):
-        regions = torch.randint(config.model.decode_head.num_classes, (1, 3, 3))
-        labels = regions.repeat_interleave(SIZE // 3, 1).repeat_interleave(SIZE // 3, 2)
+        regions = torch.randint(config.model.decode_head.num_classes, (1, 4, 4))
+        labels = regions.repeat_interleave(SIZE // 4, 1).repeat_interleave(SIZE // 4, 2)
         sample = SegDataSample(gt_sem_seg=PixelData(data=labels))
         sample.set_metainfo(dict(img_shape=(SIZE, SIZE), ori_shape=(SIZE, SIZE)))
         samples.append(sample)
-    return dict(inputs=list(pictures()), data_samples=samples)
+    return dict(inputs=list(images()), data_samples=samples)
 
 
 def classification_batch(config):
-    if config.model.type != 'ImageClassifier':  # two views of each picture
-        return dict(inputs=[pictures(), pictures()], data_samples=[DataSample(), DataSample()])
+    if config.model.type != 'ImageClassifier':  # two views of each image
+        return dict(inputs=[images(), images()], data_samples=[DataSample(), DataSample()])
     samples = [DataSample().set_gt_label(label) for label in (3, 7)]
-    return dict(inputs=pictures(), data_samples=samples)
+    return dict(inputs=images(), data_samples=samples)
 
 
-def pictures():
+def images():
     return torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
 
 
 def check_normalisation(preprocessor, batch):
-    """ImageNet's mean colour, as BGR from a file, must come to the network as zeros."""
-    for picture in batch['inputs']:
-        picture.copy_(torch.tensor([104, 116, 124]).view(3, 1, 1))
+    """ImageNet's mean colour, as BGR from a file, must reach the network as zeros."""
+    for image in batch['inputs']:
+        image.copy_(torch.tensor([104, 116, 124]).view(3, 1, 1))
     inputs = preprocessor(batch, training=False)['inputs']
     for normalised in inputs:
         assert normalised.abs().max() < 0.02
@@ -130,14 +132,24 @@ def check_segmentation(model, batch):
 
 
 def check_classification(model, batch):
-    if model.__class__.__name__ != 'ImageClassifier':
+    if model.__class__.__name__ != 'ImageClassifier':  # self-supervised
         (features,) = model.extract_feat(batch['inputs'][0].float())
         assert features.shape == (2, 576, SIZE // 32, SIZE // 32)
         assert torch.isfinite(features).all()
+        check_that_checkpoint_is_pretrained_weights(model)
         return
     for sample in model.test_step(batch):
         assert sample.pred_score.shape == (1000,)
         assert sample.pred_score.sum() == pytest.approx(1, abs=1e-5)
+
+
+def check_that_checkpoint_is_pretrained_weights(model):
+    torch.save(dict(state_dict=model.state_dict()), 'trained.pth')
+    init_cfg = dict(type='Pretrained', checkpoint='trained.pth')
+    backbone = Conv2Former(ARCH, out_indices=3, init_cfg=init_cfg)
+    backbone.init_weights()
+    for name, value in model.backbone.state_dict().items():
+        torch.testing.assert_close(backbone.state_dict()[name], value, rtol=0, atol=0)
 
 
 HOSTS = {
@@ -154,7 +166,7 @@ def test_config_trains_and_predicts(config):
     model.init_weights()
     backbone = model.backbone
     assert type(backbone) is Conv2Former
-    assert '_scope_' not in config.train_dataloader.get('collate_fn', {})  # a function gets it
+    assert '_scope_' not in config.train_dataloader.get('collate_fn', {})  # would be an argument
     if backbone.init_cfg:
         published = torch.load('pretrain/conv2former_t.pth')
         for name, value in backbone.state_dict().items():
@@ -164,7 +176,7 @@ def test_config_trains_and_predicts(config):
     optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
     rates = {id(p): group['lr'] for group in optim_wrapper.param_groups for p in group['params']}
     trained = [rates[id(p)] for p in backbone.stages.parameters() if p.requires_grad]
-    if 'constructor' in config.optim_wrapper:  # layer-wise decay, in the host's own words or ours
+    if 'constructor' in config.optim_wrapper:  # layer-wise decay
         assert len(set(trained)) >= 4
         assert trained == sorted(trained)
         assert trained[-1] < config.optim_wrapper.optimizer.lr
@@ -182,9 +194,8 @@ def test_config_trains_and_predicts(config):
     before = {name: value.detach().clone() for name, value in backbone.named_parameters()}
     optim_wrapper.step()
     for name, value in backbone.named_parameters():
-        if (
-            value.dim() > 1 or not value.requires_grad
-        ):  # to a norm's 1, a clipped step may be nothing
+        # For weights of a norm, a clipped step may round to nothing.
+        if value.dim() > 1 or not value.requires_grad:
             assert torch.equal(value, before[name]) != value.requires_grad, name
 
     model.eval()
@@ -194,7 +205,7 @@ def test_config_trains_and_predicts(config):
 
 @pytest.mark.parametrize(('name', 'host'), [('retinanet.py', 'mmdet'), ('segformer.py', 'mmseg')])
 def test_the_hosts_decay_does_not_know_the_backbone(name, host, folder, monkeypatch):
-    """Why the page names ours: when this fails, theirs has learnt to ask."""
+    """The reason for our constructor on the page."""
     monkeypatch.chdir(folder)
     config = Config.fromfile(name)
     init_default_scope(host)
@@ -206,19 +217,7 @@ def test_the_hosts_decay_does_not_know_the_backbone(name, host, folder, monkeypa
         build_optim_wrapper(model, config.optim_wrapper | theirs | dict(paramwise_cfg=options))
 
 
-@pytest.mark.parametrize('config', ['simsiam.py', 'mocov2.py'], indirect=True)
-def test_self_supervised_weights_are_pretrained_weights(config, tmp_path):
-    model = MODELS.build(config.model)
-    path = tmp_path / 'checkpoint.pth'
-    torch.save(dict(state_dict=model.state_dict()), path)
-    init_cfg = dict(type='Pretrained', checkpoint=str(path))
-    backbone = Conv2Former('tiny', out_indices=3, init_cfg=init_cfg)
-    backbone.init_weights()
-    for name, value in model.backbone.state_dict().items():
-        torch.testing.assert_close(backbone.state_dict()[name], value, rtol=0, atol=0)
-
-
-DATA = {  # where the hosts' recipes look for data, and what lies in the embedded sample
+DATA = {  # where the hosts' recipes look for data, and where it is in the embedded sample
     'mmdet': ('data/coco', 'coco'),
     'mmseg': ('data/ade', 'ade'),
     'mmpretrain': ('data/imagenet', 'objects'),
@@ -233,20 +232,21 @@ class StopAfterOneIteration(Hook):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', NAMES)
 def test_trains_in_a_user_s_run(name, folder, sample, monkeypatch):
-    """With the recipe's own data pipeline, picture sizes, hooks and schedule, for one iteration."""
+    """One iteration with the recipe's own data pipeline, image sizes, hooks and schedule."""
     monkeypatch.chdir(folder)
     config = Config.fromfile(name)
+    config.model.backbone.arch = ARCH
     link, source = (folder / DATA[config.default_scope][0], sample / DATA[config.default_scope][1])
     if source.name == 'objects' and not source.exists():
-        run_tool('crop_objects.py', sample / 'coco', source, '--classes', 2, '--max-objects', 4,
-                 '--min-side', 12)  # fmt: skip
+        run_tool('crop_objects', sample / 'coco', source, '--classes', 2, '--max-objects', 4,
+                  '--min-side', 12)  # fmt: skip
     if not link.exists():
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(source)
     config.work_dir = f'work_dirs/{name}'
     config.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
     dataset = config.train_dataloader.dataset
-    while 'dataset' in dataset:  # in one that mixes pictures
+    while 'dataset' in dataset:  # within one that mixes images
         dataset = dataset.dataset
     dataset.indices = 2
     for part in ('cfg', 'dataloader', 'evaluator'):
@@ -260,7 +260,7 @@ def test_trains_in_a_user_s_run(name, folder, sample, monkeypatch):
 
 
 def test_foreign_arguments_are_refused_with_advice(folder, monkeypatch):
-    """What a user sees who forgets `_delete_`, asks for dilation, or leaves `pretrained`."""
+    """For who forgets `_delete_`, asks for dilation, or leaves `pretrained`."""
     monkeypatch.chdir(folder)
     config = Config.fromfile('deeplabv3plus.py')
     init_default_scope(config.default_scope)

@@ -6,7 +6,6 @@ import runpy
 import subprocess
 import sys
 from contextlib import contextmanager
-from functools import cache
 
 import torch
 from mmengine.registry import DefaultScope
@@ -17,7 +16,6 @@ from helpers import ROOT
 from helpers.tiny import FOUR_ITERATIONS, SMALL_SEGMENTATION
 
 
-@cache
 def load_tool(name):
     """The module of a tool; `test` and `train` are names of other modules too."""
     spec = importlib.util.spec_from_file_location(f'tool_{name}', ROOT / f'tools/{name}.py')
@@ -111,7 +109,7 @@ def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), init_cfg=None, more='
     return path
 
 
-# What `quick_segmentation` of the tools' tests adds, without what this network has already.
+# As `helpers.tiny.quick_segmentation`, without what this network has already.
 SMALL_DATA = [
     *FOUR_ITERATIONS,
     'val_dataloader.dataset.indices=1',

@@ -30,15 +30,15 @@ def captured(file):
 
 def run_tool(name, *args, succeeds=True):
     """Runs a tool from the root of the project and returns what it printed, errors included."""
-    error = None
+    name, error = name.removesuffix('.py'), None
     with (
         tempfile.TemporaryFile('w+', buffering=1, errors='replace') as file,
         captured(file),
-        typed([f'tools/{name}', *args]),
+        typed([f'tools/{name}.py', *args]),
     ):
         os.chdir(ROOT)
         try:
-            load_tool(name.removesuffix('.py')).main()
+            load_tool(name).main()
         except SystemExit as stop:
             error = stop.code
             if isinstance(error, str):

@@ -302,7 +302,7 @@ def kill_worker(results):
 def test_killed_data_worker(small, fault_report):
     loader = loader_of('segmentation', small / DATA['segmentation'][1], 'train', workers=2)
     loader.dataset.pipeline.transforms.append(kill_worker)
-    words = r'error: DataLoader worker .*Fewer workers'
+    words = r'error: DataLoader worker .*Use fewer workers'
     with pytest.raises(SystemExit, match=words) as error, run_errors(traceback=False):
         next(iter(loader))
     message = re.sub(r'pid(\(s\))? [\d, ]+', 'pid N', str(error.value))

@@ -1,13 +1,11 @@
-"""The tools, run as a user runs them, and what they refuse."""
+"""train.py and test.py on small data: what they write, what they refuse, and their scripts."""
 
 import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import cv2
 import pytest
@@ -15,34 +13,13 @@ import torch
 from common.cli import set_data_root
 from demo import CONFIG
 from helpers import ROOT
-from helpers.tiny import SMALL_SEGMENTATION as SEGMENTATION
-from helpers.tiny import quick_segmentation
+from helpers.in_process import with_data, write_tiny_config
+from helpers.tiny import WITHOUT_WORKERS, scalars, tiny_config
 from helpers.tools import assert_drawn_beside, run_tool
 from helpers.training_server import free_port
 from mmengine.config import Config
 from plot_curves import read_scalars
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-RECIPE = 'configs/detection/mask_rcnn_conv2former_t.py'
-# Eight pictures in batches of two: four iterations an epoch, of a small model on small pictures.
-QUICK = [
-    'model.backbone.arch=nano',
-    'model.neck.in_channels=[64,128,256,512]',
-    'train_dataloader.batch_size=2',
-    'train_dataloader.dataset.indices=8',
-    'train_cfg.max_epochs=3',
-    'train_cfg.val_interval=3',
-    'param_scheduler.1.end=3',
-    'param_scheduler.1.milestones=[2]',
-    'default_hooks.checkpoint.interval=1',
-    'default_hooks.logger.interval=1',
-    'randomness.seed=0',
-    'model.test_cfg.rcnn.score_thr=0.0',  # else hardly trained weights predict nothing
-]
-
-
-def quick(data_root, work_dir, *options):
-    return ['--data-root', data_root, '--work-dir', work_dir, '--cfg-options', *QUICK, *options]
 
 
 def metrics_of(work_dir):
@@ -50,62 +27,65 @@ def metrics_of(work_dir):
     return json.loads(path.read_text())
 
 
+def state_of(path):
+    """Weights, iteration and the optimizer's step of a checkpoint."""
+    checkpoint = torch.load(path, weights_only=False)
+    (step,) = {int(state['step']) for state in checkpoint['optimizer']['state'].values()}
+    return checkpoint['state_dict'], checkpoint['meta']['iter'], step
+
+
+# ------------------------------------------------------------------------------------ detection
 @pytest.fixture(scope='module')
-def trained(sample, tmp_path_factory):
-    """Work dir of a short run that was killed in its second epoch and then resumed."""
-    work_dir = tmp_path_factory.mktemp('trained')
-    arguments = quick(sample / 'coco', work_dir)
-    command = [sys.executable, 'tools/train.py', CONFIG, *map(str, arguments)]
-    with (work_dir / 'killed.log').open('w') as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True
-        )
-        deadline = time.time() + 300
-        while not (work_dir / 'last_checkpoint').exists() and process.poll() is None:
-            assert time.time() < deadline, 'no checkpoint after 300 s'
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert (work_dir / 'epoch_1.pth').exists(), (work_dir / 'killed.log').read_text()
-    assert not (work_dir / 'epoch_3.pth').exists()
-    output = run_tool('train.py', CONFIG, '--resume', *arguments)
-    assert 'resumed epoch: ' in output
+def detector(sample, tmp_path_factory):
+    """Config of a tiny Mask R-CNN."""
+    path = tmp_path_factory.mktemp('detector') / 'tiny.py'
+    tiny_config('detection', sample, 'unused', length=2).dump(path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def trained_detector(detector, tmp_path_factory):
+    """Work dir of two epochs of four iterations; the second one after resuming."""
+    work_dir = tmp_path_factory.mktemp('trained_detector')
+    arguments = ['train', detector, '--work-dir', work_dir]
+    run_tool(*arguments, '--cfg-options', 'train_cfg.max_epochs=1')
+    output = run_tool(*arguments, '--resume', '--cfg-options', 'log_level=INFO')
+    assert 'resumed epoch: 1, iter: 4' in output
     return work_dir
 
 
-def test_resumed_run_is_complete(trained):
-    checkpoint = torch.load(trained / 'epoch_3.pth', weights_only=False)
-    assert (checkpoint['meta']['epoch'], checkpoint['meta']['iter']) == (3, 12)
-    steps = {int(state['step']) for state in checkpoint['optimizer']['state'].values()}
-    assert steps == {12}
-    assert all(torch.isfinite(value).all() for value in checkpoint['state_dict'].values())
-    assert (trained / 'last_checkpoint').read_text().endswith('epoch_3.pth')
+def test_resumed_run_is_complete(trained_detector):
+    weights, iteration, step = state_of(trained_detector / 'epoch_2.pth')
+    assert iteration == step == 8
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    assert (trained_detector / 'last_checkpoint').read_text().endswith('epoch_2.pth')
 
 
-def test_validation_is_logged_and_the_best_model_kept(trained):
-    lines = [
-        json.loads(line)
-        for path in trained.glob('*/vis_data/scalars.json')
-        for line in path.read_text().splitlines()
-    ]
-    (validation,) = [line for line in lines if 'coco/bbox_mAP' in line]
-    assert validation['step'] == 3
-    assert 0 <= validation['coco/segm_mAP_50'] <= 1
-    assert {'loss_rpn_cls', 'loss_bbox', 'loss_mask'} <= {key for line in lines for key in line}
-    assert len(list(trained.glob('best_coco_bbox_mAP_epoch_*.pth'))) == 1
+def test_validation_is_logged_and_the_best_model_kept(trained_detector):
+    logged = scalars(trained_detector)
+    assert all(0 <= logged['coco/segm_mAP_50', epoch] <= 1 for epoch in (1, 2))
+    for name in ('loss_rpn_cls', 'loss_bbox', 'loss_mask'):
+        assert all((name, iteration) in logged for iteration in range(1, 9))
+    assert len(list(trained_detector.glob('best_coco_bbox_mAP_epoch_*.pth'))) == 1
 
 
-def test_evaluates_draws_and_dumps(trained, sample, tmp_path):
-    checkpoint = trained / 'epoch_3.pth'
+def test_curves(trained_detector, tmp_path):
+    run_tool('plot_curves', trained_detector, '--out', tmp_path / 'curves.png')
+    assert (tmp_path / 'curves.png').stat().st_size > 10_000
+    losses, metrics = read_scalars(trained_detector, ['coco/bbox_mAP'])
+    assert sorted(losses['loss']) == list(range(1, 9))  # of the first run and the resumed one
+    assert list(metrics['coco/bbox_mAP']) == [1, 2]
+    assert 'no training log' in run_tool('plot_curves', tmp_path, succeeds=False)
+
+
+def test_evaluates_draws_and_dumps(trained_detector, detector, sample, tmp_path):
     out = tmp_path / 'predictions.pkl'
-    options = ['--out', out, '--show-dir', 'pictures']
-    score = 'default_hooks.visualization.score_thr=0.0'
-    run_tool('test.py', CONFIG, checkpoint, *options, *quick(sample / 'coco', tmp_path, score))
-    metrics = metrics_of(tmp_path)
-    assert {f'coco/{kind}_mAP{at}' for kind in ('bbox', 'segm') for at in ('', '_50')} <= set(
-        metrics
-    )
-    drawings = list(tmp_path.glob('*/pictures/*'))
+    run_tool('test', detector, trained_detector / 'epoch_2.pth', '--work-dir', tmp_path,
+              '--out', out, '--show-dir', 'images', '--cfg-options',
+              'default_hooks.visualization.score_thr=0.0')  # fmt: skip
+    expected = {f'coco/{kind}_mAP{at}' for kind in ('bbox', 'segm') for at in ('', '_50')}
+    assert expected <= set(metrics_of(tmp_path))
+    drawings = list(tmp_path.glob('*/images/*'))
     assert sorted(path.name for path in drawings) == sorted(os.listdir(sample / 'coco/val2017'))
     for drawing in drawings:
         assert_drawn_beside(drawing, sample / 'coco/val2017' / drawing.name)
@@ -114,37 +94,42 @@ def test_evaluates_draws_and_dumps(trained, sample, tmp_path):
     assert {'bboxes', 'scores', 'labels', 'masks'} <= set(predictions[0]['pred_instances'])
 
 
-def test_flips_and_scales_in_detection(trained, sample, tmp_path):
-    """Boxes and masks of several views; here of scales for small pictures."""
+def test_detection_with_test_time_augmentation(trained_detector, detector, tmp_path):
     scales = [
-        f'tta_pipeline.1.transforms.0.{i}.scale=({s},{s})' for i, s in enumerate((96, 128, 160))
+        f'tta_pipeline.1.transforms.0.{i}.scale=({s},{s})' for i, s in enumerate((48, 64, 80))
     ]
     out = tmp_path / 'predictions.pkl'
-    options = [*quick(sample / 'coco', tmp_path), *scales]
-    run_tool('test.py', CONFIG, trained / 'epoch_3.pth', '--tta', '--out', out, *options)
+    run_tool('test', detector, trained_detector / 'epoch_2.pth', '--work-dir', tmp_path,
+              '--tta', '--out', out, '--cfg-options', *scales)  # fmt: skip
     assert 0 <= metrics_of(tmp_path)['coco/segm_mAP'] <= 1
     for prediction in pickle.loads(out.read_bytes()):
         instances = prediction['pred_instances']
         assert 0 < len(instances['masks']) == len(instances['bboxes']) <= 100
 
 
+# --------------------------------------------------------------------------------- segmentation
 @pytest.fixture(scope='module')
-def trained_segmentor(sample, tmp_path_factory):
-    """Work dir of four iterations of UperNet, the last two after a resumption."""
-    work_dir = tmp_path_factory.mktemp('segmentor')
-    arguments = quick_segmentation(sample, work_dir)
-    shorter = [a.replace('max_iters=4', 'max_iters=2') for a in map(str, arguments)]
-    run_tool('train.py', SEGMENTATION, '--tensorboard', *shorter)
+def segmentor(tmp_path_factory):
+    """Config of a tiny UperNet, with SyncBN as in the recipe."""
+    return write_tiny_config(tmp_path_factory.mktemp('segmentor') / 'tiny.py')
+
+
+@pytest.fixture(scope='module')
+def trained_segmentor(segmentor, sample, tmp_path_factory):
+    """Work dir of four iterations, the last two after resuming."""
+    work_dir = tmp_path_factory.mktemp('trained_segmentor')
+    train = ['train', segmentor, '--tensorboard']
+    run_tool(*with_data(train, sample, work_dir, *WITHOUT_WORKERS, 'train_cfg.max_iters=2'))
     assert not (work_dir / 'iter_4.pth').exists()
-    output = run_tool('train.py', SEGMENTATION, '--resume', *arguments)
+    train = ['train', segmentor, '--resume']
+    output = run_tool(*with_data(train, sample, work_dir, *WITHOUT_WORKERS))
     assert 'resumed epoch: 0, iter: 2' in output
     return work_dir
 
 
 def test_segmentation_trains_and_resumes(trained_segmentor):
-    checkpoint = torch.load(trained_segmentor / 'iter_4.pth', weights_only=False)
-    assert checkpoint['meta']['iter'] == 4
-    assert {int(state['step']) for state in checkpoint['optimizer']['state'].values()} == {4}
+    _, iteration, step = state_of(trained_segmentor / 'iter_4.pth')
+    assert iteration == step == 4
     assert len(list(trained_segmentor.glob('best_mIoU_iter_*.pth'))) == 1
     losses, metrics = read_scalars(trained_segmentor, ['mIoU'])
     assert sorted(losses['loss']) == [1, 2, 3, 4]
@@ -158,125 +143,157 @@ def test_tensorboard_is_one_flag_away(trained_segmentor):
     assert accumulator.Scalars('mIoU')[0].value >= 0
 
 
-def test_backbone_is_compiled_by_a_key(sample, tmp_path):
-    options = quick_segmentation(
-        sample, tmp_path, 'compile.backend=eager', 'compile.fullgraph=True'
-    )
-    log = run_tool('train.py', SEGMENTATION, *options)
-    assert 'The backbone is compiled' in log
-    state = torch.load(tmp_path / 'iter_4.pth', weights_only=False)['state_dict']
-    assert not any('_orig_mod' in name for name in state)
+def test_backbone_is_compiled_by_a_key(segmentor, sample, tmp_path):
+    options = [*WITHOUT_WORKERS, 'compile.backend=eager', 'compile.fullgraph=True',
+               'model.backbone.arch.depths=(1,1,1,1)',
+               'train_cfg.max_iters=1', 'default_hooks.checkpoint.interval=1']  # fmt: skip
+    output = run_tool(*with_data(['train', segmentor], sample, tmp_path, *options))
+    assert 'The backbone is compiled' in output
+    weights, *_ = state_of(tmp_path / 'iter_1.pth')
+    assert not any('_orig_mod' in name for name in weights)
 
 
-def test_segmentation_evaluates_draws_and_augments(trained_segmentor, sample, tmp_path):
-    scales = [f'tta_pipeline.1.transforms.0.{i}.scale=({256 * r // 4},{64 * r // 4})'
-              for i, r in enumerate((2, 3, 4, 5, 6, 7))]  # fmt: skip
-    runs = {'plain': [], 'augmented': ['--tta']}
-    pictures = sample / 'ade/ADEChallengeData2016/images/validation'
+def test_segmentation_evaluates_draws_and_augments(trained_segmentor, segmentor, sample, tmp_path):
+    scales = [
+        f'tta_pipeline.1.transforms.0.{i}.scale=({256 * r // 4},{64 * r // 4})'
+        for i, r in enumerate((2, 3, 4, 5, 6, 7))
+    ]
+    options = [*WITHOUT_WORKERS, *scales, 'test_dataloader.dataset.indices=3']
+    images = sample / 'ade/ADEChallengeData2016/images/validation'
     labels = {}
-    for name, options in runs.items():
-        out = tmp_path / f'{name}.pkl'
-        arguments = [*quick_segmentation(sample, tmp_path / name), *scales]
-        run_tool('test.py', SEGMENTATION, trained_segmentor / 'iter_4.pth', '--out', out,
-                 '--show-dir', tmp_path / 'drawn' / name, *options, *arguments)  # fmt: skip
+    for name, flags in {'plain': [], 'augmented': ['--tta']}.items():
+        out, drawn = tmp_path / f'{name}.pkl', tmp_path / 'drawn' / name
+        test = ['test', segmentor, trained_segmentor / 'iter_4.pth', *flags, '--out', out,
+                '--show-dir', drawn]  # fmt: skip
+        run_tool(*with_data(test, sample, tmp_path / name, *options))
         assert {'mIoU', 'aAcc'} <= set(metrics_of(tmp_path / name))
         samples = pickle.loads(out.read_bytes())
-        labels[name] = torch.stack([sample['pred_sem_seg']['data'] for sample in samples])
-        drawings = list((tmp_path / 'drawn' / name).iterdir())
-        assert sorted(path.name for path in drawings) == sorted(os.listdir(pictures))
-        for drawing in drawings:
-            assert_drawn_beside(drawing, pictures / drawing.name)
-    assert labels['plain'].shape == labels['augmented'].shape == (6, 1, 64, 64)
+        labels[name] = torch.stack([item['pred_sem_seg']['data'] for item in samples])
+        assert sorted(os.listdir(drawn)) == sorted(os.listdir(images))[:3]
+        for drawing in drawn.iterdir():
+            assert_drawn_beside(drawing, images / drawing.name)
+    assert labels['plain'].shape == labels['augmented'].shape == (3, 1, 64, 64)
     assert (labels['plain'] != labels['augmented']).any()
 
 
-def run_script(script, *args):
+# --------------------------------------------------------------------------- several processes
+def test_two_processes_train_and_evaluate(detector, server, tmp_path):
+    """With frozen stages and recomputed activations; unused parameters would break them."""
+    options = ['--cfg-options', 'train_cfg.max_epochs=1', 'model.backbone.frozen_stages=1',
+               'model.backbone.with_cp=True', 'log_level=INFO']  # fmt: skip
     environment = os.environ | {
         'MASTER_PORT': str(free_port()),
-        'OMP_NUM_THREADS': '1',
         'PATH': f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}',
     }
-    command = [f'tools/{script}', *map(str, args)]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    command = ['tools/dist_train.sh', detector, 2, '--auto-scale-lr', '--work-dir', tmp_path,
+               *options]  # fmt: skip
+    result = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
+    assert 'Scaling the original LR by 0.25' in result.stdout + result.stderr  # 2 x 2 of 16 images
+    _, iteration, step = state_of(tmp_path / 'epoch_1.pth')
+    assert iteration == step == 2  # 8 images in 2 processes with batches of 2
 
-
-def test_two_processes_train_and_evaluate(sample, tmp_path):
-    """With frozen stages and activation checkpointing, which parameters without use would break."""
-    arguments = quick(sample / 'coco', tmp_path / 'train', 'train_cfg.max_epochs=1',
-                      'model.backbone.frozen_stages=1', 'model.backbone.with_cp=True')  # fmt: skip
-    output = run_script('dist_train.sh', CONFIG, 2, '--auto-scale-lr', *arguments)
-    assert 'Scaling the original LR by 0.25' in output  # 2 processes x 2 pictures of batch 16
-    checkpoint = torch.load(tmp_path / 'train/epoch_1.pth', weights_only=False)
-    assert checkpoint['meta']['iter'] == 2  # 8 pictures in 2 processes with batches of 2
-    run_script('dist_test.sh', CONFIG, tmp_path / 'train/epoch_1.pth', 2,
-               *quick(sample / 'coco', tmp_path / 'two'))  # fmt: skip
-    run_tool('test.py', CONFIG, tmp_path / 'train/epoch_1.pth',
-             *quick(sample / 'coco', tmp_path / 'one'))  # fmt: skip
-    two, one = metrics_of(tmp_path / 'two'), metrics_of(tmp_path / 'one')
+    for processes in (1, 2):
+        arguments = ['test.py', detector, tmp_path / 'epoch_1.pth', '--work-dir',
+                     tmp_path / f'{processes}']  # fmt: skip
+        log = tmp_path / f'{processes}.log'
+        assert server.run(arguments, log, processes) == [0] * processes, log.read_text()
+    one, two = metrics_of(tmp_path / '1'), metrics_of(tmp_path / '2')
     for name in one:
         if name.startswith('coco/'):
             assert two[name] == pytest.approx(one[name], abs=1e-3), name
 
 
-def test_two_processes_train_a_segmentor(sample, tmp_path):
-    arguments = quick_segmentation(sample, tmp_path, 'model.backbone.frozen_stages=1',
-                                   'model.backbone.with_cp=True')  # fmt: skip
-    run_script('dist_train.sh', SEGMENTATION, 2, *arguments)
-    checkpoint = torch.load(tmp_path / 'iter_4.pth', weights_only=False)
-    assert checkpoint['meta']['iter'] == 4
-    assert all(torch.isfinite(value).all() for value in checkpoint['state_dict'].values())
-    losses, metrics = read_scalars(tmp_path, ['mIoU'])
+def test_two_processes_train_a_segmentor(segmentor, server, sample, tmp_path):
+    options = [*WITHOUT_WORKERS, 'model.backbone.frozen_stages=1', 'model.backbone.with_cp=True']
+    arguments = with_data(['train.py', segmentor], sample, tmp_path / 'work', *options)
+    log = tmp_path / 'log'
+    assert server.run(arguments, log, processes=2) == [0, 0], log.read_text()
+    weights, iteration, _ = state_of(tmp_path / 'work/iter_4.pth')
+    assert iteration == 4
+    assert all(torch.isfinite(value).all() for value in weights.values())
+    losses, metrics = read_scalars(tmp_path / 'work', ['mIoU'])
     assert (sorted(losses['loss']), sorted(metrics['mIoU'])) == ([1, 2, 3, 4], [2, 4])
 
 
-def test_curves(trained, tmp_path):
-    run_tool('plot_curves.py', trained, '--out', tmp_path / 'curves.png')
-    assert (tmp_path / 'curves.png').stat().st_size > 10_000
-    losses, metrics = read_scalars(trained, ['coco/bbox_mAP'])
-    assert sorted(losses['loss']) == list(range(1, 13))  # the killed run and the resumed one
-    assert list(metrics['coco/bbox_mAP']) == [3]
-    assert 'no training log' in run_tool('plot_curves.py', tmp_path, succeeds=False)
+@pytest.mark.parametrize('script', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])
+def test_scripts_explain_themselves(script):
+    result = subprocess.run([f'tools/{script}.sh'], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert f'tools/{script}.sh ' in result.stderr
 
 
-def test_real_pictures(real_samples, tmp_path):
+SCRIPTS = [  # arguments, what they start with which environment
+    ('dist_test', ['CONFIG', 'a b.pth', '2'],
+     'python|-m torch.distributed.run --nproc_per_node=2 --nnodes=4 --node_rank=0 '
+     '--master_addr=127.0.0.1 --master_port=29500 tools/test.py CONFIG a b.pth --launcher pytorch'),
+    ('slurm_train', ['gpu', 'my job', 'CONFIG'],
+     'srun|--partition=gpu --job-name=my job --gres=gpu:8 --ntasks=16 --ntasks-per-node=8 '
+     '--cpus-per-task=5 --kill-on-bad-exit=1 --time=3-0 --qos=high python -u tools/train.py CONFIG '
+     '--launcher slurm'),
+    ('slurm_test', ['gpu', 'my job', 'CONFIG', 'a b.pth'],
+     'srun|--partition=gpu --job-name=my job --gres=gpu:8 --ntasks=16 --ntasks-per-node=8 '
+     '--cpus-per-task=5 --kill-on-bad-exit=1 --time=3-0 --qos=high python -u tools/test.py CONFIG '
+     'a b.pth --launcher slurm'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(('script', 'arguments', 'expected'), SCRIPTS)
+def test_what_scripts_start(script, arguments, expected, tmp_path):
+    for program in ('python', 'srun'):
+        write_command(tmp_path / program, f'printf "{program}|%s" "$*"')
+    environment = os.environ | {
+        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+        'GPUS': '16',
+        'NNODES': '4',
+        'SRUN_ARGS': '--time=3-0 --qos=high',
+    }
+    command = [f'tools/{script}.sh', *arguments, '--work-dir', 'a b']
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert result.stdout == f'{expected} --work-dir a b'
+
+
+# ----------------------------------------------------------------------------- the whole recipe
+def test_real_images(real_samples, detector, tmp_path):
     """A greyscale one, some without objects, crowd regions: only the data root changes."""
-    options = ['train_dataloader.dataset.indices=40', 'train_cfg.max_epochs=1',
-               'train_cfg.val_interval=1']  # fmt: skip
-    arguments = quick(real_samples / 'coco_sample', tmp_path, *options)
-    output = run_tool('train.py', CONFIG, *arguments)
+    config = Config.fromfile(detector)
+    config.data_root = config.train_dataloader.dataset.data_root
+    config.dump(tmp_path / 'config.py')
+    arguments = ['train', tmp_path / 'config.py', '--data-root', real_samples / 'coco_sample']
+    options = ['train_dataloader.dataset.indices=40', 'train_cfg.max_epochs=1', 'log_level=INFO']
+    output = run_tool(*arguments, '--work-dir', tmp_path, '--cfg-options', *options)
     assert 'Epoch(val) [1][31/31]' in output
-    checkpoint = torch.load(tmp_path / 'epoch_1.pth', weights_only=False)
-    assert all(torch.isfinite(value).all() for value in checkpoint['state_dict'].values())
-    arguments[arguments.index('train_cfg.max_epochs=1')] = 'train_cfg.max_epochs=2'
-    assert 'resumed epoch: 1' in run_tool('train.py', CONFIG, '--resume', *arguments)
-    assert (tmp_path / 'epoch_2.pth').exists()
+    weights, *_ = state_of(tmp_path / 'epoch_1.pth')
+    assert all(torch.isfinite(value).all() for value in weights.values())
 
 
 def test_true_input_size(real_samples, tmp_path):
-    """The recipe as it is, short side 800, for one iteration and one picture."""
+    """The recipe as it is, short side 800, for one iteration and one image."""
     data = tmp_path / 'coco'
-    subset = run_tool(
-        'subset_data.py', real_samples / 'coco_sample', data, '--train', 2, '--val', 1
-    )
-    assert 'train2017: 2 images' in subset
+    subset = run_tool('subset_data', real_samples / 'coco_sample', data, '--train', 1, '--val', 1)
+    assert 'train2017: 1 images' in subset
     output = run_tool(
-        'train.py', RECIPE, '--data-root', data, '--work-dir', tmp_path / 'work', '--cfg-options',
-        'model.backbone.init_cfg=None', 'train_cfg.max_epochs=1', 'param_scheduler.1.end=1',
-        'param_scheduler.1.milestones=[1]', 'default_hooks.logger.interval=1',
+        'train', 'configs/detection/mask_rcnn_conv2former_n.py', '--data-root', data, '--work-dir',
+        tmp_path / 'work', '--cfg-options',
+        *WITHOUT_WORKERS, 'model.backbone.init_cfg=None', 'train_cfg.max_epochs=1',
+        'param_scheduler.1.end=1', 'param_scheduler.1.milestones=[1]',
+        'default_hooks.logger.interval=1', 'train_dataloader.batch_size=1',
         'train_dataloader.dataset.pipeline.3.prob=[1.0,0.0]',
         'train_dataloader.dataset.pipeline.3.transforms.0.0.scales=[(1333,800)]',
     )  # fmt: skip
     assert 'Epoch(train) [1][1/1]' in ' '.join(output.split())
     assert 'Epoch(val) [1][1/1]' in ' '.join(output.split())
-    checkpoint = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
-    assert checkpoint['state_dict']['roi_head.mask_head.convs.3.conv.weight'].shape[0] == 256
+    weights, *_ = state_of(tmp_path / 'work/epoch_1.pth')
+    assert weights['roi_head.mask_head.convs.3.conv.weight'].shape[0] == 256
 
 
 def test_demo_in_small(tmp_path):
     work_dir = tmp_path / 'work'
-    options = ['--train', 16, '--val', 3, '--epochs', 2]
+    options = ['--train', 8, '--val', 3, '--epochs', 1]
     output = run_tool('demo.py', '--data', tmp_path / 'data', '--work-dir', work_dir, *options)
     *_, untrained, trained, _, predictions, _, checkpoint, _ = output.splitlines()
     assert untrained.split()[0] == 'untrained'
@@ -284,13 +301,13 @@ def test_demo_in_small(tmp_path):
     assert str(work_dir / 'predictions.png') in predictions
     assert cv2.imread(str(work_dir / 'predictions.png')).shape == (256, 3 * 512, 3)
     assert cv2.imread(str(work_dir / 'curves.png')) is not None
-    assert (work_dir / 'train/epoch_2.pth').samefile(checkpoint.split()[-1])
+    assert (work_dir / 'train/epoch_1.pth').samefile(checkpoint.split()[-1])
     command = next(line for line in output.splitlines() if line.startswith('$ python tools/train'))
     assert f'{CONFIG} --work-dir {work_dir}/train' in command
 
 
 def test_subset_of_coco(sample, tmp_path):
-    run_tool('subset_data.py', sample / 'coco', tmp_path / 'fit', '--train', 3, '--val-is-train')
+    run_tool('subset_data', sample / 'coco', tmp_path / 'fit', '--train', 3, '--val-is-train')
     contents = [
         json.loads((tmp_path / f'fit/annotations/instances_{split}.json').read_text())
         for split in ('train2017', 'val2017')
@@ -306,7 +323,7 @@ def test_subset_of_coco(sample, tmp_path):
 
 def test_subset_of_ade(sample, tmp_path):
     source, folder = sample / 'ade/ADEChallengeData2016', tmp_path / 'pilot'
-    output = run_tool('subset_data.py', source, folder, '--train', 0.25, '--val', 2)
+    output = run_tool('subset_data', source, folder, '--train', 0.25, '--val', 2)
     assert 'training: 10 images' in output
     for split, count in (('training', 10), ('validation', 2)):
         images = sorted((folder / 'images' / split).iterdir())
@@ -318,7 +335,7 @@ def test_subset_of_ade(sample, tmp_path):
 
 
 def test_subset_refuses(sample, tmp_path):
-    arguments = ['subset_data.py', sample / 'coco', tmp_path, '--train', 1, '--val', 99]
+    arguments = ['subset_data', sample / 'coco', tmp_path, '--train', 1, '--val', 99]
     assert 'already exists' in run_tool(*arguments, succeeds=False)
     arguments[2] = tmp_path / 'new'
     assert '99 were requested' in run_tool(*arguments, succeeds=False)
@@ -327,124 +344,43 @@ def test_subset_refuses(sample, tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
-MISSING = '/nowhere/else'
 NO_WEIGHTS = ['--cfg-options', 'model.backbone.init_cfg=None']
-REFUSALS = {
-    'config': (['train.py', 'configs/none.py'], 'config configs/none.py: it does not exist'),
-    'data': (
-        ['train.py', RECIPE, '--data-root', MISSING, *NO_WEIGHTS],
-        f'{MISSING}/annotations/instances_train2017.json (train_dataloader)',
-    ),
-    'data to evaluate': (
-        ['test.py', RECIPE, 'none', '--data-root', MISSING, *NO_WEIGHTS],
-        'say where they lie with --data-root DIR',
-    ),
-    'weights': (
-        ['train.py', RECIPE, '--data-root', 'SAMPLE'],
-        'pretrained weights pretrain/conv2former_t.pth are missing. The published weights',
-    ),
-    'checkpoint': (['test.py', RECIPE, 'none.pth'], 'checkpoint none.pth does not exist'),
-    'resume': (
-        ['train.py', RECIPE, '--resume', 'none.pth'],
-        '--resume: checkpoint none.pth does not exist',
-    ),
-    'amp': (
-        ['train.py', RECIPE, '--amp', '--cfg-options', 'optim_wrapper.type=ApexOptimWrapper'],
-        '--amp needs optim_wrapper.type OptimWrapper',
-    ),
-    'tta': (
-        [
-            'test.py',
-            RECIPE,
-            'none',
-            '--data-root',
-            'SAMPLE',
-            '--tta',
-            *NO_WEIGHTS,
-            'tta_model._delete_=True',
-            'tta_pipeline=None',
-        ],
-        'has no tta_model and tta_pipeline',
-    ),
-    'weights of a segmentor': (
-        [
-            'train.py',
-            'configs/segmentation/upernet_conv2former_l_in22k.py',
-            '--data-root',
-            'ADE SAMPLE',
-        ],
-        'pretrained weights pretrain/conv2former_l_in22k.pth are missing. The published weights',
-    ),
-    'out': (['test.py', RECIPE, 'none', '--out', 'a.json'], '--out must end with .pkl'),
-    'scaling': (
-        ['train.py', RECIPE, '--auto-scale-lr', '--cfg-options', 'auto_scale_lr._delete_=True'],
-        'has no auto_scale_lr.base_batch_size',
-    ),
-}
+REFUSALS = {  # train.py with CONFIG, or test.py with CONFIG and none
+    'data': ('train', ['--data-root', '/nowhere', *NO_WEIGHTS],
+             '/nowhere/annotations/instances_train2017.json (train_dataloader)'),
+    'data to evaluate': ('test', ['--data-root', '/nowhere', *NO_WEIGHTS],
+                         'name their folder with --data-root DIR'),
+    'weights': ('train', ['--data-root', 'SAMPLE'],
+                'pretrained weights pretrain/conv2former_t.pth are missing. The published weights'),
+    'resume': ('train', ['--resume', 'none.pth'], '--resume: checkpoint none.pth does not exist'),
+    'amp': ('train', ['--amp', '--cfg-options', 'optim_wrapper.type=ApexOptimWrapper'],
+            '--amp needs optim_wrapper.type OptimWrapper'),
+    'tta': ('test', ['--data-root', 'SAMPLE', '--tta', *NO_WEIGHTS, 'tta_model._delete_=True',
+                     'tta_pipeline=None'], 'has no tta_model and tta_pipeline'),
+    'out': ('test', ['--out', 'a.json'], '--out must end with .pkl'),
+    'scaling': ('train', ['--auto-scale-lr', '--cfg-options', 'auto_scale_lr._delete_=True'],
+                'has no auto_scale_lr.base_batch_size'),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize('case', REFUSALS)
 def test_refuses_with_one_message(case, sample):
-    arguments, message = REFUSALS[case]
-    folders = {'SAMPLE': sample / 'coco', 'ADE SAMPLE': sample / 'ade/ADEChallengeData2016'}
-    arguments = [folders.get(argument, argument) for argument in arguments]
-    output = run_tool(*arguments, succeeds=False)
-    assert message in output
-    assert 'Traceback' not in output
+    tool, options, message = REFUSALS[case]
+    options = [sample / 'coco' if option == 'SAMPLE' else option for option in options]
+    checkpoint = ['none'] if tool == 'test' else []
+    assert message in run_tool(tool, CONFIG, *checkpoint, *options, succeeds=False)
 
 
-@pytest.mark.parametrize(
-    ('script', 'positional', 'expected'),
-    [
-        ('slurm_train.sh', [CONFIG], f'train.py {CONFIG} --launcher slurm'),
-        ('slurm_test.sh', [CONFIG, 'a b.pth'], f'test.py {CONFIG} a b.pth --launcher slurm'),
-    ],
-)
-def test_slurm_scripts(script, positional, expected, tmp_path):
-    srun = tmp_path / 'srun'
-    srun.write_text('#!/bin/sh\nprintf "%s\\n" "$#" "$*"\n')
-    srun.chmod(0o755)
-    environment = os.environ | {
-        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
-        'GPUS': '16',
-        'SRUN_ARGS': '--time=3-0 --qos=high',
-    }
-    command = [f'tools/{script}', 'gpu', 'my job', *positional, '--work-dir', 'a b']
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    count, words = result.stdout.splitlines()
-    assert int(count) == 7 + 2 + 3 + len(positional) + 2 + 2
-    assert f'{expected} --work-dir a b' in words
-    assert '--job-name=my job' in words
-    assert '--ntasks=16 --ntasks-per-node=8' in words
-    assert '--time=3-0 --qos=high' in words
-
-
-@pytest.mark.parametrize('script', ['dist_train', 'dist_test', 'slurm_train', 'slurm_test'])
-def test_scripts_explain_themselves(script):
-    result = subprocess.run([f'tools/{script}.sh'], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert f'tools/{script}.sh ' in result.stderr
+def test_missing_files_are_named():
+    assert 'config none.py: it does not exist' in run_tool('train', 'none.py', succeeds=False)
+    missing = 'checkpoint none.pth does not exist'
+    assert missing in run_tool('test', CONFIG, 'none.pth', succeeds=False)
 
 
 def make_machine(folder, without=()):
     """A folder for PATH with the commands that set-up asks for, without some."""
     folder.mkdir()
-    commands = [
-        'bash',
-        'cat',
-        'cksum',
-        'df',
-        'awk',
-        'nproc',
-        'dirname',
-        'ls',
-        'rm',
-        'mv',
-        'touch',
-        'c++',
-    ]
+    commands = 'bash cat cksum df awk nproc dirname ls rm mv touch c++'.split()
     for name in set(commands) - set(without):
         (folder / name).symlink_to(shutil.which(name))
     if 'python3' not in without:
@@ -488,7 +424,7 @@ def run_setup(tmp_path, machine):
 
 
 @pytest.mark.parametrize('data_root', ['data/coco', 'data/coco/'])
-def test_data_root_takes_the_place_of_whole_folders(data_root):
+def test_data_root_replaces_whole_folders(data_root):
     others = ['data/coco_extra/a.json', 'data/cocoa', 'images', '', 'x/data/coco/a.json']
     config = Config(
         dict(

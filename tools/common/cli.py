@@ -1,7 +1,4 @@
-"""What `train.py` and `test.py` share: arguments, reading a config, checks before a long run.
-
-`convert_weights.py` takes from here how checkpoints are guarded.
-"""
+"""What tools that read a config share: arguments, loading it, checks before a long run."""
 
 from __future__ import annotations
 
@@ -9,30 +6,28 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryFile
-from traceback import walk_tb
 from typing import Any
 
 import torch
 import torch.distributed
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.registry import RUNNERS, build_from_cfg
+from mmengine.registry import DATASETS, RUNNERS
 from mmengine.runner import Runner
 from torch.distributed.constants import default_pg_timeout
 
 from common.backbones import set_backbone
 from common.config_check import (
-    DEFAULT_TYPES,
     ConfigError,
-    arguments_of,
+    advice,
     check_config,
-    check_top,
-    find_type,
-    in_one_line,
+    check_loader,
+    explain_build_error,
     merge_options,
     read_config,
 )
@@ -44,15 +39,18 @@ from mmconv2former.checkpoint.reading import (
     trusts_checkpoints,
 )
 from mmconv2former.datasets.checked import DataError
+from mmconv2former.engine.cuda_graphs import VaryingSizeError
 from mmconv2former.engine.finite import NonFiniteError
 from mmconv2former.engine.runner import CheckpointNotSaved, ReliableRunner
 from mmconv2former.models.baselines import BASELINES, how_to_get_weights
 
-# What mmengine builds where a config has no visualizer.
-DEFAULT_VISUALIZER = dict(
-    type=DEFAULT_TYPES['visualizer'], vis_backends=[dict(type='LocalVisBackend')]
-)
-# torch's words for a data worker that the system ended, and for one that raised: with its trace.
+# What mmengine builds if a config has no visualizer.
+DEFAULT_VISUALIZER = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
+# Their messages say what is wrong with a file or setting of the user, and what to do.
+ERRORS_OF_USERS = (
+    CheckpointError, CheckpointNotSaved, ConfigError, DataError, NonFiniteError, VaryingSizeError
+)  # fmt: skip
+# How torch reports a data worker that the system killed, and one that raised an error.
 DEAD_WORKER = re.compile(
     r'DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal|exited unexpectedly)'
 )
@@ -60,7 +58,7 @@ FAILED_WORKER = re.compile(r'Caught \w+ in DataLoader worker process \d+\.')
 
 
 class OptionsAction(DictAction):
-    """Takes KEY=VALUE as mmengine does, and refuses what is not of this form in one line."""
+    """mmengine's KEY=VALUE, with one line for what is not of this form."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
         try:
@@ -72,7 +70,7 @@ class OptionsAction(DictAction):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of a run: of train.py and test.py."""
+    """Adds the arguments that train.py and test.py share."""
     add_config_arguments(parser)
     parser.add_argument('--work-dir', help='for logs and checkpoints (default: work_dirs/CONFIG)')
     add_data_root_argument(parser)
@@ -87,16 +85,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_root_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--data-root', help="where the data lie, instead of the config's data_root")
+    parser.add_argument('--data-root', help="folder with the data, instead of the config's")
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what every tool takes that reads a config; those of a run get values that do nothing."""
+    """Adds the arguments of every tool that reads a config; those of a run get defaults."""
     parser.add_argument(
         '--backbone',
         choices=list(BASELINES),
         metavar='NAME',
-        help='another network instead of Conv2Former: a name of docs/baselines.md',
+        help='use another network instead of Conv2Former: a name from docs/baselines.md',
     )
     parser.add_argument(
         '--cfg-options',
@@ -107,7 +105,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help='change the config: a.b=1, a.0.b=x for an item of a list, "a=[(1,2),(3,4)]"',
     )
     parser.add_argument(
-        '--traceback', action='store_true', help='show where an error of the config comes from'
+        '--traceback', action='store_true', help='show the traceback of an error in the config'
     )
     add_trust_argument(parser)
     parser.set_defaults(work_dir=None, data_root=None, launcher='none', local_rank=0)
@@ -118,13 +116,13 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--trust-checkpoints',
         action='store_true',
-        help=f'read checkpoints that hold more than data, and run what they hold '
-        f'(as {TRUST_VARIABLE}=1 does)',
+        help=f'read checkpoints that contain more than data, and run the code in them '
+        f'(same as {TRUST_VARIABLE}=1)',
     )
 
 
 def guard_checkpoints(args: argparse.Namespace) -> None:
-    """From here on checkpoints are read as data only, unless the user says otherwise."""
+    """From here on checkpoints are read as data only, unless the user trusts them."""
     if args.trust_checkpoints:
         os.environ[TRUST_VARIABLE] = '1'
     if trusts_checkpoints():
@@ -138,66 +136,56 @@ def guard_checkpoints(args: argparse.Namespace) -> None:
 
 @contextmanager
 def run_errors(traceback: bool) -> Iterator[None]:
-    """Turns what stops a run because of its config or files into the tool's one-line error.
+    """Ends the tool with one line if the user's config or files caused an error.
 
-    Of other errors those are taken that come from building a part of the config; what goes wrong
-    while the network runs keeps its trace.
+    Errors in a part of the config that is being built count; those of a running network keep their
+    traceback.
 
     Args:
         traceback: Whether all errors keep it.
     """
     try:
         yield
-    except (CheckpointError, CheckpointNotSaved, ConfigError, DataError, NonFiniteError) as error:
-        if traceback:
-            raise
-        raise SystemExit(f'error: {error}') from None
     except Exception as error:
-        if traceback:
+        message = None if traceback else explain_error(error)
+        if message is None:
             raise
-        if DEAD_WORKER.match(str(error)):
-            raise SystemExit(
-                f'error: {error}. Was there too little memory, or shared memory? Fewer workers '
-                'need less: train_dataloader.num_workers'
-            ) from None
-        if FAILED_WORKER.match(str(error)):
-            reason = str(error).rstrip().splitlines()[-1]
-            raise SystemExit(
-                f'error: in a data worker: {reason} (--traceback shows where)'
-            ) from None
-        type_ = type_being_built(error)
-        if type_ is None:
-            raise
-        raise SystemExit(
-            f'error: cannot build {type_}: {in_one_line(error)} (--traceback shows where)'
-        ) from None
+        raise SystemExit(f'error: {message}') from None
 
 
-def type_being_built(error: Exception) -> str | None:
-    """The innermost `type` that a registry was building; None if it was not building."""
-    name = None
-    for frame, _ in walk_tb(error.__traceback__):
-        if frame.f_code is build_from_cfg.__code__:
-            type_ = frame.f_locals['cfg'].get('type')
-            name = getattr(type_, '__name__', type_)
-    return name
+def explain_error(error: Exception) -> str | None:
+    """One line about an error that the user can fix; None for others."""
+    text = str(error)
+    if isinstance(error, DataError) and error.__cause__ is not None:
+        return text + advice(error.__cause__)
+    if isinstance(error, ERRORS_OF_USERS):
+        return text
+    if DEAD_WORKER.match(text):
+        return (
+            f'{text}. Was there too little memory, or shared memory? Use fewer workers: '
+            'train_dataloader.num_workers'
+        )
+    if FAILED_WORKER.match(text):
+        reason: str | None = f'in a data worker: {text.rstrip().splitlines()[-1]}'
+    else:
+        reason = explain_build_error(error)
+    return reason and f'{reason} (--traceback shows where)'
 
 
 def load_config(args: argparse.Namespace, needed: Sequence[str] = ()) -> Config:
-    """The config of the command line, checked and ready for mmengine's runner.
+    """The config of the command line, ready for mmengine's runner.
 
     Args:
         args: What `add_arguments` defines.
         needed: Keys that the config must have, such as `train_dataloader`.
 
     Raises:
-        SystemExit: The config file or an option of `args` is not usable; the message says why.
+        SystemExit: The config file or an option of `args` cannot be used; the message says why.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     guard_checkpoints(args)
     try:
         config = read_config(args.config)
-        check_top(config)
         if args.backbone is not None:
             set_backbone(config, args.backbone)
         if args.data_root is not None:
@@ -225,17 +213,42 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config)
 
 
-def preflight(runner: Runner, strict: bool) -> None:
-    """Has our runner refuse a bad checkpoint before the data are loaded; see its `preflight`."""
-    if isinstance(runner, ReliableRunner):
-        runner.preflight(strict)
+def preflight(runner: Runner, modes: Sequence[str], strict: bool) -> None:
+    """Finds what is wrong with a run before the training data are read.
+
+    Everything that mmengine builds late is built here if it needs no training data: the optimizer,
+    evaluators, the validation data. Training dataset, its loader and the schedulers follow when the
+    run starts. Runners other than ours are left as they are.
+
+    Args:
+        runner: A new runner.
+        modes: Those of `train`, `val` and `test` that will run.
+        strict: See `ReliableRunner.preflight`, which reads the checkpoint.
+
+    Raises:
+        ConfigError, CheckpointError, ...: See `run_errors`.
+    """
+    if not isinstance(runner, ReliableRunner):
+        return
+    for mode in modes:
+        settings = getattr(runner, f'_{mode}_dataloader')
+        if isinstance(settings, dict):
+            check_loader(f'{mode}_dataloader', settings)
+        evaluator = getattr(runner, f'_{mode}_evaluator', None)
+        if evaluator is not None:
+            setattr(runner, f'_{mode}_evaluator', runner.build_evaluator(evaluator))
+    if 'train' in modes:
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.preflight(strict)
+    if 'val' in modes:
+        _ = runner.val_loop  # built at its first use
 
 
 def check_checkpoint(option: str, checkpoint: str) -> None:
-    """Checks that a checkpoint of the command line is there, if it is a file of this machine.
+    """Checks that a checkpoint of the command line exists, if it is a local file.
 
     Raises:
-        SystemExit: It is not.
+        SystemExit: It does not.
     """
     path = os.path.expanduser(checkpoint)  # as it will be read
     if is_local(checkpoint) and not os.path.isfile(path):
@@ -244,9 +257,9 @@ def check_checkpoint(option: str, checkpoint: str) -> None:
 
 
 def use_gloo(config: Config) -> None:
-    """Joins a process group without CUDA, for which mmengine would select a CUDA device.
+    """Joins a gloo process group; mmengine's own would need a CUDA device.
 
-    SyncBN works on CUDA only: it becomes BN, with statistics of each process alone.
+    SyncBN, which needs CUDA too, becomes BN with statistics of each process.
     """
     seconds = config.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
     timeout = default_pg_timeout if seconds is None else timedelta(seconds=seconds)
@@ -264,21 +277,20 @@ def use_gloo(config: Config) -> None:
 
 
 def set_data_root(config: Config, data_root: str) -> None:
-    """Puts `data_root` in the place of `config.data_root`, wherever a path begins with that.
+    """Replaces `config.data_root` with `data_root` in every path that begins with it.
 
     Raises:
         SystemExit: The config has no `data_root` at its top, or an empty one.
     """
     if not config.get('data_root'):
         raise SystemExit(
-            f'error: --data-root: {config.filename} has no data_root at its top, whose place it '
-            'could take'
+            f'error: --data-root: {config.filename} has no data_root at its top to replace'
         )
     old = config.data_root.rstrip('/') + '/'
     new = os.path.join(data_root, '')
 
     def replace(value: Any) -> Any:
-        # With the slash: data/coco is not the beginning of data/coco_extra.
+        # With the slash, as data/coco_extra is not in data/coco.
         is_inside = isinstance(value, str) and os.path.join(value, '').startswith(old)
         return new + value[len(old) :] if is_inside else value
 
@@ -287,7 +299,7 @@ def set_data_root(config: Config, data_root: str) -> None:
 
 
 def replace_values(settings: Any, replace: Callable[[Any], Any]) -> Any:
-    """A copy of nested dicts and lists with every innermost value replaced."""
+    """A copy of nested dicts and lists with `replace` applied to every innermost value."""
     if isinstance(settings, dict):
         return type(settings)((k, replace_values(v, replace)) for k, v in settings.items())
     if isinstance(settings, (list, tuple)):
@@ -296,7 +308,7 @@ def replace_values(settings: Any, replace: Callable[[Any], Any]) -> Any:
 
 
 def check_work_dir(config: Config) -> None:
-    """Checks that a run can write where its logs and checkpoints go.
+    """Checks that a run can write logs and checkpoints.
 
     Raises:
         SystemExit: It cannot; the message says why.
@@ -312,7 +324,7 @@ def check_work_dir(config: Config) -> None:
 
 
 def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> None:
-    """Checks that what a run reads is there, before anything is built.
+    """Checks that the files of a run exist, before anything is built.
 
     Args:
         config: A whole config.
@@ -333,7 +345,7 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
         raise SystemExit(
             'error: data are missing:\n  '
             + '\n  '.join(dict.fromkeys(missing))
-            + '\nPut them there, or say where they lie with --data-root DIR (README, section Data).'
+            + '\nPut them there, or name their folder with --data-root DIR (README, section Data).'
         )
     for part in ('backbone', 'head') if check_weights else ():
         settings = config.model.get(part) or {}
@@ -352,42 +364,31 @@ def dataset_paths(settings: ConfigDict, scope: str) -> Iterator[str]:
 
     Args:
         settings: Of a data loader, or of a part of one.
-        scope: The scope in which it is built.
+        scope: The config's default scope.
     """
-    scope = settings.get('_scope_') or scope
-    classes = [found.cls for found in find_type(settings.get('type'), scope)]
-    if not downloads(settings, classes):
+    if not downloads(settings, scope):
         root = settings.get('data_root') or ''
         # A dict of folders in detection and segmentation, one folder in classification.
         prefixes = settings.get('data_prefix') or {}
-        paths = [*prefixes.values()] if isinstance(prefixes, dict) else [prefixes]
-        if not paths and settings.get('split') and has_folder_of_split(classes):
-            paths = [settings['split']]
-        if settings.get('ann_file'):
-            paths.insert(0, settings['ann_file'])
+        folders = prefixes.values() if isinstance(prefixes, dict) else [prefixes]
+        paths = [path for path in (settings.get('ann_file'), *folders) if path]
+        yield from (os.path.join(root, path) for path in paths)
         if not paths and root:
             yield root
-        yield from (os.path.join(root, path) for path in paths if path is not None)
     for value in settings.values():
         for item in value if isinstance(value, (list, tuple)) else [value]:
             if isinstance(item, dict):
                 yield from dataset_paths(item, scope)
 
 
-def downloads(settings: Mapping, classes: Sequence[Any]) -> bool:
-    """Whether a dataset gets its own files where they are missing, as CIFAR and MNIST do."""
-    return bool(settings.get('download', True)) and any(
-        'download' in (arguments_of(cls) or {}) for cls in classes
+def downloads(settings: ConfigDict, scope: str) -> bool:
+    """Whether a dataset fetches its own files if they are missing, as CIFAR and MNIST do."""
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        cls = registry.get(str(settings.get('type')))
+    bases = getattr(cls, '__mro__', ())
+    return settings.get('download') is not False and any(
+        'download' in signature(base.__init__).parameters for base in bases
     )
-
-
-def has_folder_of_split(classes: Sequence[Any]) -> bool:
-    """Whether a dataset's `split` names a folder.
-
-    It does in mmpretrain's two ImageNets alone; all others have files that list their splits.
-    """
-    names = {base.__name__ for cls in classes for base in getattr(cls, '__mro__', ())}
-    return bool(names & {'ImageNet', 'ImageNet21k'})
 
 
 def is_local(path: str) -> bool:
