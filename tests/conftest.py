@@ -4,6 +4,7 @@ pytest --slow                                      # every test at its full coun
 pytest tests/reliability --slow --reliability-page docs/reliability.md
 """
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -94,6 +95,16 @@ def own_downloads(tmp_path_factory):
         yield
 
 
+@pytest.fixture(scope='session', autouse=True)
+def quick_runs():
+    """Without two habits of mmengine that cost more time than a short run itself."""
+    gc.freeze()  # each dataset collects garbage: now without what the libraries have built
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # It formats the config for each log and each checkpoint.
+        monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_visualizers():
     """Without those of earlier tests, into whose work dirs a run would log."""
@@ -166,8 +177,6 @@ def guarded(monkeypatch):
 def in_process(guarded, monkeypatch):
     """What tools change in their process is restored: for tests that call their `main`."""
     monkeypatch.setenv('LOCAL_RANK', '0')
-    # mmengine formats the config anew for each log and file: half a second each.
-    monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 from mmconv2former import Baseline, Conv2Former, Conv2FormerIsotropic
 from mmconv2former.checkpoint.architecture import recognise_arch
-from mmconv2former.checkpoint.loading import check_fit, find_prefix, load_pretrained
+from mmconv2former.checkpoint.loading import find_prefix, load_model, load_pretrained
 from mmconv2former.checkpoint.reading import CheckpointError, read_state_dict
 from mmconv2former.models.baselines import BASELINES
 from mmconv2former.models.blocks import Block
@@ -785,18 +785,12 @@ def drawn_pairs(
     dataloader = f'{split}_dataloader'
     if not config.get(dataloader):
         raise ValueError(f'--split {split}: {config.filename} has no {dataloader}')
-    check_files(config, [dataloader, 'test_dataloader'], check_weights=False)
-    state_dict = read_state_dict(checkpoint)
+    check_files(config, [dataloader, 'test_dataloader'])
     init_default_scope(config.default_scope)
     config.model.backbone.init_cfg = None  # the checkpoint holds all weights
     model = MODELS.build(config.model)
-    try:
-        check_fit(state_dict, model.state_dict(), may_miss=None)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f'checkpoint {checkpoint!r} does not fit the model: {error}'
-        ) from error
-    model.load_state_dict(state_dict, strict=False)
+    content = dict(state_dict=read_state_dict(checkpoint))
+    load_model(model, content, checkpoint, strict=True)
     model = model.to(device).eval()
 
     settings = without_wrappers(config[dataloader].dataset)

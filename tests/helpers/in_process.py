@@ -9,7 +9,7 @@ from functools import cache
 from evidence import segmentation_size
 
 from helpers import ROOT
-from helpers.tiny import FOUR_ITERATIONS
+from helpers.tiny import FOUR_ITERATIONS, WITHOUT_WORKERS
 from helpers.tools import forget_instances
 
 
@@ -72,6 +72,7 @@ def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), init_cfg=None, more='
 SMALL_DATA = [
     *segmentation_size(64),
     *FOUR_ITERATIONS,
+    *WITHOUT_WORKERS,
     'val_dataloader.dataset.indices=1',
     'test_dataloader.dataset.indices=1',
 ]

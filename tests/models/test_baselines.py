@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import yaml
-from common.cli import check_files, set_backbone
+from common.cli import set_backbone
 from evidence import count_flops, segmentation_size
 from helpers import ROOT
 from helpers.pages import write_files
@@ -22,6 +22,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmconv2former import Baseline
+from mmconv2former.checkpoint.reading import CheckpointNotFound
 from mmconv2former.models.baselines import BASELINES, STRIDES, how_to_get_weights
 
 DENSE = [name for name, variant in BASELINES.items() if variant.family.dense is not None]
@@ -558,10 +559,10 @@ def test_recipe_without_a_place_for_feature_maps():
         set_backbone(config, 'swin_tiny')
 
 
-def test_missing_weights_are_asked_for_before_anything_is_built():
-    config = load('comparison/upernet_swin_t')
-    with pytest.raises(SystemExit, match=r'swin_tiny.pth are missing. .*swin-tiny_3rdparty_in1k'):
-        check_files(config, [], check_weights=True)
+def test_missing_weights_are_asked_for():
+    backbone = MODELS.build(load('comparison/upernet_swin_t').model.backbone)
+    with pytest.raises(CheckpointNotFound, match=r'swin_tiny.pth.*swin-tiny_3rdparty_in1k'):
+        backbone.init_weights()
 
 
 def test_train_and_test_with_the_flag(sample, tmp_path):

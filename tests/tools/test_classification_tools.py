@@ -120,15 +120,15 @@ def test_what_is_asked_for_is_what_the_data_set_reads(settings, missing, tmp_pat
     dataloader = dict(dataset=dataset, batch_size=2)
     config = Config(dict(default_scope='mmpretrain', model={}, train_dataloader=dataloader))
     if missing is None:
-        check_files(config, ['train_dataloader'], check_weights=False)
+        check_files(config, ['train_dataloader'])
         return
     with pytest.raises(SystemExit, match=rf'missing:\s+{root}{missing} \(train_dataloader\)'):
-        check_files(config, ['train_dataloader'], check_weights=False)
+        check_files(config, ['train_dataloader'])
     for folder in (root / 'train', root / 'val'):
         folder.mkdir(parents=True)
     (root / 'meta').mkdir()
     (root / 'meta/val.txt').touch()
-    check_files(config, ['train_dataloader'], check_weights=False)
+    check_files(config, ['train_dataloader'])
 
 
 @pytest.mark.parametrize(

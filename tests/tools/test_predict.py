@@ -285,7 +285,7 @@ REFUSALS = {
     'size': (
         ['FOLDER', '--cfg-options', *OPTIONS[DETECTION], 'model.backbone.arch=small',
          'model.neck.in_channels=[72,144,288,576]'],
-        'does not fit the model of this config: channels is (64, 128, 256, 512) in the file, '
+        'does not fit this MaskRCNN: channels is (64, 128, 256, 512) in the file, '
         '(72, 144, 288, 576) in the model',
     ),
     'depth': (
@@ -318,7 +318,7 @@ def test_refuses_with_one_message(case, checkpoints, folder, tmp_path):
 def test_refuses_checkpoints_of_other_networks(checkpoints, folder, tmp_path):
     (tmp_path / 'text.pth').write_text('no checkpoint')
     cases = {
-        checkpoints[SEGMENTATION]: 'does not fit the model of this config',
+        checkpoints[SEGMENTATION]: 'does not fit this MaskRCNN',
         tmp_path / 'text.pth': 'cannot be read',
         tmp_path / 'none.pth': 'none.pth does not exist',
     }

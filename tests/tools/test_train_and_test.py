@@ -342,12 +342,15 @@ REFUSALS = {
     ),
     'weights': (
         ['train.py', CONFIG, '--data-root', 'SAMPLE'],
-        'pretrained weights pretrain/conv2former_t.pth are missing. The published weights',
+        "checkpoint 'pretrain/conv2former_t.pth' does not exist. The published weights",
     ),
-    'checkpoint': (['test.py', CONFIG, 'none.pth'], 'checkpoint none.pth does not exist'),
+    'checkpoint': (
+        ['test.py', CONFIG, 'none.pth', '--data-root', 'SAMPLE'],
+        "checkpoint 'none.pth' does not exist",
+    ),
     'resume': (
-        ['train.py', CONFIG, '--resume', 'none.pth'],
-        '--resume: checkpoint none.pth does not exist',
+        ['train.py', CONFIG, '--resume', 'none.pth', '--data-root', 'SAMPLE', *NO_WEIGHTS],
+        "checkpoint 'none.pth' does not exist",
     ),
     'amp': (
         ['train.py', CONFIG, '--amp', '--cfg-options', 'optim_wrapper.type=ApexOptimWrapper'],
@@ -374,7 +377,7 @@ REFUSALS = {
             '--data-root',
             'ADE SAMPLE',
         ],
-        'pretrained weights pretrain/conv2former_l_in22k.pth are missing. The published weights',
+        "checkpoint 'pretrain/conv2former_l_in22k.pth' does not exist. The published weights",
     ),
     'out': (['test.py', CONFIG, 'none', '--out', 'a.json'], '--out must end with .pkl'),
     'scaling': (
@@ -385,11 +388,12 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize('case', REFUSALS)
-def test_refuses_with_one_message(case, sample):
+def test_refuses_with_one_message(case, sample, tmp_path):
     arguments, message = REFUSALS[case]
     folders = {'SAMPLE': sample / 'coco', 'ADE SAMPLE': sample / 'ade/ADEChallengeData2016'}
     arguments = [folders.get(argument, argument) for argument in arguments]
-    output = run_tool(*arguments, succeeds=False)
+    tool, config, *arguments = arguments
+    output = run_tool(tool, config, '--work-dir', tmp_path, *arguments, succeeds=False)
     assert message in output
     assert 'Traceback' not in output
 

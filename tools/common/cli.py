@@ -36,7 +36,6 @@ from common.config_check import (
     read_config,
 )
 from mmconv2former.checkpoint.reading import (
-    HOW_TO_GET_WEIGHTS,
     TRUST_VARIABLE,
     CheckpointError,
     admit_only_data,
@@ -49,7 +48,6 @@ from mmconv2former.models.baselines import (
     ALL_STAGES,
     BASELINES,
     find_baseline,
-    how_to_get_weights,
     parse_stages,
 )
 
@@ -230,22 +228,10 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config)
 
 
-def preflight(runner: Runner, strict: bool) -> None:
+def preflight(runner: Runner, training: bool) -> None:
     """Has our runner refuse a bad checkpoint before the data are loaded; see its `preflight`."""
     if isinstance(runner, ReliableRunner):
-        runner.preflight(strict)
-
-
-def check_checkpoint(option: str, checkpoint: str) -> None:
-    """Checks that a checkpoint of the command line is there, if it is a file of this machine.
-
-    Raises:
-        SystemExit: It is not.
-    """
-    path = os.path.expanduser(checkpoint)  # as it will be read
-    if is_local(checkpoint) and not os.path.isfile(path):
-        problem = 'is a folder' if os.path.isdir(path) else 'does not exist'
-        raise SystemExit(f'error: {option}checkpoint {checkpoint} {problem}')
+        runner.preflight(training)
 
 
 # Of any classification head of mmpretrain.
@@ -392,13 +378,12 @@ def check_work_dir(config: Config) -> None:
         ) from None
 
 
-def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> None:
-    """Checks that what a run reads is there, before anything is built.
+def check_files(config: Config, dataloaders: list[str]) -> None:
+    """Checks that the data of a run are there, before anything is built.
 
     Args:
         config: A whole config.
         dataloaders: Names of those to be used, such as `['train_dataloader']`.
-        check_weights: Whether pretrained weights of the backbone and the head will be read.
 
     Raises:
         SystemExit: Files are missing; the message lists them and says what to do.
@@ -416,16 +401,6 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
             + '\n  '.join(dict.fromkeys(missing))
             + '\nPut them there, or say where they lie with --data-root DIR (README, section Data).'
         )
-    for part in ('backbone', 'head') if check_weights else ():
-        settings = config.model.get(part) or {}
-        init_cfg = settings.get('init_cfg')
-        weights = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
-        if weights and is_local(weights) and not os.path.isfile(os.path.expanduser(weights)):
-            name = settings.get('name')
-            advice = how_to_get_weights(name) if name in BASELINES else HOW_TO_GET_WEIGHTS
-            raise SystemExit(f'error: pretrained weights {weights} are missing. {advice}')
-    if config.get('load_from'):
-        check_checkpoint('load_from: ', config.load_from)
 
 
 def dataset_paths(settings: ConfigDict, scope: str) -> Iterator[str]:

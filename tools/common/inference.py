@@ -14,7 +14,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import CheckpointLoader
 from torch import nn
 
-from common.cli import add_config_arguments, check_checkpoint, load_config
+from common.cli import add_config_arguments, load_config
 from mmconv2former import use_cuda_graphs
 
 BACKBONE = 'backbone.'
@@ -39,10 +39,9 @@ def read_config(args: argparse.Namespace) -> Config:
     """The config of the command line, its model without weights to begin from.
 
     Raises:
-        SystemExit: The config or an option is not usable, or there is no such checkpoint.
+        SystemExit: The config or an option is not usable.
     """
     config = load_config(args)
-    check_checkpoint('', args.checkpoint)
     drop_pretrained(config)
     return config
 
@@ -74,7 +73,7 @@ def one_of(options: Mapping[str, Any], config: Config) -> Any:
 
 
 def read_weights(checkpoint: str) -> dict[str, Any]:
-    """What a checkpoint holds, with `state_dict`; see `weights.load_from_checked_file`."""
+    """The content of a checkpoint; see `load_from_checked_file` in `checkpoint/reading.py`."""
     return CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
 
 
