@@ -4,6 +4,7 @@ pytest --slow                                      # every test at its full coun
 pytest tests/reliability --slow --reliability-page docs/reliability.md
 """
 
+import gc
 import os
 import re
 import tempfile
@@ -91,6 +92,16 @@ def process():
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv('TORCH_HOME', folder)
         # mmengine formats the config for each log and file: half a second each.
+        monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def quick_runs():
+    """Without two habits of mmengine that cost more time than a short run itself."""
+    gc.freeze()  # each dataset collects garbage: now without what the libraries have built
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # It formats the config for each log and each checkpoint.
         monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
         yield
 

@@ -19,7 +19,6 @@ from common.cli import (
     DEFAULT_VISUALIZER,
     add_arguments,
     build_runner,
-    check_checkpoint,
     check_files,
     check_work_dir,
     load_config,
@@ -85,9 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.resume is not None:
         config.resume = 'auto' if args.resume == 'auto' else True
         if args.resume != 'auto':
-            check_checkpoint('--resume: ', args.resume)
             config.load_from = args.resume
-    check_files(config, ['train_dataloader', 'val_dataloader'], check_weights=True)
+    check_files(config, ['train_dataloader', 'val_dataloader'])
     check_work_dir(config)
     compile_settings = config.pop('compile', False)
 
@@ -98,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if compile_settings:
             compile_backbone(runner, {} if compile_settings is True else compile_settings)
         modes = ['train', 'val'] if config.get('val_dataloader') else ['train']
-        preflight(runner, modes, strict=bool(config.get('resume')))
+        preflight(runner, modes)
         runner.train()
 
 

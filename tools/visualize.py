@@ -728,7 +728,7 @@ def drawn_pairs(config: Config, args: argparse.Namespace) -> dict[str, np.ndarra
     dataloader = f'{args.split}_dataloader'
     if not config.get(dataloader):
         raise ValueError(f'--split {args.split}: {config.filename} has no {dataloader}')
-    check_files(config, [dataloader, 'test_dataloader'], check_weights=False)
+    check_files(config, [dataloader, 'test_dataloader'])
     model = load_whole_model(config, args.checkpoint).to(args.device)
     pipeline = dataset_settings(config).pipeline
     # With `test_mode` images without objects are kept.

@@ -9,15 +9,13 @@ from dataclasses import dataclass, fields
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reading import CheckpointError
-
 # Of the hierarchical network, with its stage, or of the isotropic one.
 MODULATION_KERNEL = re.compile(r'(?:stages\.(\d+)|blocks)\.\d+\.attn\.att\.2\.weight')
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes of a state dict tell of its network; empty or None is what they do not."""
+    """What the shapes in a state dict say about its network; empty or None where they do not."""
 
     channels: tuple[int, ...]
     depths: tuple[int, ...]
@@ -28,70 +26,66 @@ class Architecture:
 
 
 def recognise_arch(state_dict: Mapping[str, Tensor]) -> Architecture:
-    """The network of a state dict with the published names: one value a stage, from shapes alone.
+    """Recognises the network of a state dict with the published names, one value a stage.
 
-    Nothing is checked for completeness. Without stages of modulations, as in the state dict of a
-    head or of another network, `depths` is empty.
+    Completeness is not checked. Without stages, as in the state dict of a head or of another
+    network, `depths` is empty.
     """
-    blocks: dict[int, list[Tensor]] = {}
+    stages: dict[int, list[Tensor]] = {}
     for name, value in state_dict.items():
         match = MODULATION_KERNEL.fullmatch(name)
         if match and match[1] and value.dim() == 4:  # (C, 1, k, k)
-            blocks.setdefault(int(match[1]), []).append(value)
-    stages = [blocks[stage] for stage in sorted(blocks)]
+            stages.setdefault(int(match[1]), []).append(value)
+    kernels = [stages[stage] for stage in sorted(stages)]
 
     def size(name: str, axis: int) -> int | None:
         value = state_dict.get(name)
         return value.shape[axis] if value is not None and value.dim() > axis else None
 
-    hidden_channels, in_channels = (size('stages.0.0.mlp.fc1.weight', axis) for axis in (0, 1))
+    hidden_channels, channels = (size('stages.0.0.mlp.fc1.weight', axis) for axis in (0, 1))
     return Architecture(
-        channels=tuple(stage[0].shape[0] for stage in stages),
-        depths=tuple(len(stage) for stage in stages),
-        kernel_size=tuple(stage[0].shape[-1] for stage in stages),
-        mlp_ratio=hidden_channels / in_channels if hidden_channels and in_channels else None,
+        channels=tuple(stage[0].shape[0] for stage in kernels),
+        depths=tuple(len(stage) for stage in kernels),
+        kernel_size=tuple(stage[0].shape[-1] for stage in kernels),
+        mlp_ratio=hidden_channels / channels if hidden_channels and channels else None,
         in_channels=size('downsample_layers.0.0.weight', 1),
         num_classes=size('pred.weight', 0),
     )
 
 
 def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
-    """In which respects the network of a file is not the model's, in words.
+    """Describes how the network of a file differs from the model's, which may be whole models.
 
-    Stages of the file behind the model's last do not count: `out_indices` may leave them out.
+    Stages of the file after the model's last do not count: `out_indices` may leave them out.
     """
-    in_file, in_model = recognise_arch(found), recognise_arch(expected)
+    in_file, in_model = (
+        recognise_arch({name.removeprefix('backbone.'): value for name, value in names.items()})
+        for names in (found, expected)
+    )
     for field in fields(Architecture):
         ours, theirs = getattr(in_model, field.name), getattr(in_file, field.name)
         if isinstance(ours, tuple):
             theirs = theirs[: len(ours)]
         if ours and theirs and ours != theirs:
-            hint = ' (adapt_kernel=True pads smaller ones)' if field.name == 'kernel_size' else ''
+            hint = (
+                ' (adapt_kernel=True pads smaller kernels)' if field.name == 'kernel_size' else ''
+            )
             yield f'{field.name} is {theirs} in the file, {ours} in the model{hint}'
 
 
 def pad_kernels(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The modulations' kernels, padded with zeros around to the size of the expected ones.
+    """Pads the modulations' kernels with zeros to the size of the expected ones.
 
-    A centred kernel in zeros is the same convolution, so the output stays as it was; smaller
-    kernels would change it.
+    A kernel centred in zeros is the same convolution, so the output does not change. Larger
+    kernels stay as they are, since cutting them would change it.
 
     Args:
         found: Names and tensors of a file, kernels of shape (C, 1, k, k).
-        expected: Those of the model, kernels of shape (C, 1, K, K) with K >= k, odd as k is.
-
-    Raises:
-        CheckpointError: An expected kernel is smaller than the one found.
+        expected: Those of the model, kernels of shape (C, 1, K, K); K and k are odd.
     """
     padded = dict(found)
     for name in filter(MODULATION_KERNEL.fullmatch, expected):
-        if name not in found or found[name].dim() != 4:
-            continue
-        old, new = found[name].shape[-1], expected[name].shape[-1]
-        if new < old:
-            raise CheckpointError(
-                f'kernel_size can only grow, as a smaller kernel has another output: {name} is '
-                f'{old}x{old} in the file, {new}x{new} in the model'
-            )
-        padded[name] = F.pad(found[name], [(new - old) // 2] * 4)
+        if name in found and found[name].dim() == 4:
+            margin = (expected[name].shape[-1] - found[name].shape[-1]) // 2
+            padded[name] = F.pad(found[name], [max(margin, 0)] * 4)
     return padded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from .runner import LAST_CHECKPOINT, PARTIAL, replace
 from .seeding import ITERATIONS, derived_seed, seed_all
 
 SHORTEST_LOG = 10_000  # iterations; more than any average that is logged by default
-# In the message hub: the iteration at which the last validation ended. mmengine logs what begins
-# with `val` there with the metrics.
+# In the message hub: iteration of the last complete validation. Not named `val...`: mmengine would
+# log it as a metric.
 VALIDATED = 'last_validation'
 
 
 @register(HOOKS)
 class SeedHook(Hook):
-    """Gives each iteration random numbers (drop path, dropout, sampled proposals) of its own."""
+    """Gives each iteration its own random numbers (drop path, dropout, sampled proposals)."""
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         is_of_rank = runner._randomness_cfg.get('diff_rank_seed', False)
@@ -31,11 +32,11 @@ class SeedHook(Hook):
 
 @register(HOOKS)
 class LogLengthHook(Hook):
-    """Bounds the log that mmengine keeps of each scalar, and copies at each iteration.
+    """Bounds the log that mmengine keeps of each scalar and copies at each iteration.
 
-    Without it a log grows to a million entries, is a part of each checkpoint, and costs more time
-    at each iteration. Averages over more iterations than an epoch or `SHORTEST_LOG`, which can be
-    asked for by `log_processor.custom_cfg` with `window_size='global'`, are of that length.
+    Otherwise it grows to a million entries, is part of each checkpoint, and slows down each
+    iteration. The bound is an epoch or `SHORTEST_LOG`, whichever is longer; longer averages, which
+    `log_processor.custom_cfg` can ask for with `window_size='global'`, are cut to it.
     """
 
     def after_train_iter(
@@ -49,10 +50,10 @@ class LogLengthHook(Hook):
 
 @register(HOOKS)
 class ReliableLoggerHook(LoggerHook):
-    """mmengine's `LoggerHook`, of which one process alone writes the metrics of a test.
+    """mmengine's `LoggerHook`, but only the main process writes the metrics of a test.
 
-    mmengine's writes them to the same file from all processes at once. Their times differ in
-    length, so that the end of a longer line can stay behind a shorter one: no JSON any more.
+    mmengine writes them to the same file from all processes at once. Their lines differ in length,
+    so the end of a longer one can remain after a shorter one: invalid JSON.
     """
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
@@ -60,40 +61,65 @@ class ReliableLoggerHook(LoggerHook):
             super().after_test_epoch(runner, metrics)
 
 
-@register(HOOKS)
-class ReliableCheckpointHook(CheckpointHook):
-    """mmengine's `CheckpointHook`, which at no moment is without a whole checkpoint.
+class LateRemoval:
+    """A file backend that removes files only when asked to.
 
-    - A checkpoint is removed (`max_keep_ckpts`, the former best) when its successor is on the disk,
-      not before.
-    - `last_checkpoint` is replaced as a whole.
-    - When a resumed run was interrupted between a checkpoint and the validation that was due, the
-      validation is made up for: its metrics are logged and the best checkpoint is kept, as in a run
-      without interruption.
+    Args:
+        backend: mmengine's, which does everything else.
     """
 
+    def __init__(self, backend: Any) -> None:
+        self.backend = backend
+        self.outdated: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backend, name)
+
+    def remove(self, path: str) -> None:
+        """Puts a file down for removal."""
+        self.outdated.append(path)
+
+    def remove_outdated(self, kept: Collection[str | None]) -> None:
+        """Removes the files that were put down and are not in `kept`."""
+        for path in self.outdated:
+            if path not in kept and self.backend.isfile(path):
+                self.backend.remove(path)
+        self.outdated.clear()
+
+
+@register(HOOKS)
+class ReliableCheckpointHook(CheckpointHook):
+    """mmengine's `CheckpointHook`, except that a complete checkpoint exists at any moment.
+
+    - A checkpoint is removed (`max_keep_ckpts`, the former best) after its successor is written.
+    - `last_checkpoint` is replaced atomically.
+    - If a run was interrupted between a checkpoint and the validation after it, the resumed run
+      starts with that validation: its metrics are logged and the best checkpoint is kept.
+    """
+
+    file_backend: Any
     keep_ckpt_ids: list[int]  # mmengine has a `deque` there
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
-        self._outdated_best: dict[str, str | None] = {}
+        self.file_backend = LateRemoval(self.file_backend)
         if self.max_keep_ckpts > 0:  # mmengine's has no room for one more
             self.keep_ckpt_ids = list(self.keep_ckpt_ids)
         if validation_is_due(runner):
-            runner.logger.info('The validation that is due at this checkpoint is made up for.')
+            runner.logger.info('Running the validation that the interruption skipped.')
             runner.val_loop.run()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        if isinstance(runner._train_loop, BaseLoop):  # else this is no part of a training
+        if isinstance(runner._train_loop, BaseLoop):  # not in a validation on its own
             runner.message_hub.update_info(VALIDATED, runner.iter)
             super().after_val_epoch(runner, metrics)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
-        self._remove_outdated_best()  # by now the new best is on the disk, if this follows it
+        self._remove_outdated()  # the former best, if this follows a new one
         outdated = []
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             self.keep_ckpt_ids.append(step)
-            # With those about to be removed, which a run that is killed before will remove later.
+            # Includes those about to be removed: if this run is killed, the next removes them.
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
             outdated = self.keep_ckpt_ids[: -self.max_keep_ckpts]
             del self.keep_ckpt_ids[: -self.max_keep_ckpts]
@@ -117,47 +143,23 @@ class ReliableCheckpointHook(CheckpointHook):
         partial.write_text(self.last_ckpt)
         replace(partial, Path(runner.work_dir, LAST_CHECKPOINT))
         for old in outdated:
-            self._remove(self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old)))
+            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
+            self.file_backend.remove(path)
+        self._remove_outdated()
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, float]) -> None:
-        former = self._best_checkpoints
-        self._outdated_best = former
-        self._best_checkpoints = dict.fromkeys(former)  # mmengine's would remove them first
         super()._save_best_checkpoint(runner, metrics)
-        self._remove_outdated_best()
-        current = self._best_checkpoints
-        self._best_checkpoints = {key: current[key] or former[key] for key in former}
+        self._remove_outdated()
 
-    @property
-    def _best_checkpoints(self) -> dict[str, str | None]:
-        """Path of the best checkpoint by metric; mmengine has two places for it."""
-        if not self.save_best:
-            return {}
-        if len(self.key_indicators) == 1:
-            return {'': self.best_ckpt_path}
-        return dict(self.best_ckpt_path_dict)
-
-    @_best_checkpoints.setter
-    def _best_checkpoints(self, paths: dict[str, str | None]) -> None:
-        if '' in paths:
-            self.best_ckpt_path = paths['']
-        elif paths:
-            self.best_ckpt_path_dict = paths
-
-    def _remove_outdated_best(self) -> None:
-        current = self._best_checkpoints
-        for key, path in self._outdated_best.items():
-            if path is not None and current[key] not in (None, path):
-                self._remove(path)
-        self._outdated_best = {}
-
-    def _remove(self, path: str) -> None:
-        if is_main_process() and self.file_backend.isfile(path):
-            self.file_backend.remove(path)
+    def _remove_outdated(self) -> None:
+        """Removes what mmengine, which has two places for the best, wanted to remove before."""
+        best_by_metric = getattr(self, 'best_ckpt_path_dict', {})
+        best = [getattr(self, 'best_ckpt_path', None), *best_by_metric.values()]
+        self.file_backend.remove_outdated(best)
 
 
 def validation_is_due(runner: Any) -> bool:
-    """Whether a resumed run stands where its loop validates, and has not done so before."""
+    """Whether a resumed run is where its loop validates, and has not validated yet."""
     loop = runner.train_loop
     has_validated = runner.message_hub.runtime_info.get(VALIDATED) == loop.iter
     if runner.val_loop is None or loop.iter == 0 or has_validated:

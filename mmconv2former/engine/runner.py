@@ -1,14 +1,12 @@
-"""mmengine's runner, made to survive: the one place where faults of it are worked round.
+"""A crash-safe mmengine Runner. Workarounds for mmengine bugs live here and in `hooks.py`.
 
     runner_type = 'mmconv2former.ReliableRunner'    # in any config for mmengine's Runner
 
-- A checkpoint is written wholly or not at all, and the one before it is kept until then.
-- A resumed run goes on as if it had not been interrupted: same order of samples, same augmentation,
-  same random numbers in the network, and a validation that was missed is made up for.
-- The log kept in memory has an end: mmengine copies all of it at each iteration.
+- A checkpoint is written completely or not at all; the previous one is kept until then.
+- A resumed run continues as if it had not been interrupted: same order of samples, same
+  augmentation, same random numbers in the network. A validation that was skipped is run.
+- The log kept in memory is bounded: mmengine copies all of it at each iteration.
 - Settings that depend on the machine are filled in (`mmconv2former.engine.device_defaults`).
-
-The hooks that do a part of this are in `mmconv2former.engine.hooks`.
 """
 
 from __future__ import annotations
@@ -22,25 +20,12 @@ from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, ma
 from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
-from mmengine.runner import (
-    BaseLoop,
-    CheckpointLoader,
-    EpochBasedTrainLoop,
-    IterBasedTrainLoop,
-    Runner,
-)
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
-from ..checkpoint.loading import (
-    LoadsPretrained,
-    check_optimizer,
-    check_resumable,
-    load_fitting,
-    load_model,
-    tensors_of,
-)
-from ..checkpoint.reading import UNREADABLE, CheckpointError, reason_of, with_state_dict
+from ..checkpoint.loading import check_model, check_optimizer, check_resumable
+from ..checkpoint.reading import CheckpointError, load_from_checked_file
 from ..registry import RUNNERS, register
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
 from .finite import check_weights, images_on_error
@@ -50,21 +35,26 @@ PARTIAL = '.checkpoint.partial'  # one name, so that an interrupted run leaves a
 LAST_CHECKPOINT = 'last_checkpoint'  # mmengine's: holds the path of the newest checkpoint
 
 
+class CheckpointNotSaved(OSError):
+    """A checkpoint could not be written; earlier ones are unchanged."""
+
+
 @register(RUNNERS)
 class ReliableRunner(Runner):
-    """A `Runner` whose runs can be killed at any moment; arguments as of mmengine's.
+    """A `Runner` whose runs can be killed at any moment; arguments are those of mmengine's.
 
-    `resume` may also be 'auto': resumes from the newest checkpoint of the work dir that can be
-    read, and without one begins as if nothing had been said of resuming.
+    `resume` may also be 'auto': resumes from the newest readable checkpoint in the work dir; if
+    there is none, starts from scratch.
     """
 
     _has_loaded: bool  # this and the next are mmengine's
     _resume: bool | str
-    _ahead: tuple[str | None, dict] = (None, {})  # name and content, see `preflight`
+    _has_initial_weights = False
+    _checked: tuple[str, dict] | None = None  # name and content of the file, see `preflight`
 
     @property
     def run_seed(self) -> int:
-        """The seed that all processes have in common."""
+        """The seed that all processes share."""
         has_rank_added = self._randomness_cfg.get('diff_rank_seed', False)
         return self.seed - get_rank() if has_rank_added else self.seed
 
@@ -73,7 +63,7 @@ class ReliableRunner(Runner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """As mmengine's, of checked samples with seeds of their own.
+        """As mmengine's, with checked samples that each have their own seed.
 
         Raises:
             DataError: The dataset cannot be read, or has no samples.
@@ -106,7 +96,7 @@ class ReliableRunner(Runner):
         return super().build_optim_wrapper(optim_wrapper)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Registers the default hooks, with ours for two of mmengine's, and more of ours."""
+        """Registers mmengine's default hooks, two of them replaced by ours, and more of ours."""
         hooks = dict(hooks or {})
         hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
         hooks.setdefault('logger', dict(type='LoggerHook'))
@@ -122,7 +112,7 @@ class ReliableRunner(Runner):
         }
         for name, type_ in ours.items():
             hooks.setdefault(name, dict(type=f'mmconv2former.{type_}'))
-            if hooks[name] is None:  # turned off, as mmengine's own are
+            if hooks[name] is None:  # turned off, as mmengine's own can be
                 del hooks[name]
         super().register_default_hooks(hooks)
 
@@ -144,30 +134,30 @@ class ReliableRunner(Runner):
         """Loads or resumes; from the newest readable checkpoint if none is named.
 
         Raises:
-            CheckpointError: See `mmconv2former.checkpoint`; of `resume` without a name only if
-                there are checkpoints and none can be read.
+            CheckpointError: See `mmconv2former.checkpoint`; if none is named, only if there are
+                checkpoints and none can be read.
         """
         if self._has_loaded or not (
             self._resume == 'auto' or (self._resume and not self._load_from)
         ):
             super().load_or_resume()
             return
-        # All processes go on from the same one, although a file system may show some of them less.
+        # All processes use the same checkpoint, even if a file system shows some of them less.
         found = [[str(path) for path in checkpoints_of(Path(self.work_dir))]]
         broadcast_object_list(found)
         for checkpoint in found[0]:
             problem = None
             try:
                 self.resume(checkpoint)
-            except (CheckpointError, FileNotFoundError) as error:
+            except CheckpointError as error:
                 problem = str(error)
             problems = [text for text in all_gather_object(problem) if text is not None]
             if not problems:
                 return
             if checkpoint == found[0][-1]:
                 raise CheckpointError(problems[0])
-            self.logger.warning(f'{problems[0]}. Trying the checkpoint before it.')
-        self.logger.info(f'There is no checkpoint in {self.work_dir} yet: the run begins.')
+            self.logger.warning(f'{problems[0]}. Trying the previous checkpoint.')
+        self.logger.info(f'No checkpoint in {self.work_dir}; starting from scratch.')
         self._resume = False
         super().load_or_resume()
 
@@ -181,14 +171,14 @@ class ReliableRunner(Runner):
         """Resumes as mmengine does, and the order of samples with it.
 
         Raises:
-            FileNotFoundError, CheckpointError: See `mmconv2former.checkpoint`.
+            CheckpointError: See `load_checkpoint`.
         """
         super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
         loop = self.train_loop
         loader = loop.dataloader
         sampler = getattr(loader.batch_sampler, 'sampler', None)
         if isinstance(loop, EpochBasedTrainLoop):
-            # The epochs may have been of another number of processes.
+            # The earlier epochs may have had another number of processes.
             loop._iter = loop.epoch * len(loader)
         if not isinstance(sampler, PositionedSampler):
             return
@@ -200,58 +190,55 @@ class ReliableRunner(Runner):
             )
 
     # -------------------------------------------------------------------------------------- load
-    def preflight(self, strict: bool) -> None:
-        """Reads `load_from` and pretrained weights, to refuse them before the data are loaded.
+    def preflight(self, training: bool) -> None:
+        """Reads and checks all weights of a run, to refuse them before the data are loaded.
 
         Args:
-            strict: See `mmconv2former.checkpoint.loading.load_model`:
-                whether this is to evaluate or resume.
+            training: Whether `train` will follow, with initial weights; otherwise `val` or `test`.
 
         Raises:
-            FileNotFoundError, CheckpointError: It cannot be read, or does not fit.
+            CheckpointError: Pretrained weights or `load_from` cannot be read, or do not fit.
         """
-        for module in unwrapped(self.model).modules():
-            if isinstance(module, LoadsPretrained):
-                module.load_own_pretrained()
+        if training:
+            self._init_model_weights()
         if self._load_from and self._resume != 'auto':  # which may find another one
-            self._ahead = self._load_from, self._read(self._load_from, strict)
+            content = self._read(self._load_from, strict=not training or bool(self._resume))
+            self._checked = self._load_from, content
+
+    def _init_model_weights(self) -> None:
+        """As mmengine's, but once: `preflight` may have done it."""
+        if not self._has_initial_weights:
+            super()._init_model_weights()
+        self._has_initial_weights = True
 
     def _read(self, filename: str, strict: bool) -> dict:
-        """What a file holds, after it was loaded into the model."""
-        try:
-            content = CheckpointLoader.load_checkpoint(filename, 'cpu')
-        except (CheckpointError, FileNotFoundError):
-            raise
-        except UNREADABLE as error:  # of mmengine's own loaders, outside our tools
-            raise CheckpointError(
-                f'checkpoint {filename!r} cannot be read: {reason_of(error)}'
-            ) from error
-        content = with_state_dict(content, filename)
+        """The content of a checkpoint that fits, with the tensors to load as `state_dict`."""
+        content = load_from_checked_file(filename, 'cpu')
         if self._resume:
             check_resumable(content, filename)
-        load_model(unwrapped(self.model), content, filename, strict)
+        content['state_dict'] = check_model(unwrapped(self.model), content, filename, strict)
         return content
 
     def load_checkpoint(
         self, filename: str, map_location: str | Callable = 'cpu', **kwargs: Any
     ) -> dict:
-        """Loads a checkpoint that fits; see `mmconv2former.checkpoint.loading.load_model`.
+        """Loads a checkpoint that fits; see `mmconv2former.checkpoint.loading.check_model`.
 
-        `map_location` and mmengine's other arguments have no use: tensors are read on the CPU.
+        `map_location` and mmengine's other arguments are ignored: tensors are read on the CPU.
 
         Raises:
-            FileNotFoundError, CheckpointError: It cannot be read, or does not fit.
+            CheckpointError: It cannot be read, or does not fit; the model is then unchanged.
         """
-        (name, content), self._ahead = self._ahead, (None, {})
+        (name, content), self._checked = self._checked or ('', {}), None
         if name != filename:
             is_tuning = isinstance(self._train_loop, BaseLoop) and not self._resume
             content = self._read(filename, strict=not is_tuning)
         if self._resume and not isinstance(self.optim_wrapper, dict):
             check_optimizer(content['optimizer'], self.optim_wrapper, filename)
             keep_own_step(content['optimizer'], self.optim_wrapper)
-        # Hooks may change it: the moving average of weights changes places with the others.
+        # Hooks may change it: EMAHook exchanges the averaged weights with the others.
         self.call_hook('after_load_checkpoint', checkpoint=content)
-        load_fitting(unwrapped(self.model), tensors_of(content['state_dict']))
+        unwrapped(self.model).load_state_dict(content['state_dict'], strict=False)
         self._has_loaded = True
         return content
 
@@ -265,11 +252,12 @@ class ReliableRunner(Runner):
         backend_args: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        """Saves as mmengine does, but wholly or not at all.
+        """Saves as mmengine does, but completely or not at all.
 
         Raises:
-            OSError: The folder is not writable or the disk is full; what was there is untouched.
-            NonFiniteError: Weights are NaN or infinite; what was there is untouched.
+            CheckpointNotSaved: The folder is not writable or the disk is full; earlier files are
+                unchanged.
+            NonFiniteWeightsError: Weights are NaN or infinite; earlier files are unchanged.
         """
         check_weights(self)
         is_local = backend_args is None and kwargs.get('file_client_args') is None
@@ -286,18 +274,14 @@ class ReliableRunner(Runner):
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model in a wrapper for several processes, or for augmentation at test time."""
+    """The model inside wrappers for several processes or for augmentation at test time."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.get_submodule('module')
     return model
 
 
-class CheckpointNotSaved(OSError):
-    """A checkpoint could not be written; those before it are as they were."""
-
-
 def replace(partial: Path, path: Path) -> None:
-    """Puts a file that was just written in the place of another, so that a crash leaves either."""
+    """Replaces a file by one that was just written, so that a crash leaves one or the other."""
     with partial.open('rb') as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -309,9 +293,10 @@ def replace(partial: Path, path: Path) -> None:
 
 
 def checkpoints_of(work_dir: Path) -> list[Path]:
-    """The checkpoints of a run that it can be resumed from, the newest first.
+    """The checkpoints from which a run can be resumed, newest first.
 
-    That is what `last_checkpoint` names, in this folder if it was moved, then those by number.
+    These are the one that `last_checkpoint` names, looked for in this folder first in case it was
+    moved, and then all others by number.
     """
     named: list[Path] = []
     marker = work_dir / LAST_CHECKPOINT

@@ -19,6 +19,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..checkpoint.loading import load_pretrained
+from ..checkpoint.reading import CheckpointNotFound
 from ..registry import MODELS, register
 from .arguments import check_number, parse_out_indices
 from .layer_depth import STEM, Location, layer_depth, stage_depth
@@ -449,7 +450,7 @@ class Baseline(BaseModule):
         if self.pretrained is not None:
             checkpoint = self.pretrained['checkpoint']
             if '://' not in checkpoint and not os.path.isfile(checkpoint):
-                raise FileNotFoundError(
+                raise CheckpointNotFound(
                     f'checkpoint {checkpoint!r} does not exist. {how_to_get_weights(self.name)}'
                 )
             may_miss = None if self.classification else NEW_FOR_DENSE_PREDICTION

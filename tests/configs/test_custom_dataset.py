@@ -295,7 +295,7 @@ def test_fine_tuning_from_coco(run, small_project, coco_detector):
            for kind in ('weight', 'bias')}  # fmt: skip
     new |= {f'roi_head.mask_head.conv_logits.{kind}' for kind in ('weight', 'bias')}
     assert {n for n, value in trained.items() if value.shape != coco_detector[n].shape} == new
-    said = re.search(r'(\d+) of (\d+) tensors of the model; at their initial values stay', output)
+    said = re.search(r'(\d+) of (\d+) tensors of MaskRCNN; initial values kept', output)
     assert int(said[2]) - int(said[1]) == len(new)
     for name, value in trained.items():
         if name not in new and not name.split('.')[-1].startswith(('running', 'num_batches')):

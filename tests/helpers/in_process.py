@@ -13,7 +13,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.utils import ManagerMixin
 
 from helpers import ROOT
-from helpers.tiny import FOUR_ITERATIONS, SMALL_SEGMENTATION
+from helpers.tiny import FOUR_ITERATIONS, SMALL_SEGMENTATION, WITHOUT_WORKERS
 
 
 def load_tool(name):
@@ -112,6 +112,7 @@ def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), init_cfg=None, more='
 # As `helpers.tiny.quick_segmentation`, without what this network has already.
 SMALL_DATA = [
     *FOUR_ITERATIONS,
+    *WITHOUT_WORKERS,
     'val_dataloader.dataset.indices=1',
     'test_dataloader.dataset.indices=1',
 ]

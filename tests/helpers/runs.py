@@ -10,7 +10,7 @@ NOT_REPRODUCED = {'time', 'data_time', 'memory', 'epoch', 'iter'}
 
 
 class Interrupt(Hook):
-    """Raises KeyboardInterrupt in an iteration, counted from 1, or in the validation behind it."""
+    """Raises KeyboardInterrupt in an iteration, counted from 1, or in the validation after it."""
 
     priority = 'HIGHEST'
 
@@ -27,7 +27,7 @@ class Interrupt(Hook):
 
 
 def run(config, interrupt_at=(), resume=False):
-    """Trains, with interruptions, each followed by a resumption."""
+    """Trains, with interruptions, after each of which the run is resumed."""
     for moment in [*interrupt_at, None]:
         config.resume = 'auto' if resume else False
         config.experiment_name += '_'  # mmengine's loggers and visualizers go by their names
@@ -39,6 +39,9 @@ def run(config, interrupt_at=(), resume=False):
                 runner.train()
         else:
             runner.train()
+        if runner.train_dataloader.persistent_workers:
+            # Each would wait 5 s if garbage collection, which closes their queues, came first.
+            runner.train_dataloader._iterator._shutdown_workers()
         resume = True
     return runner
 

@@ -125,14 +125,14 @@ def test_files_that_datasets_need(settings, missing, tmp_path):
     dataloader = dict(dataset=dataset, batch_size=2)
     config = Config(dict(default_scope='mmpretrain', model={}, train_dataloader=dataloader))
     if missing is None:
-        check_files(config, ['train_dataloader'], check_weights=False)
+        check_files(config, ['train_dataloader'])
         return
     with pytest.raises(SystemExit, match=rf'missing:\s+{root}{missing} \(train_dataloader\)'):
-        check_files(config, ['train_dataloader'], check_weights=False)
+        check_files(config, ['train_dataloader'])
     for folder in ('train', 'val', 'meta'):
         (root / folder).mkdir(parents=True)
     (root / 'meta/val.txt').touch()
-    check_files(config, ['train_dataloader'], check_weights=False)
+    check_files(config, ['train_dataloader'])
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,16 @@
-"""The converter: what it writes is whole, and what it refuses leaves nothing behind."""
+"""The converter writes complete files, and leaves nothing behind when it refuses."""
 
 import argparse
 import hashlib
 import os
 import resource
 import stat
-import subprocess
-import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import convert_weights
 import pytest
 import torch
-from helpers import ROOT
 from helpers.checkpoints import HOSTILE, in_mmpretrain, published_state_dict, write_call
 from mmengine.runner import CheckpointLoader, load_checkpoint
 from safetensors.torch import load_file, save_file
@@ -30,18 +28,17 @@ BACKBONE = {name for name in STATE if name.startswith(('stages', 'downsample_lay
 
 @pytest.fixture
 def convert(guarded, monkeypatch, capsys, tmp_path):
-    """Runs the tool here; gives what it printed, or its error."""
+    """Runs the tool; returns what it printed, its error last."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['convert_weights.py', *map(str, arguments)])
+        error = ''
         try:
-            convert_weights.main()
-        except SystemExit as error:
-            printed = capsys.readouterr()
-            return f'{printed.out}{printed.err}{error.code}'
+            convert_weights.main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            error = str(stop.code)
         printed = capsys.readouterr()
-        return printed.out + printed.err
+        return printed.out + printed.err + error
 
     return run
 
@@ -55,6 +52,10 @@ def written(suffix='.pth'):
     content = torch.load(path, weights_only=True)
     assert set(content) == {'meta', 'state_dict'}
     return path, content['state_dict']
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(dict(actual), dict(expected), rtol=0, atol=0)
 
 
 def save_timm(path):
@@ -73,17 +74,21 @@ def save_ema_hook(path):
 
 
 def save_detector(path):
-    """Of dense prediction: output norms instead of a classification head."""
+    """For dense prediction: output norms instead of a classification head."""
     state = {f'backbone.{name}': STATE[name] for name in BACKBONE}
     state |= {'backbone.norm1.weight': torch.ones(12), 'neck.conv.weight': torch.ones(3)}
     torch.save(dict(state_dict=state, meta=dict(epoch=1)), path)
+
+
+def save_published(path):
+    torch.save(STATE, path)
 
 
 SOURCES = {  # how it is saved, options, whether the average is expected, what is dropped
     'timm': (save_timm, [], False, '4 of head, 2 of pred'),
     'timm, averaged': (save_timm, ['--ema'], True, '4 of head, 2 of pred'),
     'EMAHook': (save_ema_hook, ['--ema'], True, '6 of head'),
-    'plain': (lambda path: torch.save(STATE, path), [], False, '4 of head, 2 of pred'),
+    'plain': (save_published, [], False, '4 of head, 2 of pred'),
     'mmpretrain': (
         lambda path: torch.save(dict(state_dict=in_mmpretrain(STATE)), path), [], False, '6 of head'
     ),
@@ -94,7 +99,7 @@ SOURCES = {  # how it is saved, options, whether the average is expected, what i
 
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 @pytest.mark.parametrize('case', SOURCES)
-def test_backbone_alone(case, suffix, convert):
+def test_backbone(case, suffix, convert):
     save, options, averaged, dropped = SOURCES[case]
     source = 'source.safetensors' if case == 'safetensors' else 'source.pth.tar'
     save(source)
@@ -103,18 +108,11 @@ def test_backbone_alone(case, suffix, convert):
     if case == 'detector':
         expected['norm1.weight'] = torch.ones(12)
     path, tensors = written(suffix)
-    assert tensors.keys() == expected.keys()
-    assert all(torch.equal(tensors[name], value) for name, value in expected.items())
+    assert_equal(tensors, expected)
     digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert path == f'out/narrow-{digest[:8]}{suffix}'
     assert f'used      {len(expected)} tensors' in output
-    assert 'missing: none' in output
     assert f'dropped   {dropped}\n' in output
-    arch = dict(channels=NARROW.channels, depths=NARROW.depths, kernel_size=7)
-    model = Conv2Former(arch, init_cfg=dict(type='Pretrained', checkpoint=path))
-    if case != 'detector':
-        model.init_weights()
-        assert torch.equal(model.stages[2][1].mlp.fc2.weight, expected['stages.2.1.mlp.fc2.weight'])
 
 
 class Classifier(nn.Module):
@@ -128,23 +126,24 @@ class Classifier(nn.Module):
         self.head = Conv2FormerClsHead(20, 10)
 
 
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 @pytest.mark.parametrize('save', [save_timm, save_ema_hook])
-def test_whole_classifier_loads_without_a_missing_key(save, convert):
+def test_whole_classifier_loads_without_a_missing_key(save, suffix, convert):
     save('source.pth')
-    output = convert('source.pth', 'out/narrow.pth', '--classifier')
+    output = convert('source.pth', f'out/narrow{suffix}', '--classifier')
     assert '10 classes' in output
     assert 'dropped   none' in output
-    path, _ = written()
+    path, tensors = written(suffix)
+    assert CheckpointLoader.load_checkpoint(path)['state_dict'].keys() == tensors.keys()
     classifier = Classifier()
     load_checkpoint(classifier, path, strict=True)
-    expected = in_mmpretrain(AVERAGE if save is save_ema_hook else STATE)
-    assert classifier.state_dict().keys() == expected.keys()
-    for name, value in classifier.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+    assert_equal(
+        classifier.state_dict(), in_mmpretrain(AVERAGE if save is save_ema_hook else STATE)
+    )
 
 
 @pytest.mark.parametrize('form', ['timm', 'plain', 'model', 'module'])
-def test_classifier_takes_an_official_file_as_it_is(form, guarded, tmp_path):
+def test_classifier_takes_a_published_file_as_it_is(form, guarded, tmp_path):
     """Through mmengine's `load_from`, as the tools set it up."""
     path = str(tmp_path / 'file.pth')
     if form == 'timm':
@@ -154,54 +153,37 @@ def test_classifier_takes_an_official_file_as_it_is(form, guarded, tmp_path):
         torch.save(dict(model=state) if form == 'model' else state, path)
     classifier = Classifier()
     load_checkpoint(classifier, path, strict=True)
-    expected = in_mmpretrain(STATE)
-    for name, value in classifier.state_dict().items():
-        assert torch.equal(value, expected[name]), name
+    assert_equal(classifier.state_dict(), in_mmpretrain(STATE))
 
 
-def test_classifier_as_safetensors(convert):
-    save_timm('source.pth')
-    convert('source.pth', 'out/narrow.safetensors', '--classifier')
-    path, tensors = written('.safetensors')
-    assert CheckpointLoader.load_checkpoint(path)['state_dict'].keys() == tensors.keys()
-    classifier = Classifier()
-    load_checkpoint(classifier, path, strict=True)
-    assert torch.equal(classifier.head.pred.weight, STATE['pred.weight'])
-
-
-@pytest.mark.parametrize('name', ['nano', 'small'])
-def test_archs_are_recognised(name, convert):
-    torch.save(published_state_dict(ARCHS[name], num_classes=1000), 'source.pth')
-    output = convert('source.pth', 'out/file.pth', '--arch', name[0], '--classifier')
-    arch = ARCHS[name]
-    assert f'arch {name}, kernel_size {arch.kernel_size}, channels {arch.channels}' in output
+def test_arch_is_recognised(convert):
+    torch.save(published_state_dict(ARCHS['nano'], num_classes=1000), 'source.pth')
+    output = convert('source.pth', 'out/file.pth', '--arch', 'n', '--classifier')
+    arch = ARCHS['nano']
+    assert f'arch nano, kernel_size {arch.kernel_size}, channels {arch.channels}' in output
     assert f'depths {arch.depths}, mlp_ratio 4, 1000 classes' in output
     path, _ = written()
     assert torch.load(path, weights_only=True)['meta']['num_classes'] == 1000
-    os.unlink(path)  # 200 MB
-    os.unlink('source.pth')
 
 
-@pytest.mark.parametrize(
-    ('options', 'kernel_sizes'), [([11], (11,) * 4), ([11, 9, 7, 7], (11, 9, 7, 7))]
-)
-def test_adapted_kernels(options, kernel_sizes, convert):
-    torch.save(STATE, 'source.pth')
-    output = convert('source.pth', 'out/file.pth', '--kernel-size', 7, '--adapt-kernel', *options)
+@pytest.mark.parametrize('sizes', [[11], [11, 9, 7, 7]])
+def test_adapted_kernels(sizes, convert):
+    save_published('source.pth')
+    output = convert('source.pth', 'out/file.pth', '--kernel-size', 7, '--adapt-kernel', *sizes)
     assert 'padded    kernels to' in output
     path, tensors = written()
-    for stage, size in enumerate(kernel_sizes):
+    sizes = tuple(sizes * 4)[:4]
+    for stage, size in enumerate(sizes):
         name = f'stages.{stage}.0.attn.att.2.weight'
         assert tensors[name].shape[-2:] == (size, size)
-        margin = (size - 7) // 2
-        middle = slice(margin, size - margin)
+        middle = slice((size - 7) // 2, (size + 7) // 2)
         assert torch.equal(tensors[name][..., middle, middle], STATE[name])
         assert tensors[name].sum() == pytest.approx(STATE[name].sum().item(), rel=1e-5)
-    assert torch.load(path, weights_only=True)['meta']['kernel_size'] == kernel_sizes
+    assert torch.load(path, weights_only=True)['meta']['kernel_size'] == sizes
 
 
 def test_output_is_the_same_and_small(convert):
-    """The same bytes under whatever name, and no more than the tensors need."""
+    """The same bytes under any name, and no more than the tensors need."""
     large = torch.zeros(1_000_000)
     views = {name: large[: value.numel()].view(value.shape) for name, value in STATE.items()}
     torch.save(dict(state_dict=views, optimizer=torch.zeros(1_000_000)), 'source.pth')
@@ -217,7 +199,7 @@ def test_output_is_the_same_and_small(convert):
 
 
 def test_existing_output_is_replaced_by_force_only(convert):
-    torch.save(STATE, 'source.pth')
+    save_published('source.pth')
     convert('source.pth', 'out/file.pth')
     path, _ = written()
     Path(path).write_bytes(b'mine')
@@ -229,25 +211,15 @@ def test_existing_output_is_replaced_by_force_only(convert):
     assert written()[1].keys() == BACKBONE
 
 
-def save_truncated(path):
-    torch.save(STATE, path)
-    with open(path, 'r+b') as file:
-        file.truncate(5000)
-
-
 def save_without(name, path):
     torch.save({key: value for key, value in STATE.items() if key != name}, path)
-
-
-def save_published(path):
-    torch.save(STATE, path)
 
 
 REFUSED = {  # how the file is made, options, what the error says
     'wrong arch': (
         save_published,
         ['--arch', 'base'],
-        'file.pth: --arch base was expected, found arch of no name, kernel_size 7, channels (8, 12',
+        'file.pth: --arch base was expected, found arch without a name, kernel_size 7, channels (8',
     ),
     'wrong kernel': (
         save_published,
@@ -255,16 +227,14 @@ REFUSED = {  # how the file is made, options, what the error says
         'file.pth: --kernel-size 11 was expected, found 7',
     ),
     'unknown arch': (save_published, ['--arch', 'huge'], 'arch must be one of nano, tiny, small'),
-    'smaller kernel': (save_published, ['--adapt-kernel', 5], 'is 7x7 in the file, 5x5 in the'),
+    'smaller kernel': (
+        save_published,
+        ['--adapt-kernel', 5],
+        'kernel_size is (7, 7, 7, 7) in the file, (5, 5, 5, 5) in the model',
+    ),
     'even kernel': (save_published, ['--adapt-kernel', 10], 'kernel_size must be odd, got 10'),
     'too few kernels': (save_published, ['--adapt-kernel', 11, 9], 'one int for each of 4 stages'),
-    'truncated': (save_truncated, [], "checkpoint 'file.pth' cannot be read: its end is missing"),
-    'empty': (lambda path: Path(path).touch(), [], "checkpoint 'file.pth' cannot be read: "),
-    'web page': (
-        lambda path: Path(path).write_text('\n<!DOCTYPE html>'),
-        [],
-        "checkpoint 'file.pth' cannot be read: it is a web page",
-    ),
+    'empty': (lambda path: Path(path).touch(), [], "'file.pth' cannot be read: file is empty"),
     'missing': (lambda path: None, [], "checkpoint 'file.pth' does not exist"),
     'no average': (save_published, ['--ema'], 'has no averaged weights'),
     'another network': (
@@ -276,18 +246,18 @@ REFUSED = {  # how the file is made, options, what the error says
     'a name missing': (
         lambda path: save_without('stages.1.0.attn.v.weight', path),
         [],
-        f"file.pth: 1 of {len(BACKBONE)} names missing, such as ['stages.1.0.attn.v.weight']",
+        f"1 of {len(BACKBONE)} names missing, such as ['stages.1.0.attn.v.weight']",
     ),
     'no head': (
         lambda path: save_without('pred.bias', path),
         ['--classifier'],
-        "--classifier: the classification head lacks ['pred.bias']",
+        "file.pth: --classifier: the classification head lacks ['pred.bias']",
     ),
     **{
         f'hostile {name}': (
             lambda path, write=write: write(path, 'trace', dict(state_dict=STATE)),
             [],
-            'which is not data. If you trust whoever made it, --trust-checkpoints',
+            'which is not plain data. If you trust its author, --trust-checkpoints',
         )
         for name, write in HOSTILE.items()
     },
@@ -304,10 +274,6 @@ def test_refuses_and_leaves_nothing(case, convert, tmp_path):
     assert set(os.listdir(tmp_path)) <= {'file.pth'}  # neither an output nor the attacker's trace
 
 
-def test_other_suffixes_are_refused(convert):
-    assert 'must end with .pth or .safetensors, got out.bin' in convert('file.pth', 'out.bin')
-
-
 def test_trusted_file_is_run_with_a_warning(convert, monkeypatch):
     monkeypatch.delenv('TORCH_FORCE_WEIGHTS_ONLY_LOAD')  # torch's own, which nothing overrides
     write_call('file.pth', 'trace', dict(state_dict=STATE))
@@ -318,27 +284,22 @@ def test_trusted_file_is_run_with_a_warning(convert, monkeypatch):
     assert written()[1].keys() == BACKBONE
 
 
+@contextmanager
+def full_disk():
+    """A limit on the size of files: a write fails half-way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-def test_folder_that_is_none(suffix, convert):
-    torch.save(STATE, 'source.pth')
-    output = convert('source.pth', f'source.pth/file{suffix}')
+def test_output_that_cannot_be_written(suffix, convert):
+    save_published('source.pth')
+    with full_disk():
+        output = convert('source.pth', f'out/file{suffix}')
+    assert 'error: cannot write into out: ' in output.splitlines()[-1]
+    assert os.listdir('out') == []
+    output = convert('source.pth', f'source.pth/file{suffix}')  # a folder that is a file
     assert 'error: cannot write into source.pth: ' in output.splitlines()[-1]
-
-
-@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
-def test_full_disk_leaves_nothing(suffix, tmp_path):
-    """As a limit on the size of files makes it: the write fails half-way."""
-    torch.save(STATE, tmp_path / 'source.pth')
-    out = tmp_path / 'out'
-    command = [sys.executable, 'tools/convert_weights.py', tmp_path / 'source.pth']
-    result = subprocess.run(
-        [*command, out / f'file{suffix}'],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
-    )
-    assert result.returncode == 1
-    assert result.stderr.splitlines()[-1].startswith(f'error: cannot write into {out}: ')
-    assert 'Traceback' not in result.stderr
-    assert os.listdir(out) == []
+    assert 'must end with .pth or .safetensors, got out.bin' in convert('source.pth', 'out.bin')

@@ -235,7 +235,7 @@ REFUSALS = {
     'size': (
         ['FOLDER', '--cfg-options', 'model.backbone.arch.channels=[8,24,32,48]',
          'model.neck.in_channels=[8,24,32,48]'],
-        'does not fit the model of this config: channels is (16, 24, 32, 48) in the file, '
+        'does not fit this MaskRCNN: channels is (16, 24, 32, 48) in the file, '
         '(8, 24, 32, 48) in the model',
     ),
     'depth': (  # a file of a deeper network has all names and shapes of a shallower one
@@ -264,7 +264,7 @@ def test_refuses_with_one_message(case, models, folder, tmp_path, capsys):
 def test_refuses_checkpoints_of_other_networks(models, folder, tmp_path):
     (tmp_path / 'text.pth').write_text('no checkpoint')
     for checkpoint, message in {
-        models[SEGMENTATION_MODEL].checkpoint: 'does not fit the model of this config',
+        models[SEGMENTATION_MODEL].checkpoint: 'does not fit this MaskRCNN',
         tmp_path / 'text.pth': 'cannot be read',
         tmp_path / 'none.pth': 'none.pth does not exist',
     }.items():

@@ -351,8 +351,9 @@ REFUSALS = {  # train.py with CONFIG, or test.py with CONFIG and none
     'data to evaluate': ('test', ['--data-root', '/nowhere', *NO_WEIGHTS],
                          'name their folder with --data-root DIR'),
     'weights': ('train', ['--data-root', 'SAMPLE'],
-                'pretrained weights pretrain/conv2former_t.pth are missing. The published weights'),
-    'resume': ('train', ['--resume', 'none.pth'], '--resume: checkpoint none.pth does not exist'),
+                "checkpoint 'pretrain/conv2former_t.pth' does not exist. The published weights"),
+    'resume': ('train', ['--resume', 'none.pth', '--data-root', 'SAMPLE', *NO_WEIGHTS],
+               "checkpoint 'none.pth' does not exist"),
     'amp': ('train', ['--amp', '--cfg-options', 'optim_wrapper.type=ApexOptimWrapper'],
             '--amp needs optim_wrapper.type OptimWrapper'),
     'tta': ('test', ['--data-root', 'SAMPLE', '--tta', *NO_WEIGHTS, 'tta_model._delete_=True',
@@ -364,17 +365,19 @@ REFUSALS = {  # train.py with CONFIG, or test.py with CONFIG and none
 
 
 @pytest.mark.parametrize('case', REFUSALS)
-def test_refuses_with_one_message(case, sample):
+def test_refuses_with_one_message(case, sample, tmp_path):
     tool, options, message = REFUSALS[case]
     options = [sample / 'coco' if option == 'SAMPLE' else option for option in options]
     checkpoint = ['none'] if tool == 'test' else []
+    options = ['--work-dir', tmp_path, *options]
     assert message in run_tool(tool, CONFIG, *checkpoint, *options, succeeds=False)
 
 
-def test_missing_files_are_named():
+def test_missing_files_are_named(sample, tmp_path):
     assert 'config none.py: it does not exist' in run_tool('train', 'none.py', succeeds=False)
-    missing = 'checkpoint none.pth does not exist'
-    assert missing in run_tool('test', CONFIG, 'none.pth', succeeds=False)
+    options = ['--data-root', sample / 'coco', '--work-dir', tmp_path]
+    output = run_tool('test', CONFIG, 'none.pth', *options, succeeds=False)
+    assert "checkpoint 'none.pth' does not exist" in output
 
 
 def make_machine(folder, without=()):

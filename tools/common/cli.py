@@ -32,7 +32,6 @@ from common.config_check import (
     read_config,
 )
 from mmconv2former.checkpoint.reading import (
-    HOW_TO_GET_WEIGHTS,
     TRUST_VARIABLE,
     CheckpointError,
     admit_only_data,
@@ -42,7 +41,7 @@ from mmconv2former.datasets.checked import DataError
 from mmconv2former.engine.cuda_graphs import VaryingSizeError
 from mmconv2former.engine.finite import NonFiniteError
 from mmconv2former.engine.runner import CheckpointNotSaved, ReliableRunner
-from mmconv2former.models.baselines import BASELINES, how_to_get_weights
+from mmconv2former.models.baselines import BASELINES
 
 # What mmengine builds if a config has no visualizer.
 DEFAULT_VISUALIZER = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
@@ -213,7 +212,7 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config)
 
 
-def preflight(runner: Runner, modes: Sequence[str], strict: bool) -> None:
+def preflight(runner: Runner, modes: Sequence[str]) -> None:
     """Finds what is wrong with a run before the training data are read.
 
     Everything that mmengine builds late is built here if it needs no training data: the optimizer,
@@ -239,21 +238,9 @@ def preflight(runner: Runner, modes: Sequence[str], strict: bool) -> None:
             setattr(runner, f'_{mode}_evaluator', runner.build_evaluator(evaluator))
     if 'train' in modes:
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-    runner.preflight(strict)
+    runner.preflight(training='train' in modes)
     if 'val' in modes:
         _ = runner.val_loop  # built at its first use
-
-
-def check_checkpoint(option: str, checkpoint: str) -> None:
-    """Checks that a checkpoint of the command line exists, if it is a local file.
-
-    Raises:
-        SystemExit: It does not.
-    """
-    path = os.path.expanduser(checkpoint)  # as it will be read
-    if is_local(checkpoint) and not os.path.isfile(path):
-        problem = 'is a folder' if os.path.isdir(path) else 'does not exist'
-        raise SystemExit(f'error: {option}checkpoint {checkpoint} {problem}')
 
 
 def use_gloo(config: Config) -> None:
@@ -323,13 +310,12 @@ def check_work_dir(config: Config) -> None:
         ) from None
 
 
-def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> None:
-    """Checks that the files of a run exist, before anything is built.
+def check_files(config: Config, dataloaders: list[str]) -> None:
+    """Checks that the data of a run exist, before anything is built.
 
     Args:
         config: A whole config.
         dataloaders: Names of those to be used, such as `['train_dataloader']`.
-        check_weights: Whether pretrained weights of the backbone and the head will be read.
 
     Raises:
         SystemExit: Files are missing; the message lists them and says what to do.
@@ -347,16 +333,6 @@ def check_files(config: Config, dataloaders: list[str], check_weights: bool) -> 
             + '\n  '.join(dict.fromkeys(missing))
             + '\nPut them there, or name their folder with --data-root DIR (README, section Data).'
         )
-    for part in ('backbone', 'head') if check_weights else ():
-        settings = config.model.get(part) or {}
-        init_cfg = settings.get('init_cfg')
-        weights = init_cfg.get('checkpoint') if isinstance(init_cfg, dict) else None
-        if weights and is_local(weights) and not os.path.isfile(os.path.expanduser(weights)):
-            name = settings.get('name')
-            advice = how_to_get_weights(name) if name in BASELINES else HOW_TO_GET_WEIGHTS
-            raise SystemExit(f'error: pretrained weights {weights} are missing. {advice}')
-    if config.get('load_from'):
-        check_checkpoint('load_from: ', config.load_from)
 
 
 def dataset_paths(settings: ConfigDict, scope: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.visualization import Visualizer
 from torch import nn
 
-from common.cli import add_config_arguments, check_checkpoint, load_config
+from common.cli import add_config_arguments, load_config
 from mmconv2former import use_cuda_graphs
 from mmconv2former.checkpoint.loading import load_model
 
@@ -46,10 +46,9 @@ def read_config(args: argparse.Namespace) -> Config:
     """The config of the command line, without pretrained weights, which the checkpoint replaces.
 
     Raises:
-        SystemExit: The config, an option or the path of the checkpoint is not usable.
+        SystemExit: The config or an option is not usable.
     """
     config = load_config(args)
-    check_checkpoint('', args.checkpoint)
     drop_pretrained(config)
     return config
 
