@@ -112,8 +112,9 @@ def write_split(folder: Path, split: str, count: int, size: int, rng: Generator)
 def draw_image(
     size: int, rng: Generator, empty: bool, crowd: bool
 ) -> tuple[np.ndarray, np.ndarray, list[Painted]]:
-    """One image (size, size, 3) in BGR, its ADE20K labels (size, size), both uint8, and its objects
-    with the masks of their visible parts.
+    """One image (size, size, 3) in BGR, its ADE20K labels (size, size) and its objects.
+
+    Both arrays are uint8; objects have the masks of their visible parts.
     """
     image, labels = draw_background(size, rng)
     painted = [draw_crowd(image, rng)] if crowd else []

@@ -459,7 +459,7 @@ def log_scaled(field: np.ndarray, peak: float | None = None) -> np.ndarray:
 
 
 def draw_erf(args: argparse.Namespace) -> None:
-    """effective receptive field: a figure, a table of areas, and the fields in a .npz"""
+    """effective receptive field: a figure, a table of areas, and the fields in a .npz."""
     guard_checkpoints(args)
     images = find_images(args.images, args.limit)
     networks = [
@@ -563,7 +563,7 @@ def modulation_maps(
 
 
 def draw_modulation(args: argparse.Namespace) -> None:
-    """the maps A and A*V of the modulation, laid over an image"""
+    """the maps A and A*V of the modulation, laid over an image."""
     guard_checkpoints(args)
     network = load_network(args.network, args.fusion)
     blocks = choose_blocks(blocks_of(network), args.blocks)
@@ -644,7 +644,7 @@ def mean_kernels(blocks: Mapping[str, Block]) -> dict[str, np.ndarray]:
 
 
 def draw_kernels(args: argparse.Namespace) -> None:
-    """the large depthwise kernels, and the mean of each stage"""
+    """the large depthwise kernels, and the mean of each stage."""
     guard_checkpoints(args)
     network = load_network(args.network, args.fusion)
     blocks = blocks_of(network)
@@ -701,7 +701,7 @@ def kernels_figure(
 
 # ------------------------------------------------------------------------------------ predictions
 def draw_predictions(args: argparse.Namespace) -> None:
-    """predictions beside the truth on images of a data set"""
+    """predictions beside the truth on images of a dataset."""
     config = read_config(args)
     one_of({scope: None for scope in DRAWN_BY if scope != 'mmpretrain'}, config)
     pairs = drawn_pairs(config, args)

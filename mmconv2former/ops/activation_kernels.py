@@ -20,6 +20,7 @@ def normal_distribution(x):
 
 @triton.jit
 def gelu(x):
+    """GELU, exactly."""
     return x * normal_distribution(x)
 
 

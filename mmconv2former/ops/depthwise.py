@@ -242,6 +242,7 @@ def choice_for(
 
 @functools.cache
 def log_once(text: str) -> None:
+    """Logs a line at its first occurrence."""
     print_log(text, logger='current', level=logging.INFO)
 
 
@@ -291,6 +292,7 @@ def depthwise_conv(
 
 
 def conv_by_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The convolution by Triton kernels."""
     weight = prepare_weight(weight, x.dtype, 'triton')
     bias = None if bias is None else bias.contiguous()
     return triton_kernels().depthwise_forward(aligned(x), weight, bias)
@@ -344,6 +346,7 @@ def depthwise_conv_backward(
 def backward_by_triton(
     grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Any, Any, Any]:
+    """The gradients by Triton kernels; see `depthwise_conv_backward`."""
     needs_x, needs_weight, needs_bias = needs
     kernels, grad = triton_kernels(), aligned(grad)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -403,6 +406,7 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
         schema='(Tensor x, Tensor weight, Tensor? bias) -> Tensor',
     )
     def operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution as one operator for graphs."""
         return depthwise_conv(x, weight, bias, choose_kernel(x, weight))
 
     @operator.register_fake
@@ -417,6 +421,7 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
     def operator_backward(
         grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor, ...]:
+        """Its gradients as one operator; those not needed are empty."""
         grads = depthwise_conv_backward(grad, x, weight, needs, choose_kernel(x, weight))
         # Operators cannot return None, and must return the dtypes of their fake versions.
         return tuple(x.new_empty(0) if value is None else value.to(x.dtype) for value in grads)
@@ -427,11 +432,13 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
         return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs))
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        """Saves what the gradients need."""
         x, weight, bias = inputs
         ctx.save_for_backward(x, weight)
         ctx.needs = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Calls the operator of the gradients."""
         x, weight = ctx.saved_tensors
         grads = torch.ops.mmconv2former.depthwise_conv2d_backward(grad, x, weight, ctx.needs)
         return tuple(value if need else None for value, need in zip(grads, ctx.needs))
@@ -452,4 +459,5 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
         *_: Any,
         **__: Any,
     ) -> int:
+        """FLOPs of the gradients."""
         return count_flops(x_shape, weight_shape) * sum(needs[:2])

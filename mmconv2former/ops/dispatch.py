@@ -79,6 +79,7 @@ def without_autocast(x: Tensor) -> Iterator[None]:
 
 
 def set_autocast_enabled(device: str, enabled: bool) -> None:
+    """torch's function of this name, whose arguments depend on the release."""
     if AUTOCAST_BY_DEVICE:
         torch.set_autocast_enabled(device, enabled)
     elif device == 'cpu':

@@ -80,6 +80,7 @@ def fold(blocks: Sequence[BlockParameters], dtype: torch.dtype) -> list[FoldedWe
 
 
 def fold_block(p: BlockParameters, dtype: torch.dtype) -> FoldedWeights:
+    """Folds the weights of one block; see `fold`."""
     scales, units = [p.scale_1, p.scale_2], []
     if dtype == torch.float16:
         tiny = torch.finfo(p.scale_1.dtype).tiny

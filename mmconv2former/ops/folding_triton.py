@@ -85,6 +85,7 @@ def plan_for(blocks: Sequence[BlockParameters], is_capturing: bool) -> Plan | No
 
 
 def make_plan(blocks: Sequence[BlockParameters]) -> Plan:
+    """Divides the weights of blocks among programs."""
     segments: list[tuple[int, tuple[int, ...]]] = []
     tasks: list[list[int]] = []
     place, number = 0, 0
@@ -134,6 +135,7 @@ def groups(
 # -------------------------------------------------------------------------------------------- fold
 @functools.cache
 def folder(device: int, dtypes: tuple[torch.dtype, torch.dtype], has_units: bool) -> Launcher:
+    """The launcher that folds weights."""
     names = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16,
              torch.bfloat16: tl.bfloat16}  # fmt: skip
     constants = dict(
@@ -214,6 +216,7 @@ def unfolder(
 def unfold(
     gate_value: Gradients, proj: Gradients, fc1: Gradients, fc2: Gradients, p: BlockParameters
 ) -> dict[str, Tensor]:
+    """Gradients of the original weights from those of the folded ones."""
     channels, hidden = p.fc2_weight.shape[:2]
     sums = gate_value[1], proj[1], fc1[1], fc2[1]
     gate_value_bias, proj_bias, fc1_bias, fc2_bias = finish_sums(*sums)

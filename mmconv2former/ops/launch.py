@@ -90,6 +90,7 @@ class Launcher:
 
 
 def is_on_cpu(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether tensors are on the CPU, as in Triton's interpreter."""
     return tensors[0].device.type == 'cpu'  # type: ignore[union-attr]
 
 

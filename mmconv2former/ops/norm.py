@@ -85,6 +85,7 @@ class LayerNormFunction(torch.autograd.Function):
 def stock_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, channels_first: bool
 ) -> Tensor:
+    """LayerNorm by torch operators."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).to(dtype)
 
 

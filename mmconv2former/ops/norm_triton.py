@@ -34,6 +34,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def positions_of(x: Tensor) -> int:
+    """The number of positions of (N, H, W, C)."""
     return x.shape[0] * x.shape[1] * x.shape[2]
 
 
@@ -61,6 +62,7 @@ def residual_norm(
     has_norm: bool,
     keep: bool,
 ) -> Launcher:
+    """The launcher of `add_normalize`."""
     constants = dict(
         C=channels, EPS=eps, **tile(channels, 4096), HAS_BRANCH=has_branch, HAS_FACTOR=has_factor,
         HAS_NORM=has_norm, HAS_RSTD=keep, ACC=sums_dtype(dtypes[0]),
@@ -76,6 +78,7 @@ def add_normalize(
     dtype: torch.dtype | None,
     keep: bool,
 ) -> tuple[Tensor, Any, Any]:
+    """Residual sum and norm in one pass; see `block_stock`."""
     x = aligned(x)
     branch = None if branch is None else aligned(branch)
     positions, per_image = positions_of(x), x.shape[1] * x.shape[2]
@@ -105,6 +108,7 @@ def residual_norm_backward(
     has_sums: bool,
     has_factor: bool,
 ) -> Launcher:
+    """The launcher of `add_normalize_backward`."""
     constants = dict(
         C=channels, **tile(channels, 2048), HAS_NORM=has_norm,
         HAS_BRANCH=has_branch, HAS_SUMS=has_sums, HAS_FACTOR=has_factor, ACC=sums_dtype(dtypes[0]),
@@ -118,6 +122,7 @@ def add_normalize_backward(
     factor: Tensor | None,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, Any, Any]:
+    """Gradients of `add_normalize` in one pass; see `block_stock`."""
     grad = aligned(grad)
     grad_y, y, rstd = (None, None, None) if norm is None else norm
     grad_x = grad if norm is None else torch.empty_like(grad)
@@ -197,6 +202,7 @@ def layer_norm_gradients(
 # ------------------------------------------------------------------------------------------- sums
 @functools.cache
 def column_summer(device: int, dtype: torch.dtype, channels: int) -> Launcher:
+    """The launcher of `column_sums`."""
     constants = dict(C=channels, ROWS=64, BLOCK=64, ACC=sums_dtype(dtype))
     return Launcher(column_sums_kernel, constants)
 
