@@ -1,7 +1,7 @@
 """Mask R-CNN on images of 128x128, in minutes on a CPU, from random weights.
 
-Heads are narrow and the schedule is short; docs/demo.md gives the reasons. A leaf gives the arch and
-the neck's channels.
+Heads are narrow and the schedule is short; docs/demo.md gives the reasons. A leaf gives the arch
+and the neck's channels.
 """
 
 _base_ = './mask_rcnn.py'
