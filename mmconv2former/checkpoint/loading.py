@@ -263,24 +263,24 @@ def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
         for name, part in optimizer.items():
             check_optimizer(saved.get(name), part, checkpoint)
         return
-    own = layout(optimizer.optimizer.param_groups)  # the wrapper adds a group of no parameters
+    sizes, settings = layout(optimizer.optimizer.param_groups)  # the wrapper adds an empty group
     try:
-        theirs = layout(saved['param_groups'])
+        saved_sizes, saved_settings = layout(saved['param_groups'])
     except (TypeError, LookupError):
-        theirs = 'no state'
-    if theirs != own:
+        saved_sizes, saved_settings = [], []
+    if saved_sizes != sizes or not set(settings) <= set(saved_settings):
         raise CheckpointError(
-            f'checkpoint {checkpoint!r} cannot be resumed from: its optimizer has {theirs}, but '
-            f"this config's {own}. Resume with the optim_wrapper and frozen_stages of its run, or "
-            'start a new run with it as load_from.'
+            f'checkpoint {checkpoint!r} cannot be resumed from: its optimizer has parameter groups '
+            f'of sizes {saved_sizes} with {saved_settings}, this config has {sizes} with '
+            f'{settings}. Resume with the optim_wrapper and frozen_stages of its run, or start a '
+            'new run with it as load_from.'
         )
 
 
-def layout(param_groups: Sequence[Mapping[str, Any]]) -> str:
-    """Describes the parameter groups of an optimizer, different ones differently."""
+def layout(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[str]]:
+    """Sizes of parameter groups, and the settings that tell their optimizer from others."""
     sizes = [len(group['params']) for group in param_groups]
-    settings = [k for k in OPTIMIZER_SETTINGS if all(k in group for group in param_groups)]
-    return f'{len(sizes)} parameter groups of sizes {sizes} with {" and ".join(settings)}'
+    return sizes, [k for k in OPTIMIZER_SETTINGS if all(k in group for group in param_groups)]
 
 
 class LoadsPretrained(BaseModule):

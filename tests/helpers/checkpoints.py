@@ -1,4 +1,4 @@
-"""Checkpoint files for the tests: as published, as others write them, and hostile ones."""
+"""Checkpoint files for tests: as published, in other forms, and hostile."""
 
 import io
 import zipfile
@@ -7,7 +7,7 @@ import torch
 
 
 def published_names(arch, num_classes=10):
-    """Names and shapes of a published checkpoint, from the description, not from our classes."""
+    """Names and shapes of a published checkpoint, independent of our classes."""
     names = {}
     channels, kernels = arch.channels, arch.kernel_size
     if isinstance(kernels, int):
@@ -50,14 +50,13 @@ def published_names(arch, num_classes=10):
     return names
 
 
-def published_state_dict(arch, prefix='', num_classes=10, seed=0, constant=False):
-    """Random values; with `constant` one for each tensor, which makes a file of any size small."""
+def published_state_dict(arch, prefix='', num_classes=10, seed=0):
+    """The tensors of a published checkpoint, with random values."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in published_names(arch, num_classes).items():
+        value = torch.rand(shape, generator=generator) * 0.1 + 0.01
         is_count = name.endswith('num_batches_tracked')
-        size = [1] * len(shape) if constant else shape
-        value = (torch.rand(size, generator=generator) * 0.1 + 0.01).expand(shape)
         state[prefix + name] = torch.tensor(7) if is_count else value
     return state
 
@@ -80,20 +79,19 @@ class Attack:
         return open, (str(self.path), 'w')
 
 
-CALLED = f'{open.__module__}.open'  # as pickles name it: _io.open from Python 3.12 on
+CALLED = f'{open.__module__}.open'  # as pickles name it: _io.open since Python 3.12
 
 
 def write_call(path, trace, content=None):
-    """A checkpoint that calls a function, the plain way."""
+    """A checkpoint that calls a function."""
     torch.save(dict(content or {}, args=Attack(trace)), path)
 
 
 def write_getattr_chain(path, trace, content=None):
-    """One that gets from `getattr` on an admitted class to `exec`, as no single call shows.
+    """One that gets from `getattr` on an admitted class to `exec`, with only harmless names.
 
-    A function's `__builtins__` become attributes of a Namespace, `exec` among them becomes the
-    `__setstate__` of a second one, and setting its state runs the code. The content that
-    was asked for comes behind that.
+    A function's `__builtins__` become attributes of a Namespace, its `exec` becomes the
+    `__setstate__` of a second one, and setting its state runs the code. `content` follows.
     """
 
     def name(module, function):

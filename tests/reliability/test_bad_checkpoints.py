@@ -229,12 +229,12 @@ NOT_RESUMABLE = {  # options of the config that saved it, change of the content,
     'a run with other parameter groups': (
         {'model.backbone.frozen_stages': 1},
         None,
-        'its optimizer has 8 parameter groups',
+        'its optimizer has parameter groups of sizes [',
     ),
     'a run with another optimizer': (
         {'optim_wrapper.optimizer': SGD},
         None,
-        "with momentum, but this config's",
+        "with ['momentum'], this config has",
     ),
 }
 

@@ -14,13 +14,13 @@ from mmengine.fileio import LocalBackend
 from mmconv2former import ReliableRunner
 from mmconv2former.engine.runner import CheckpointNotSaved
 
-DISK = 5  # MiB; a checkpoint of the small network is of 1.6
+DISK = 5  # MiB; a checkpoint of the small network has 1.6
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason='only root can mount a file system')
 
 
 @contextmanager
 def small_disk(folder, mebibytes, options=''):
-    """A file system in memory of a size."""
+    """A file system in memory."""
     folder.mkdir()
     mount = ['mount', '-t', 'tmpfs', '-o', f'size={mebibytes}m{options}', 'tmpfs', str(folder)]
     result = subprocess.run(mount, capture_output=True, text=True)
@@ -39,7 +39,7 @@ def segmentation(sample, work_dir, **options):
 
 
 def checkpoints(work_dir):
-    """Iterations of the checkpoints, all of which can be read."""
+    """Iterations of the checkpoints; all must be readable."""
     paths = [*work_dir.glob('*.pth'), *work_dir.glob('.*')]
     found = {path.name: torch.load(path, weights_only=False)['meta']['iter'] for path in paths}
     return sorted(number for name, number in found.items() if name.startswith('iter_'))
@@ -104,7 +104,7 @@ WRITES = ['iter_2.pth', 'best_mIoU_iter_2.pth', 'iter_2.pth', 'iter_4.pth', 'bes
 def test_writer_that_fails_in_the_middle(
     failing, left, sample, tmp_path, monkeypatch, fault_report
 ):
-    """Of one checkpoint and one best that are kept: each is there until its successor is."""
+    """With one checkpoint and one best kept: each stays until its successor is written."""
     scores = itertools.count(1)
     monkeypatch.setattr(
         'mmseg.evaluation.IoUMetric.compute_metrics', lambda *_: {'mIoU': float(next(scores))}

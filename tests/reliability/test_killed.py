@@ -1,4 +1,4 @@
-"""Training killed with SIGKILL at any moment, again and again, ends as if nothing had happened."""
+"""Training that is killed repeatedly (SIGKILL) ends as if nothing had happened."""
 
 import random
 import time
@@ -12,11 +12,11 @@ TASKS = {
     'detection': (6, 1),
     'segmentation': (24, 3),
 }
-SECONDS = 4  # after which random kills come at the latest
+SECONDS = 4  # random kills come within this time
 
 
 class Run:
-    """A run in its work dir, of which the state on the disk is watched."""
+    """A run whose work dir is watched."""
 
     def __init__(self, server, config, folder):
         self.server = server
@@ -32,10 +32,10 @@ class Run:
         self.server.start(argv, self.log)
 
     def moment(self, kind, rng):
-        """A function that says whether the moment of a kind has come."""
+        """A function that says whether the time for a kill has come."""
         begin = time.monotonic()
         before = set(self.work_dir.glob('*.pth'))
-        partial_before = self.partial_time()  # of a file that an earlier kill has left
+        partial_before = self.partial_time()  # of a file that an earlier kill left behind
         later = begin + rng.uniform(0.5, SECONDS)
         return {
             'at a random moment': lambda: time.monotonic() > later,
@@ -47,14 +47,14 @@ class Run:
         }[kind]
 
     def partial_time(self):
-        """When the checkpoint that is being written was changed; None without one."""
+        """When the checkpoint that is being written was last changed; None if there is none."""
         try:
             return (self.work_dir / '.checkpoint.partial').stat().st_mtime_ns
         except FileNotFoundError:
             return None
 
     def check(self):
-        """All that looks like a checkpoint is one, and nothing that was reached is lost."""
+        """All checkpoint files are complete, and no progress is lost."""
         for path in self.work_dir.glob('*.pth'):
             checkpoint = torch.load(path, weights_only=False)
             assert {'state_dict', 'meta', 'message_hub'} <= checkpoint.keys(), path
@@ -73,7 +73,7 @@ class Run:
 @pytest.mark.parametrize(
     'task', [pytest.param('detection', marks=pytest.mark.slow), 'segmentation']
 )
-def test_killed_again_and_again(task, server, sample, tmp_path, fault_report, slow):
+def test_killed_repeatedly(task, server, sample, tmp_path, fault_report, slow):
     length, interval = TASKS[task]
     options = {
         'train_dataloader.num_workers': 1,
@@ -116,7 +116,7 @@ def test_killed_again_and_again(task, server, sample, tmp_path, fault_report, sl
     assert other_rates == rates
     assert killed.files() == whole.files()
     for kind, count in counts.items():
-        seen = 'nothing: `--resume` goes on, the result is that of a run without interruption'
+        seen = 'nothing: `--resume` continues, the result is that of a run without interruption'
         fault_report('Killed', f'{task}: SIGKILL {kind}', count, count, seen)
     assert min(counts.values()) >= 1
     assert sum(counts.values()) >= (16 if slow else 3)

