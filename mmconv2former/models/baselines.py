@@ -408,7 +408,8 @@ class Baseline(BaseModule):
             blocks[stage] = max(blocks.get(stage, 0), block + 1)
         self.depths = tuple(blocks[stage] for stage in sorted(blocks) if stage >= 0)
 
-        self.norms = self.pyramid = None
+        self.norms: nn.ModuleDict | None = None
+        self.pyramid: nn.ModuleDict | None = None
         if classification:
             self.channels = (variant.linear_channels,)
         else:
