@@ -542,7 +542,7 @@ def count_cost(config: Config) -> dict:
 
 
 CLASSES = 1000
-# Whole models are counted for these, in the place of Conv2Former-T.
+# Whole models are counted with these instead of Conv2Former-T.
 IN_WHOLE_MODELS = (
     'convnext_tiny', 'swin_tiny', 'hornet_tiny', 'replknet_31b', 'efficientnet_b5', 'deit3_small',
     'focalnet_tiny',

@@ -226,9 +226,9 @@ def predictions(project, name):
     assert [path.stem for path in photos] == sorted(p.stem for p in (folder / 'json').iterdir())
     for photo in photos:
         content = json.loads((folder / f'json/{photo.stem}.json').read_text())
-        drawing, picture = cv2.imread(str(folder / 'pictures' / photo.name)), cv2.imread(str(photo))
-        assert drawing.shape == picture.shape
-        yield content, drawing.astype(float), picture.astype(float)
+        drawing, image = cv2.imread(str(folder / 'pictures' / photo.name)), cv2.imread(str(photo))
+        assert drawing.shape == image.shape
+        yield content, drawing.astype(float), image.astype(float)
 
 
 def make_certain(work_dir, layer, values):
@@ -257,18 +257,18 @@ def test_detection(run, small_project):
 
     output = run(evaluate)
     assert 'coco/bbox_mAP' in output
-    pictures = list(work_dir.glob('*/pictures/*.jpg'))
-    assert len(pictures) == 6
-    assert all(cv2.imread(str(picture)) is not None for picture in pictures)
+    images = list(work_dir.glob('*/pictures/*.jpg'))
+    assert len(images) == 6
+    assert all(cv2.imread(str(image)) is not None for image in images)
 
     # For ball, kite, food and none; hardly trained weights predict nothing with certainty.
     make_certain(work_dir, 'roi_head.bbox_head.fc_cls', np.log([0.45, 0.05, 0.4, 0.1]))
     run(predict)
-    for content, drawing, picture in predictions(project, 'shapes'):
+    for content, drawing, image in predictions(project, 'shapes'):
         found = {(item['label'], item['class'], round(item['score'], 2), 'mask' in item)
                  for item in content['instances']}  # fmt: skip
         assert found == {(0, 'ball', 0.45, True), (2, 'food', 0.4, True)}
-        assert np.abs(drawing - picture).max() > 60
+        assert np.abs(drawing - image).max() > 60
 
 
 @pytest.fixture
@@ -355,19 +355,19 @@ def test_segmentation(run, small_project, slow):
 
     output = run(evaluate)
     assert re.search(r'\|\s+ground\s+\|.*\|\s+ball\s+\|.*\|\s+kite\s+\|', output, re.DOTALL)
-    pictures = list(work_dir.glob('*/pictures/*.jpg'))
-    assert len(pictures) == 6
-    assert all(cv2.imread(str(picture)) is not None for picture in pictures)
+    images = list(work_dir.glob('*/pictures/*.jpg'))
+    assert len(images) == 6
+    assert all(cv2.imread(str(image)) is not None for image in images)
     if slow:
         assert 'mIoU' in run(evaluate_in_scales)
 
     make_certain(work_dir, 'decode_head.conv_seg', [0.0, 0.0, 1.0])
     run(predict)
-    for content, drawing, picture in predictions(project, 'scenes'):
+    for content, drawing, image in predictions(project, 'scenes'):
         assert content['classes'] == [
             {'label': 2, 'class': 'kite', 'value': 2, 'pixels': 64 * 64, 'share': 1.0}
         ]
         labels = cv2.imread(str(project / 'predictions/scenes' / content['labels']), -1)
         assert (labels == 2).all()
-        painted = 0.2 * picture + 0.8 * np.array([80, 160, 0])  # the palette's colour, as BGR
+        painted = 0.2 * image + 0.8 * np.array([80, 160, 0])  # the palette's colour, as BGR
         assert np.median(np.abs(drawing - painted)) < 8  # but where the name is written

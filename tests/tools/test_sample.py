@@ -28,7 +28,7 @@ def test_is_deterministic(sample, tmp_path):
 
 
 @pytest.mark.parametrize('split', SPLITS)
-def test_coco_annotations_agree_with_the_pictures_and_labels(sample, split):
+def test_coco_annotations_agree_with_images_and_labels(sample, split):
     ade_split, count = SPLITS[split]
     coco = COCO(sample / f'coco/annotations/instances_{split}.json')
     assert len(coco.imgs) == count
@@ -39,8 +39,8 @@ def test_coco_annotations_agree_with_the_pictures_and_labels(sample, split):
     ade_labels = [name.strip() for name in ADE20KDataset.METAINFO['classes']]
     for image in coco.imgs.values():
         path = sample / 'coco' / split / image['file_name']
-        picture = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        assert picture.shape[:2] == (image['height'], image['width']) == (64, 64)
+        pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        assert pixels.shape[:2] == (image['height'], image['width']) == (64, 64)
         assert (ade / 'images' / ade_split / path.name).read_bytes() == path.read_bytes()
         labels = cv2.imread(str(ade / 'annotations' / ade_split / f'{path.stem}.png'), 0)
         assert labels.shape == (64, 64)
