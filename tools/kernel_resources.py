@@ -6,9 +6,9 @@
     python tools/kernel_resources.py --network --channels 72 576  # all kernels
 
 Prints for each kernel the registers of a thread, the bytes it spills, the instructions of its
-innermost loop and how many of them are the convolution's multiply-adds, and its loads and stores of
-global memory by width. With half precision and a multiple of 8 channels, 16 bits means that elements
-are read alone. Triton includes the assembler and disassembler; no CUDA toolkit is needed.
+innermost loop and how many of them are the convolution's multiply-adds, and its loads and stores
+of global memory by width. With half precision and a multiple of 8 channels, 16 bits means that
+elements are read alone. Triton includes the assembler and disassembler; no CUDA toolkit is needed.
 
 The kernels are those that a training step and an inference launch: both run on the CPU with a small
 image, and launches are recorded instead of computed.
