@@ -1,18 +1,17 @@
-"""Compiles the Triton kernels for GPUs that are not there, and fails if one spills registers.
+"""Compiles the Triton kernels without a GPU, and fails if one spills registers.
 
-    python tools/kernel_resources.py                      # what runs by default, A100 and H100
+    python tools/kernel_resources.py                      # the default kernels, for A100 and H100
     python tools/kernel_resources.py --capability 90 --kernel-sizes 11 --dtype float32
-    python tools/kernel_resources.py --kernel-sizes 11 --rows 16   # another division of the work
-    python tools/kernel_resources.py --network --channels 72 576   # all kernels of a network
+    python tools/kernel_resources.py --kernel-sizes 11 --rows 16   # other blocks
+    python tools/kernel_resources.py --network --channels 72 576  # all kernels
 
-Prints for each kernel the registers of a thread, the bytes it spills, for its innermost loop the
-number of instructions and how many of them are the multiply-adds that the convolution needs, and
-its loads and stores of global memory by their bits: of half precision with a channel count that is
-a multiple of 8, those of 16 bits are elements that are not read together. Triton brings the
-assembler and disassembler along: neither a GPU nor a CUDA toolkit is needed.
+Prints for each kernel the registers of a thread, the bytes it spills, the instructions of its
+innermost loop and how many of them are the convolution's multiply-adds, and its loads and stores
+of global memory by width. With half precision and a multiple of 8 channels, 16 bits means that
+elements are read alone. Triton includes the assembler and disassembler; no CUDA toolkit is needed.
 
-What is launched tells which kernels there are: a step of training and one of inference run on the
-CPU, on a small image, with launches that are noted and compute nothing.
+The kernels are those that a training step and an inference launch: both run on the CPU with a small
+image, and launches are recorded instead of computed.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from unittest.mock import patch
 
 import torch
 import triton
-from common.tables import table, with_table
+from common.tables import show, table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -47,7 +46,7 @@ TYPES = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32',
          torch.float64: 'fp64', torch.int64: 'i64', torch.int32: 'i32'}  # fmt: skip
 DTYPES = ('bfloat16', 'float16', 'float32')
 HALF = ('bfloat16', 'float16')
-# Of constants that tell apart what one kernel is compiled for; the rest are sizes.
+# Constants that are shown beside a kernel's name; the rest are sizes.
 SWITCHES = re.compile(r'HAS_\w+|FLIP')
 PAGE = Path(__file__).resolve().parents[1] / 'docs/data/kernel_resources.md'
 DISASSEMBLER = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
@@ -56,21 +55,15 @@ HEADER = ['GPU', 'dtype', 'kernel', 'K', 'C', 'registers', 'bytes spilled',
 
 
 class Launch(NamedTuple):
-    """A kernel, and what of a launch it is compiled for.
+    """What a kernel is compiled for."""
 
-    Fields:
-        launcher: With the kernel and its constants.
-        dtypes: Of the tensors, None for one that is missing.
-        sizes: Number of integers.
-    """
-
-    launcher: Launcher
-    dtypes: tuple[torch.dtype | None, ...]
-    sizes: int
+    launcher: Launcher  # has the kernel and its constants
+    dtypes: tuple[torch.dtype | None, ...]  # of the tensors, None for one that is missing
+    sizes: int  # number of integers
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs: see the table's header."""
+    """What a compiled kernel needs; see the table's header."""
 
     registers: int
     spilled: int
@@ -89,12 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--dtype', choices=DTYPES, nargs='+', default=['bfloat16'])
     parser.add_argument('--rows', type=int, help='output rows of a forward program')
     parser.add_argument(
-        '--network', action='store_true',
-        help='all kernels of a network with float32 weights under autocast, not those of a '
-        'depthwise convolution alone',
-    )  # fmt: skip
+        '--network', action='store_true', help='all kernels of a network with float32 weights'
+    )
     parser.add_argument(
-        '--page', action='store_true', help='keep what is printed in docs/data/kernel_resources.md'
+        '--page', action='store_true', help='keep the table in docs/data/kernel_resources.md'
     )
     args = parser.parse_args(argv)
     if os.environ.get('TRITON_INTERPRET') == '1':
@@ -105,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for dtype in args.dtype:
             for kernel_size in args.kernel_sizes:
                 for channels in args.channels:
-                    with noted_launches(args.rows) as launches:
+                    with recorded_launches(args.rows) as launches:
                         run(channels, kernel_size, getattr(torch, dtype))
                     for launch in launches:
                         constants = launch.launcher.constants
@@ -114,54 +105,52 @@ def main(argv: Sequence[str] | None = None) -> None:
                                *map(str, resources(launch, capability))]  # fmt: skip
                         if row not in rows:  # some do not depend on K or C
                             rows.append(row)
-    text = table(HEADER, rows)
-    print(text, end='')
-    if args.page:
-        name = 'network resources' if args.network else 'resources'
-        PAGE.write_text(with_table(PAGE.read_text(), name, text))
+    name = 'network resources' if args.network else 'resources'
+    show(name, table(HEADER, rows), [PAGE] if args.page else [])
     spilling = [row for row in rows if row[6] != '0']
     if spilling:
         raise SystemExit(f'error: {len(spilling)} of {len(rows)} kernels spill registers')
 
 
-# ------------------------------------------------------------------------------ what is launched
+# ---------------------------------------------------------------------------------------- launches
 @contextmanager
-def noted_launches(rows: int | None) -> Iterator[list[Launch]]:
-    """While it lasts, kernels are noted, each once, and not run: results are of any values.
+def recorded_launches(rows: int | None) -> Iterator[list[Launch]]:
+    """Records each kernel once instead of running it; results have arbitrary values.
 
     Args:
         rows: Output rows of a forward program of depthwise convolutions; None for the default.
     """
-    found: dict[tuple, Launch] = {}
+    keys: set[tuple] = set()
+    launches: list[Launch] = []
     default = depthwise_triton.blocks_for
 
-    def note(
+    def record(
         launcher: Launcher, programs: int, tensors: tuple[Tensor | None, ...], sizes: tuple
     ) -> None:
         dtypes = tuple(None if tensor is None else tensor.dtype for tensor in tensors)
         constants = tuple(sorted((name, str(v)) for name, v in launcher.constants.items()))
         key = (launcher.kernel.__name__, constants, dtypes)
-        found.setdefault(key, Launch(launcher, dtypes, len(sizes)))
+        if key not in keys:
+            keys.add(key)
+            launches.append(Launch(launcher, dtypes, len(sizes)))
 
     def blocks_for(kernel_size: int) -> depthwise_triton.Blocks:
         blocks = default(kernel_size)
         return blocks if rows is None else replace(blocks, rows=rows)
 
-    launches: list[Launch] = []
     with (
-        patch.object(Launcher, '__call__', note),
+        patch.object(Launcher, '__call__', record),
         patch.object(depthwise, 'setting', 'triton'),
         patch.object(depthwise, 'choice_for', lambda *_: 'triton'),
         patch.object(depthwise_triton, 'blocks_for', blocks_for),
-        # As on an NVIDIA GPU; launchers are kept by what they depend on, of which this is no part.
+        # As on an NVIDIA GPU; cached launchers do not depend on it.
         patch.object(depthwise_triton, 'is_packed', lambda _, dtype: dtype == torch.bfloat16),
     ):
         yield launches
-    launches.extend(found.values())
 
 
 def run_convolution(channels: int, kernel_size: int, dtype: torch.dtype) -> None:
-    """A step of training of a depthwise convolution with a bias in float32."""
+    """A training step of a depthwise convolution with a bias in float32."""
     conv = DepthwiseConv(channels, kernel_size)
     x = torch.randn(1, 4, 4, channels, requires_grad=True)
     with autocast(dtype):
@@ -170,7 +159,7 @@ def run_convolution(channels: int, kernel_size: int, dtype: torch.dtype) -> None
 
 
 def run_network(channels: int, kernel_size: int, dtype: torch.dtype) -> None:
-    """Training with and without drop path in all its forms, and inference, of two short stages."""
+    """Training with and without drop path in all ways of recomputation, and both inferences."""
     arch = dict(channels=(channels, channels), depths=(1, 1), kernel_size=kernel_size)
     x = torch.randn(2, 3, 16, 16)
     for recompute in RECOMPUTE:
@@ -206,7 +195,7 @@ def name_of(launch: Launch) -> str:
     return f'{name} ({", ".join(parts)})' if parts else name
 
 
-# ------------------------------------------------------------------------------ what it needs
+# --------------------------------------------------------------------------------------- resources
 def resources(launch: Launch, capability: int) -> Resources:
     """Compiles a kernel as `Launcher.compile` does on a GPU."""
     kernel, constants = launch.launcher.kernel, dict(launch.launcher.constants)
@@ -214,7 +203,7 @@ def resources(launch: Launch, capability: int) -> Resources:
     sizes = kernel.params[len(tensors) : len(tensors) + launch.sizes]
     fixed = [p.name for p in sizes if not p.do_not_specialize]
     if fixed:
-        raise SystemExit(f'error: {kernel.__name__} would be compiled for values of {fixed}')
+        raise SystemExit(f'error: {kernel.__name__} is compiled for each value of {fixed}')
     signature = dict.fromkeys(kernel.arg_names, 'constexpr') | {p.name: 'i32' for p in sizes}
     attributes = {}
     for parameter, dtype in zip(tensors, launch.dtypes):

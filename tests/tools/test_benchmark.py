@@ -155,18 +155,40 @@ def test_ratios_to_the_published_code(run, page, monkeypatch):
     assert page.read_text().count('old') == 4
 
 
-def test_counts_and_sweeps(run, page, monkeypatch):
+def test_counts(run, page):
     output = run(benchmark, '--count', NANO[0], NANO[2], '--size', 64, 64, '--page')
     assert '1x3x64x64, bfloat16, cpu, counted' in output
     assert re.search(r'`plain_n` \| [\d,]+ \(1.00\) \| \d.\d \(1.00\) \| \d+ \(1.00\)', output)
     assert '`conv2former_n:deploy=True` |  |  |' in output
-    monkeypatch.setattr(benchmark, 'SWEPT', {'kernel': (3, 5), 'resolution': (32, 64)})
-    models = ['conv2former_n:deploy=True']
-    for kind, size in (('kernel', ['--size', 32, 32]), ('resolution', [])):
-        rows = run(benchmark, *models, '--sweep', kind, *size, '--rounds', 2, '--page').split('\n')
-        values = [row.split('|')[2].strip() for row in rows[4:6]]
-        assert values == list(map(str, benchmark.SWEPT[kind]))
-    assert page.read_text().count('old') == 3
+    assert page.read_text().count('old') == 5
+
+
+def test_sweeps(run, page, monkeypatch):
+    """Two models whose inference takes 3 us per pixel."""
+
+    def measure(specs, training, setting, rounds):
+        height, width = setting.size
+        return {spec: Cost([3e-6 * setting.batch * height * width] * rounds) for spec in specs}
+
+    monkeypatch.setattr(benchmark, 'measure_models', measure)
+    monkeypatch.setattr(benchmark, 'macs', lambda spec, setting: 1e9 * (1 + len(spec)))
+    monkeypatch.setattr(benchmark, 'SWEPT', {'kernel': (3, 21), 'resolution': (100, 200)})
+    models = ['conv2former_n', 'conv2former_n:with_cp=True']
+    output = run(benchmark, *models, '--sweep', 'resolution', '--batch', 2, '--page')
+    assert output.splitlines()[4:] == [
+        '| `conv2former_n` | 100 | 14.0 G | 60 | 3000 |',
+        '| `conv2former_n` | 200 | 14.0 G | 240 | 3000 |',
+        '| `conv2former_n:with_cp=True` | 100 | 27.0 G | 60 | 3000 |',
+        '| `conv2former_n:with_cp=True` | 200 | 27.0 G | 240 | 3000 |',
+    ]
+    output = run(benchmark, *models, '--sweep', 'kernel', '--size', 10, 10, '--page')
+    assert output.splitlines()[4:] == [
+        '| `conv2former_n` | 3 | 28.0 G | 0 | 3000 |',  # with `:kernel_size=3`
+        '| `conv2former_n` | 21 | 29.0 G | 0 | 3000 |',
+        '| `conv2former_n:with_cp=True` | 3 | 41.0 G | 0 | 3000 |',
+        '| `conv2former_n:with_cp=True` | 21 | 42.0 G | 0 | 3000 |',
+    ]
+    assert page.read_text().count('old') == 4
 
 
 def test_every_mark_of_the_pages_is_filled():
@@ -232,6 +254,7 @@ def test_depthwise_rates(monkeypatch):
 def test_depthwise_command(run, monkeypatch):
     known = Ceilings(copy=1e9, products={'float32': 1e9})
     monkeypatch.setattr(benchmark_depthwise, 'measure_ceilings', lambda device: known)
+    monkeypatch.setattr('mmconv2former.ops.depthwise.is_interpreted', lambda: False)  # slow
     monkeypatch.setattr(benchmark_depthwise, 'CPU_SHAPES', [(1, 4, 6, 6)])
     rows = run(benchmark_depthwise, '--kernel-sizes', 5, 7).splitlines()[-2:]
     for row, size in zip(rows, (5, 7), strict=True):
