@@ -60,7 +60,7 @@ def assert_drawn(drawing, image):
     assert np.abs(drawing.astype(int) - image).max() > 60
 
 
-def test_detection_is_mmdets(models, folder, tmp_path):
+def test_detection(models, folder, tmp_path):
     model, out = models[DETECTION_MODEL], tmp_path / 'out'
     inferencer = DetInferencer(str(model.config), str(model.checkpoint), 'cpu')
     (expected,) = inferencer(str(folder / 'tief/zwei.jpg'))['predictions']
@@ -93,7 +93,7 @@ def test_low_scores_are_dropped(models, folder, tmp_path):
     assert not (tmp_path / 'b/pictures').exists()
 
 
-def test_segmentation_is_mmsegs(models, folder, tmp_path):
+def test_segmentation(models, folder, tmp_path):
     model, out = models[SEGMENTATION_MODEL], tmp_path / 'out'
     inferencer = MMSegInferencer(
         str(model.config), str(model.checkpoint), dataset_name='ade20k', device='cpu'
@@ -109,7 +109,7 @@ def test_segmentation_is_mmsegs(models, folder, tmp_path):
     assert_drawn(out / 'pictures/tief/zwei.jpg', folder / 'tief/zwei.jpg')
 
 
-def test_classification_is_mmpretrains(models, folder, tmp_path):
+def test_classification(models, folder, tmp_path):
     model, out = models[CLASSIFICATION_MODEL], tmp_path / 'out'
     init_default_scope('mmpretrain')  # another one may remain from other tests
     inferencer = ImageClassificationInferencer(
