@@ -39,8 +39,8 @@ from mmconv2former.checkpoint.reading import (
     in_whole_model,
     read_state_dict,
 )
-from mmconv2former.models.arguments import parse_kernel_size
-from mmconv2former.models.conv2former import ARCHS, parse_arch
+from mmconv2former.models.arguments import parse_arch, parse_kernel_size
+from mmconv2former.models.conv2former import ARCH_LETTERS, ARCHS
 
 HEAD_NAMES = [
     f'{layer}.{kind}' for layer in ('head.0', 'head.2', 'pred') for kind in ('weight', 'bias')
@@ -152,7 +152,7 @@ def check_expectations(
         ValueError: `arch` or `kernel_size` is none that there is.
     """
     if arch is not None:
-        named = parse_arch(arch)
+        named = parse_arch(arch, ARCHS, ARCH_LETTERS)
         if (named.channels, named.depths) != (architecture.channels, architecture.depths):
             raise CheckpointError(f'--arch {arch} was expected, found {describe(architecture)}')
     if kernel_size is not None:

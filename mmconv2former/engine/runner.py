@@ -33,7 +33,6 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
 from ..checkpoint.loading import (
-    LoadsPretrained,
     check_optimizer,
     check_resumable,
     load_fitting,
@@ -41,6 +40,7 @@ from ..checkpoint.loading import (
     tensors_of,
 )
 from ..checkpoint.reading import UNREADABLE, CheckpointError, reason_of, with_state_dict
+from ..models.base import PretrainedModule
 from ..registry import RUNNERS, register
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
 from .finite import check_weights, images_on_error
@@ -211,8 +211,8 @@ class ReliableRunner(Runner):
             FileNotFoundError, CheckpointError: It cannot be read, or does not fit.
         """
         for module in unwrapped(self.model).modules():
-            if isinstance(module, LoadsPretrained):
-                module.load_own_pretrained()
+            if isinstance(module, PretrainedModule):
+                module.load_pretrained_weights()
         if self._load_from and self._resume != 'auto':  # which may find another one
             self._ahead = self._load_from, self._read(self._load_from, strict)
 

@@ -20,8 +20,7 @@ from types import ModuleType
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..checkpoint.loading import load_pretrained
-from ..registry import MODELS, register
+from ..registry import MODELS, WEIGHT_INITIALIZERS, register
 from .arguments import check_number, parse_out_indices
 from .conv2former import Conv2Former
 
@@ -608,7 +607,8 @@ class Baseline(BaseModule):
                 )
             may_miss = None if self.classification else NEW_FOR_DENSE_PREDICTION
             prefix = self.pretrained.get('prefix')
-            load_pretrained(self.body, checkpoint, prefix, may_miss=may_miss)
+            load = dict(type='mmconv2former.Pretrained', checkpoint=checkpoint, prefix=prefix)
+            WEIGHT_INITIALIZERS.build({**load, 'may_miss': may_miss})(self.body)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, 3, H, W)
         if self.norms is not None:
