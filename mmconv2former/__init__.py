@@ -4,7 +4,7 @@ Importing this package registers its classes; it imports none of mmdet, mmseg an
 """
 
 try:
-    import mmengine  # noqa: F401  (only to say what to do when it is missing)
+    import mmengine  # noqa: F401  (to explain what to do if it is missing)
 except ModuleNotFoundError as error:
     if error.name != 'mmengine':
         raise
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> type:
-    if name == 'Conv2FormerClsHead':  # imports mmpretrain, which users of a detector may not have
+    if name == 'Conv2FormerClsHead':  # needs mmpretrain, which users of a detector may not have
         from .models.cls_head import Conv2FormerClsHead
 
         return Conv2FormerClsHead

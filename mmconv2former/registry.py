@@ -1,9 +1,9 @@
 """The scope `mmconv2former`: child registries of mmengine's.
 
-With the scope written out, `type='mmconv2former.Conv2Former'` is found from the registries of
-mmengine, mmdet, mmseg and mmpretrain without any import, because mmengine imports
-`<scope>.registry` when it meets an unknown scope. The short `type='Conv2Former'` is found once the
-package is imported, because `register` also enters the class in mmengine's root registry.
+`type='mmconv2former.Conv2Former'` is found from the registries of mmengine, mmdet, mmseg and
+mmpretrain without any import, because mmengine imports `<scope>.registry` for an unknown scope, and
+then the `locations` below. The short `type='Conv2Former'` is found once the package is imported,
+because `register` also adds the class to mmengine's root registry.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
 from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
 from mmengine.registry import RUNNERS as ROOT_RUNNERS
+from mmengine.registry import WEIGHT_INITIALIZERS as ROOT_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry, build_runner_from_cfg
 
 Class = TypeVar('Class', bound=type)
@@ -62,21 +63,27 @@ OPTIM_WRAPPERS = Registry(
     scope='mmconv2former',
     locations=['mmconv2former.engine.amp'],
 )
+WEIGHT_INITIALIZERS = Registry(
+    'weight initializer',
+    parent=ROOT_WEIGHT_INITIALIZERS,
+    scope='mmconv2former',
+    locations=['mmconv2former.checkpoint.loading'],
+)
 
 
 def register(registry: Registry) -> Callable[[Class], Class]:
-    """Class decorator that enters a class in one of the registries above and in its root.
+    """Class decorator that adds a class to one of the registries above and to its root.
 
     Args:
         registry: A child registry of this module.
 
     Raises:
-        KeyError: The name is taken already (raised by mmengine).
+        KeyError: The name is taken.
     """
 
-    def enter(cls: Class) -> Class:
+    def add(cls: Class) -> Class:
         registry.register_module(module=cls)
         registry.parent.register_module(module=cls)
         return cls
 
-    return enter
+    return add

@@ -39,8 +39,8 @@ from mmconv2former.checkpoint.reading import (
     in_whole_model,
     read_state_dict,
 )
-from mmconv2former.models.arguments import parse_kernel_size
-from mmconv2former.models.conv2former import ARCHS, parse_arch
+from mmconv2former.models.arguments import parse_arch, parse_kernel_size
+from mmconv2former.models.conv2former import ARCH_LETTERS, ARCHS
 
 HEAD_NAMES = [
     f'{layer}.{kind}' for layer in ('head.0', 'head.2', 'pred') for kind in ('weight', 'bias')
@@ -138,7 +138,7 @@ def check_expectations(args: argparse.Namespace, found: Architecture) -> None:
         ValueError: `--arch` or `--kernel-size` is not valid.
     """
     if args.arch is not None:
-        named = parse_arch(args.arch)
+        named = parse_arch(args.arch, ARCHS, ARCH_LETTERS)
         if (named.channels, named.depths) != (found.channels, found.depths):
             raise CheckpointError(
                 f'{args.checkpoint}: --arch {args.arch} was expected, found {describe(found)}'

@@ -13,10 +13,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from mmengine.logging import print_log
-from mmengine.model import BaseModule, PretrainedInit
 from mmengine.optim import OptimWrapperDict
 from torch import Tensor, nn
 
+from ..registry import WEIGHT_INITIALIZERS
 from .architecture import differences, pad_kernels
 from .reading import CheckpointError, CheckpointNotFound, read_state_dict
 
@@ -47,11 +47,14 @@ def load_pretrained(
     adapt_kernel: bool = False,
     new_layers: Sequence[str] = (),
     may_miss: re.Pattern | None = NEW_FOR_DENSE_PREDICTION,
+    how_to_get: str = HOW_TO_GET_WEIGHTS,
 ) -> None:
     """Loads a checkpoint into a backbone or a head; every tensor must be in it, in its shape.
 
     By default output norms (`norm{i}`) may be missing, as ImageNet networks have none. Tensors
     that the module has no use for, such as a classification head, are left out and logged.
+
+    `StrictPretrainedInit` calls this for a module's `init_cfg`.
 
     Args:
         module: A backbone or a head.
@@ -63,6 +66,7 @@ def load_pretrained(
         new_layers: Layers of the module that keep their initial values, such as `['pred']` of a
             `Conv2FormerClsHead` for other classes.
         may_miss: Matches names that need not be in the file; None: all must be.
+        how_to_get: Advice for the error if there is no such file.
 
     Raises:
         CheckpointNotFound: There is no such file.
@@ -71,7 +75,7 @@ def load_pretrained(
     try:
         state_dict = read_state_dict(checkpoint)
     except CheckpointNotFound as error:
-        raise CheckpointNotFound(f'{error}. {HOW_TO_GET_WEIGHTS}') from None
+        raise CheckpointNotFound(f'{error}. {how_to_get}') from None
     new = tuple(f'{layer}.' for layer in new_layers)
     expected = {n: value for n, value in module.state_dict().items() if not n.startswith(new)}
     if prefix is None:
@@ -283,45 +287,19 @@ def layout(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[s
     return sizes, [k for k in OPTIMIZER_SETTINGS if all(k in group for group in param_groups)]
 
 
-class LoadsPretrained(BaseModule):
-    """mmengine's module, whose `init_cfg=dict(type='Pretrained', ...)` goes by `load_pretrained`.
+@WEIGHT_INITIALIZERS.register_module(name='Pretrained')
+class StrictPretrainedInit:
+    """`init_cfg=dict(type='mmconv2former.Pretrained', ...)`: `load_pretrained` as an initializer.
 
-    Stands first among several bases. The other keys of the dict are the arguments of
-    `load_pretrained`.
+    Args:
+        checkpoint: See `load_pretrained`.
+        map_location: Has no effect, as tensors are read on the CPU; mmengine's initializer has it.
+        **options: Other arguments of `load_pretrained`.
     """
 
-    init_cfg: dict | list[dict] | None
+    def __init__(self, checkpoint: str, map_location: Any = None, **options: Any) -> None:
+        self.checkpoint = checkpoint
+        self.options = options
 
-    def init_weights(self) -> None:
-        """Applies `init_cfg`; pretrained weights are read safely and must fit.
-
-        Raises:
-            FileNotFoundError, CheckpointError: See `load_pretrained`.
-        """
-        if self.is_init:
-            return
-        init_cfg = self.init_cfg
-        # mmengine loads with strict=False: a file of another model would be taken in silence.
-        self.init_cfg = [cfg for cfg in self._init_cfgs() if not is_pretrained(cfg)]
-        super().init_weights()
-        self.init_cfg = init_cfg
-        self.load_own_pretrained()
-
-    def load_own_pretrained(self) -> None:
-        """Loads what `init_cfg` names; the rest of `init_weights` is not done.
-
-        Raises:
-            FileNotFoundError, CheckpointError: See `load_pretrained`.
-        """
-        # `map_location`, which mmengine's takes, has no use: reading is on the CPU.
-        ignored = ('type', 'map_location')
-        for cfg in filter(is_pretrained, self._init_cfgs()):
-            load_pretrained(self, **{key: cfg[key] for key in cfg if key not in ignored})
-
-    def _init_cfgs(self) -> list[dict]:
-        return [self.init_cfg] if isinstance(self.init_cfg, dict) else list(self.init_cfg or ())
-
-
-def is_pretrained(init_cfg: Mapping) -> bool:
-    """Whether an `init_cfg` loads a checkpoint."""
-    return init_cfg['type'] in ('Pretrained', PretrainedInit)
+    def __call__(self, module: nn.Module) -> None:
+        load_pretrained(module, self.checkpoint, **self.options)

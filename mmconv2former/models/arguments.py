@@ -1,135 +1,125 @@
-"""Checks of constructor arguments. Messages name the argument, the value and what is allowed."""
+"""Checks of constructor arguments that would otherwise fail late or pass unnoticed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any, TypeGuard
+import inspect
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
-import numpy as np
+FIXED_STRIDES = (
+    'Its strides are fixed and nothing is dilated: let the head take them as they are '
+    '(docs/use_in_your_config.md shows it for DeepLabV3+)'
+)
+ADVICE = {
+    **dict.fromkeys(('dilations', 'strides', 'dilation', 'output_stride'), FIXED_STRIDES),
+    'pretrained': "Name the weights by init_cfg=dict(type='Pretrained', checkpoint=FILE); a "
+    "segmentor's own pretrained must be None",
+}
+REPLACE_ALL = (
+    'If these are the arguments of the backbone that a recipe had before, write _delete_=True in '
+    "the backbone's dict"
+)
+Row = TypeVar('Row')
+Init = TypeVar('Init', bound=Callable[..., None])
 
-# Far above what anybody builds (our choice): beyond, a slip would take all memory or hours.
-MOST_CHANNELS = 2**16
-MOST_BLOCKS = 1000  # of a stage
-MOST_STAGES = 12
-LARGEST_KERNEL = 999
-LARGEST_RATIO = 64
+
+def with_arguments_of(base: type) -> Callable[[Init], Init]:
+    """Decorator of an `__init__` that passes `**shared` on to a base.
+
+    `help`, `inspect.signature` and checks of configs then see the base's own arguments.
+    """
+    _, *shared = inspect.signature(vars(base)['__init__'], eval_str=True).parameters.values()
+
+    def decorate(init: Init) -> Init:
+        signature = inspect.signature(init, eval_str=True)
+        *own, _ = signature.parameters.values()  # without **shared
+        init.__dict__['__signature__'] = signature.replace(parameters=[*own, *shared])
+        init.__annotations__.update({item.name: item.annotation for item in shared})
+        return init
+
+    return decorate
+
+
+def parse_arch(arch: str | Mapping, archs: Mapping[str, Row], letters: Mapping[str, str]) -> Row:
+    """A row of a table of variants: by name, by letters that stand for a name, or from a dict."""
+    if isinstance(arch, str) and letters.get(arch.lower(), arch.lower()) in archs:
+        return archs[letters.get(arch.lower(), arch.lower())]
+    if isinstance(arch, Mapping):
+        row = type(next(iter(archs.values())))
+        try:
+            return row(**arch)
+        except TypeError as error:
+            raise TypeError(f'arch={dict(arch)} does not fit {inspect.signature(row)}') from error
+    raise ValueError(f'arch must be one of {", ".join([*archs, *letters])} or a dict, got {arch!r}')
 
 
 def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
-    """One odd kernel size a stage."""
-    sizes: Sequence[Any] = kernel_size if is_sequence(kernel_size) else (kernel_size,) * num_stages
+    """One odd kernel size for each stage."""
+    sizes = (kernel_size,) * num_stages if isinstance(kernel_size, int) else tuple(kernel_size)
     if len(sizes) != num_stages:
         raise ValueError(
             f'kernel_size must be an int or one int for each of {num_stages} stages, '
             f'got {kernel_size!r}'
         )
     for size in sizes:
-        check_int('kernel_size', size, minimum=1, maximum=LARGEST_KERNEL)
+        check_int('kernel_size', size, minimum=1)
         if size % 2 == 0:
             raise ValueError(f'kernel_size must be odd, got {size}')
-    return tuple(map(int, sizes))
+    return sizes
 
 
 def parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
-    """Stages from 0, none twice, in the given order."""
-    indices: Sequence[Any] = out_indices if is_sequence(out_indices) else (out_indices,)
-    if not 1 <= len(indices) <= num_stages:
-        raise ValueError(
-            f'out_indices must name at least one stage and none of {num_stages} twice, '
-            f'got {out_indices!r}'
-        )
+    """Stages counted from 0, none twice, in the given order."""
+    indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
     for index in indices:
         check_int('out_indices', index, minimum=-num_stages, maximum=num_stages - 1)
-    stages = tuple(int(index) % num_stages for index in indices)
-    if len(set(stages)) != len(stages):
-        raise ValueError(f'out_indices must not name a stage twice, got {out_indices!r}')
+    stages = tuple(index % num_stages for index in indices)
+    if not stages or len(set(stages)) != len(stages):
+        raise ValueError(
+            f'out_indices must name at least one stage and none twice, got {out_indices!r}'
+        )
     return stages
 
 
-def refuse_foreign(name: str, arguments: Mapping[str, object]) -> None:
-    """Raises TypeError if there are arguments: those of the backbone that a config had before.
+def refuse_foreign(name: str, arguments: Collection[str]) -> None:
+    """Raises TypeError if a class called `name` got arguments that it does not have.
 
-    Args:
-        name: Of the class, for the message.
-        arguments: What a constructor got beyond its own.
+    They are mostly those of the backbone that a config had before.
     """
-    if not arguments:
-        return
-    advice = [f'{name} has no argument {", ".join(arguments)}']
-    if set(arguments) & {'dilations', 'strides', 'dilation', 'output_stride'}:
-        advice.append(
-            'Its strides are fixed and nothing is dilated: let the head take them as they are '
-            '(docs/use_in_your_config.md shows it for DeepLabV3+)'
+    if arguments:
+        advice = {ADVICE[argument]: None for argument in arguments if argument in ADVICE}
+        raise TypeError(
+            '. '.join([f'{name} has no argument {", ".join(arguments)}', *advice, REPLACE_ALL])
         )
-    if 'pretrained' in arguments:
-        advice.append(
-            "Weights are named by init_cfg=dict(type='Pretrained', checkpoint=FILE), and a "
-            "segmentor's own pretrained must be None"
+
+
+def check_init_cfg(init_cfg: object) -> None:
+    """Raises ValueError for a config of the initialisation that mmengine would ignore."""
+    configs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+    if init_cfg is not None and not all(isinstance(cfg, dict) and 'type' in cfg for cfg in configs):
+        raise ValueError(
+            f"init_cfg must be None, a dict with a 'type' or a list of these, got {init_cfg!r}"
         )
-    advice.append(
-        'If these are the arguments of the backbone that a recipe had before, write _delete_=True '
-        "in the backbone's dict"
-    )
-    raise TypeError('. '.join(advice))
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
+    if value not in list(choices):
         raise ValueError(f'{name} must be one of {", ".join(choices)}, got {value!r}')
-
-
-def is_sequence(value: object) -> TypeGuard[Sequence]:
-    """Whether a value is a sequence, of which a text is none here."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
-
-
-def check_bool(name: str, value: object) -> None:
-    """Raises TypeError unless `value` is a bool."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f'{name} must be a bool, got {value!r}')
-
-
-def check_init_cfg(init_cfg: object) -> None:
-    """Raises TypeError or ValueError unless `init_cfg` is None, a dict with a type, or such."""
-    configs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
-    for cfg in configs if init_cfg is not None else ():
-        if not isinstance(cfg, dict):
-            raise TypeError(f'init_cfg must be a dict, a list of dicts or None, got {init_cfg!r}')
-        if 'type' not in cfg:
-            raise ValueError(f"init_cfg must have a 'type', got {cfg}")
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
     """Raises TypeError or ValueError unless `value` is an int within the closed range."""
     allowed = f'at least {minimum}' if maximum is None else f'from {minimum} to {maximum}'
-    if isinstance(value, bool) or not isinstance(value, Integral):
+    if not isinstance(value, int):
         raise TypeError(f'{name} must be an int {allowed}, got {value!r}')
-    if value < minimum or not (maximum is None or value <= maximum):
+    if value < minimum or (maximum is not None and value > maximum):
         raise ValueError(f'{name} must be {allowed}, got {value}')
 
 
-def check_number(
-    name: str,
-    value: object,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> None:
-    """Raises TypeError or ValueError unless `value` is a finite number within the given bounds."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+def check_number(name: str, value: Any, minimum: float, below: float) -> None:
+    """Raises TypeError or ValueError unless `value` is a number in [minimum, below)."""
+    if not isinstance(value, (int, float)):
         raise TypeError(f'{name} must be a number, got {value!r}')
-    # `numbers.Real` declares < and <= only.
-    bounds = [
-        (minimum is None or value >= minimum, f'at least {minimum}'),  # type: ignore[operator]
-        (maximum is None or value <= maximum, f'at most {maximum}'),
-        (above is None or value > above, f'above {above}'),  # type: ignore[operator]
-        (below is None or value < below, f'below {below}'),
-        (value == value and value not in (math.inf, -math.inf), 'finite'),
-    ]
-    broken = [text for holds, text in bounds if not holds]
-    if broken:
-        raise ValueError(f'{name} must be {" and ".join(broken)}, got {value}')
+    if not minimum <= value < below:
+        raise ValueError(f'{name} must be at least {minimum} and below {below}, got {value}')

@@ -1,93 +1,181 @@
-"""What the hierarchical and the isotropic Conv2Former share: modes, freezing, input checks."""
+"""What the hierarchical and the isotropic Conv2Former share.
+
+Pretrained weights, arguments, outputs, freezing, modes, checks of the input.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..checkpoint.loading import LoadsPretrained
 from ..compat.roi_align import guard_roi_align
-from ..ops.block import folded_together
+from ..ops.block import RECOMPUTE, folded_together
 from ..ops.dispatch import is_captured
 from ..ops.memory_format import to_channels_first
-from .arguments import MOST_CHANNELS, check_bool, check_init_cfg, check_int, check_number
-from .blocks import Block, init_layer
+from ..registry import MODELS, WEIGHT_INITIALIZERS
+from .arguments import (
+    check_choice,
+    check_init_cfg,
+    check_int,
+    check_number,
+    parse_out_indices,
+    refuse_foreign,
+)
+from .blocks import Block, LayerNorm, init_layer
+from .deploy import deploy
+from .fusion import FUSIONS
 
 
-class Conv2FormerBase(LoadsPretrained):
-    """What the hierarchical and the isotropic network share: weights, modes, form for inference.
+class PretrainedModule(BaseModule):
+    """mmengine's BaseModule, but weights of `init_cfg=dict(type='Pretrained', ...)` must fit.
 
-    Subclasses have `channels`, `strides`, `smallest_input` (pixels of a side), `out_indices`, norms
-    `norm{i}` of these if `out_norm`, and the methods below that raise NotImplementedError here.
-    Arguments are those of `Conv2Former`.
+    mmengine loads with `strict=False`, so that a file of another model changes nothing and raises
+    no error. Here `mmconv2former.Pretrained` loads it; the dict holds its arguments. With several
+    base classes this one comes first.
     """
 
-    channels: tuple[int, ...]
-    strides: tuple[int, ...]
-    smallest_input: int
-    out_indices: tuple[int, ...]
+    init_cfg: dict | list[dict] | None
+
+    def init_weights(self) -> None:
+        """Applies `init_cfg`, pretrained weights last.
+
+        Raises:
+            FileNotFoundError, CheckpointError: See `load_pretrained_weights`.
+        """
+        if self.is_init:
+            return
+        init_cfg = self.init_cfg
+        self.init_cfg = [cfg for cfg in self._init_cfgs() if not is_pretrained(cfg)]
+        super().init_weights()
+        self.init_cfg = init_cfg
+        self.load_pretrained_weights()
+
+    def load_pretrained_weights(self) -> None:
+        """Loads the checkpoints that `init_cfg` names, and applies nothing else of it.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            CheckpointError: It cannot be read or does not fit.
+        """
+        for cfg in filter(is_pretrained, self._init_cfgs()):
+            WEIGHT_INITIALIZERS.build({**cfg, 'type': 'mmconv2former.Pretrained'})(self)
+
+    def _init_cfgs(self) -> list[dict]:
+        return [self.init_cfg] if isinstance(self.init_cfg, dict) else list(self.init_cfg or ())
+
+
+def is_pretrained(init_cfg: Mapping) -> bool:
+    """Whether an `init_cfg` loads a checkpoint."""
+    return init_cfg['type'] in ('Pretrained', PretrainedInit)
+
+
+class Conv2FormerBase(PretrainedModule):
+    """A network of blocks between a stem and norms `norm{i}` of the outputs.
+
+    A subclass calls `_set_outputs`, builds its stem and stages (of `_block`), and then calls
+    `_finish`. The arguments are described at `Conv2Former`.
+    """
+
+    smallest_input: int  # pixels of a side
 
     def __init__(
         self,
-        in_channels: int,
-        drop_path_rate: float,
-        out_norm: bool,
-        norm_eval: bool,
-        with_cp: bool,
-        out_channels_last: bool,
-        init_cfg: dict | list[dict] | None,
+        *,
+        in_channels: int = 3,
+        fusion: str = 'hadamard',
+        mlp_ratio: float = 4,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        out_norm: bool = True,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        with_cp: bool = False,
+        recompute: str = 'elementwise',
+        depthwise_conv: str = 'DepthwiseConv',
+        out_channels_last: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+        **foreign: NoReturn,
     ) -> None:
-        check_int('in_channels', in_channels, minimum=1, maximum=MOST_CHANNELS)
-        switches = dict(
-            out_norm=out_norm, norm_eval=norm_eval, with_cp=with_cp,
-            out_channels_last=out_channels_last,
-        )  # fmt: skip
-        for name, value in switches.items():
-            check_bool(name, value)
+        refuse_foreign(type(self).__name__, foreign)
         check_init_cfg(init_cfg)
+        check_int('in_channels', in_channels, minimum=1)
+        check_number('mlp_ratio', mlp_ratio, minimum=0, below=math.inf)
         check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
+        check_choice('fusion', fusion, FUSIONS)
+        check_choice('recompute', recompute, RECOMPUTE)
         super().__init__(init_cfg)
         self.in_channels = in_channels
+        self.drop_path_rate = drop_path_rate
         self.out_norm = out_norm
+        self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
         self.out_channels_last = out_channels_last
         if out_channels_last:
             guard_roi_align()
         self.is_deployed = False
+        self._block_options: dict[str, Any] = dict(
+            fusion=fusion,
+            mlp_ratio=mlp_ratio,
+            layer_scale_init_value=layer_scale_init_value,
+            recompute=recompute,
+            depthwise_conv=find_layer('depthwise_conv', depthwise_conv),
+            with_cp=with_cp,
+        )
 
-    def _frozen_modules(self) -> list[nn.Module]:
-        """The modules that `frozen_stages` freezes."""
-        raise NotImplementedError(f'{type(self).__name__} must say which modules are frozen')
+    # ------------------------------------------------------------------------------------ to build
+    def _set_outputs(
+        self, out_indices: int | Sequence[int], channels: Sequence[int], strides: Sequence[int]
+    ) -> None:
+        """Chooses the outputs of stages (or blocks) with these channels and strides."""
+        check_int('frozen_stages', self.frozen_stages, minimum=-1, maximum=len(channels))
+        self.out_indices = parse_out_indices(out_indices, len(channels))
+        self.channels = tuple(channels[i] for i in self.out_indices)
+        self.strides = tuple(strides[i] for i in self.out_indices)
 
-    def _frozen_norms(self, last: int) -> list[nn.Module]:
-        """The output norms of indices below `last`."""
-        return [getattr(self, f'norm{i}') for i in self.out_indices if self.out_norm and i < last]
+    def _block(self, channels: int, kernel_size: int, drop_path_rate: float) -> Block:
+        return Block(channels, kernel_size, drop_path_rate, **self._block_options)
 
-    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The feature maps of an input that was checked."""
-        raise NotImplementedError(f'{type(self).__name__} must say how it computes')
-
-    def _own_blocks(self) -> Iterable[nn.Module]:
-        """The blocks, or what was put in their place."""
-        raise NotImplementedError(f'{type(self).__name__} must say which blocks it has')
-
-    def _deploy(self) -> None:
-        """Exchanges modules for those of `mmconv2former.models.deploy`."""
-        raise NotImplementedError(f'{type(self).__name__} has no form for inference')
-
-    def _start(self) -> None:
-        """Initial values and modes, when all modules are there."""
+    def _finish(self) -> None:
+        """Output norms, initial values and modes, when all stages are there."""
+        for i, channels in zip(self.out_indices, self.channels):
+            if self.out_norm:
+                norm = LayerNorm(channels, channels_first=not self.out_channels_last)
+                self.add_module(f'norm{i}', norm)
         self.apply(init_layer)
         for module in self._frozen_modules():
             module.requires_grad_(False)
         self.train()  # applies `frozen_stages` and `norm_eval`
 
+    # ----------------------------------------------------------------------- for subclasses to say
+    def _stages_to_freeze(self, number: int) -> list[nn.Module]:
+        """The stem and the first stages (or blocks)."""
+        raise NotImplementedError(f'{type(self).__name__} must say which modules are frozen')
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        """The blocks, or what replaced them."""
+        raise NotImplementedError(f'{type(self).__name__} must say which blocks it has')
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The feature maps of an input that was checked."""
+        raise NotImplementedError(f'{type(self).__name__} must say how it computes')
+
+    # --------------------------------------------------------------------------------------- modes
+    def _frozen_modules(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        indices = [i for i in self.out_indices if self.out_norm and i < self.frozen_stages]
+        norms = [getattr(self, f'norm{i}') for i in indices]
+        return [*self._stages_to_freeze(self.frozen_stages), *norms]
+
     def train(self, mode: bool = True) -> Conv2FormerBase:
-        """Sets the mode, except of frozen norms and, with `norm_eval`, of the stem's BatchNorms."""
+        """Sets the mode, except of frozen parts and, with `norm_eval`, of the stem's BatchNorms."""
         super().train(mode)
         if mode:
             for module in self._frozen_modules():
@@ -99,9 +187,10 @@ class Conv2FormerBase(LoadsPretrained):
         return self
 
     def switch_to_deploy(self) -> Conv2FormerBase:
-        """Takes the form for inference, in place: see `mmconv2former.models.deploy`.
+        """Converts the network for inference, in place: see `mmconv2former.models.deploy`.
 
-        Load weights before; afterwards nothing can be trained or loaded. Twice is as once.
+        Load weights before; afterwards nothing can be trained or loaded. Calling it again has no
+        effect.
 
         Returns:
             The module, in eval mode, without parameters that need a gradient.
@@ -111,19 +200,17 @@ class Conv2FormerBase(LoadsPretrained):
                 be lost.
         """
         if not self.is_deployed:
-            for name, module in self.named_modules():
-                if isinstance(module, Block):
-                    module.check_foldable(name)
+            deploy(self)
             self.is_deployed = True
-            self._deploy()
         return self.eval().requires_grad_(False)
 
+    # ------------------------------------------------------------------------------------- forward
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
         self._check_input(x)
         if is_captured():
             return self._forward(x)
-        blocks = self._own_blocks()  # not those in wrappers, which may hand out their weights later
-        with folded_together([b for b in blocks if isinstance(b, Block)], x):
+        # Blocks in wrappers are left out: these may not have their weights yet.
+        with folded_together([b for b in self._blocks() if isinstance(b, Block)], x):
             return self._forward(x)
 
     def _check_input(self, x: Tensor) -> None:
@@ -143,5 +230,13 @@ class Conv2FormerBase(LoadsPretrained):
     def _output(self, x: Tensor, index: int) -> Tensor:
         """The returned feature map of index `index`, (N, H, W, C) -> (N, C, H, W)."""
         x = getattr(self, f'norm{index}')(x) if self.out_norm else x
-        x = to_channels_first(x)
+        x = to_channels_first(x)  # (N, C, H, W)
         return x if self.out_channels_last and x.is_cuda else x.contiguous()
+
+
+def find_layer(argument: str, name: str) -> type[nn.Module]:
+    """The registered class of a layer; `build` would look in the default scope only."""
+    layer = MODELS.get(name) if isinstance(name, str) and name else None
+    if not isinstance(layer, type):  # mmengine finds any object by its full name
+        raise ValueError(f'{argument} must be a registered model, got {name!r}')
+    return layer

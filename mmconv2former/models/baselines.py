@@ -8,7 +8,6 @@ docs/baselines.md says how to use it.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,9 +17,7 @@ from types import ModuleType
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from ..checkpoint.loading import load_pretrained
-from ..checkpoint.reading import CheckpointNotFound
-from ..registry import MODELS, register
+from ..registry import MODELS, WEIGHT_INITIALIZERS, register
 from .arguments import check_number, parse_out_indices
 from .layer_depth import STEM, Location, layer_depth, stage_depth
 
@@ -448,14 +445,14 @@ class Baseline(BaseModule):
             return
         super().init_weights()
         if self.pretrained is not None:
-            checkpoint = self.pretrained['checkpoint']
-            if '://' not in checkpoint and not os.path.isfile(checkpoint):
-                raise CheckpointNotFound(
-                    f'checkpoint {checkpoint!r} does not exist. {how_to_get_weights(self.name)}'
-                )
-            may_miss = None if self.classification else NEW_FOR_DENSE_PREDICTION
-            prefix = self.pretrained.get('prefix')
-            load_pretrained(self.body, checkpoint, prefix, may_miss=may_miss)
+            load = dict(
+                type='mmconv2former.Pretrained',
+                checkpoint=self.pretrained['checkpoint'],
+                prefix=self.pretrained.get('prefix'),
+                may_miss=None if self.classification else NEW_FOR_DENSE_PREDICTION,
+                how_to_get=how_to_get_weights(self.name),
+            )
+            WEIGHT_INITIALIZERS.build(load)(self.body)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, 3, H, W)
         if self.norms is not None:

@@ -1,15 +1,15 @@
-"""Layers and blocks of Conv2Former, in the order data flows.
+"""Layers and blocks of Conv2Former in the order data flows.
 
 Stem, modulation, feed-forward, block, downsampling. Inside the stages, tensors are contiguous
 (N, H, W, C): LayerNorm and 1x1 convolutions then work on the last axis without copies, and the same
 memory seen as (N, C, H, W) is `torch.channels_last`, the fastest layout for depthwise convolutions.
+
+Paper: arXiv 2211.11943, section 3.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.block import RECOMPUTE, compute_block, is_supported, is_worth_it
+from ..ops.block import compute_block, is_supported, is_worth_it
 from ..ops.depthwise import DepthwiseConv
 from ..ops.dispatch import autocast_dtype
 from ..ops.folding import BlockParameters, FoldedWeights
@@ -25,84 +25,50 @@ from ..ops.memory_format import to_channels_first, to_channels_last
 from ..ops.norm import layer_norm
 from ..ops.pointwise import pointwise_conv
 from ..registry import MODELS
-from .arguments import LARGEST_RATIO, check_choice, check_number
 from .fusion import FUSIONS
 
 LAYER_NORM_EPS = 1e-6  # of every LayerNorm in the published code
-MODELS.register_module(module=DepthwiseConv)  # for `depthwise_conv`
-
-
-@dataclass(frozen=True)
-class BlockOptions:
-    """What all blocks of a network have in common; see the arguments of `Conv2Former`.
-
-    Raises:
-        ValueError, TypeError: A value is not allowed; the message names it.
-    """
-
-    fusion: str
-    mlp_ratio: float
-    layer_scale_init_value: float
-    recompute: str
-    depthwise_conv: str
-    with_cp: bool
-
-    def __post_init__(self) -> None:
-        check_number('mlp_ratio', self.mlp_ratio, above=0, maximum=LARGEST_RATIO)
-        largest = torch.finfo(torch.float32).max
-        check_number(
-            'layer_scale_init_value', self.layer_scale_init_value, minimum=-largest, maximum=largest
-        )
-        check_choice('fusion', self.fusion, FUSIONS)
-        check_choice('recompute', self.recompute, RECOMPUTE)
-        self.depthwise_type()
-
-    def depthwise_type(self) -> Callable[[int, int], nn.Module]:
-        """The class of `depthwise_conv`."""
-        if not isinstance(self.depthwise_conv, str):
-            raise TypeError(f'depthwise_conv must be a str, got {self.depthwise_conv!r}')
-        try:
-            found = MODELS.get(self.depthwise_conv)  # `build` would look in the default scope only
-        except RuntimeError:  # OneDL's mmengine, where the original returns None
-            found = None
-        # mmengine finds any object by its full name, of which not all are layers.
-        if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise ValueError(
-                f'depthwise_conv must be a registered model, got {self.depthwise_conv!r}'
-            )
-        return found
+MODELS.register_module(module=DepthwiseConv)  # the default of `depthwise_conv`
 
 
 class Stem(nn.Sequential):
-    """Three convolutions, of total stride 4: (N, in_channels, H, W) -> (N, out_channels, H/4, W/4).
+    """Three convolutions: (N, in_channels, H, W) -> (N, out_channels, H / s, W / s).
 
-    In the published network the activation comes before the BatchNorm.
+    The total stride s is 4 by default. GELU comes before BatchNorm in the published network.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        hidden_channels = out_channels // 2
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        hidden_channels: int,
+        strides: tuple[int, int, int] = (2, 1, 2),
+        bias: bool = False,
+    ) -> None:
         super().__init__(
-            nn.Conv2d(in_channels, hidden_channels, 3, stride=2, padding=1, bias=False),
+            nn.Conv2d(in_channels, hidden_channels, 3, strides[0], padding=1, bias=False),
             nn.GELU(),
             nn.BatchNorm2d(hidden_channels),
-            nn.Conv2d(hidden_channels, hidden_channels, 3, padding=1, bias=False),
+            nn.Conv2d(hidden_channels, hidden_channels, 3, strides[1], padding=1, bias=False),
             nn.GELU(),
             nn.BatchNorm2d(hidden_channels),
-            nn.Conv2d(hidden_channels, out_channels, 2, stride=2, bias=False),
+            nn.Conv2d(hidden_channels, out_channels, strides[2], strides[2], bias=bias),
         )
 
 
+def embed(stem: nn.Module, x: Tensor) -> Tensor:
+    """Runs a stem and changes the layout: (N, in_channels, H, W) -> (N, H / s, W / s, C)."""
+    return to_channels_last(stem(x.contiguous(memory_format=torch.channels_last)))
+
+
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (N, H, W, C), for what is no part of a block.
+    """LayerNorm over the channels of (N, H, W, C), outside of blocks.
 
     Args:
         channels: C.
-        before_convolution: Whether the result is wanted in the dtype of products.
-        channels_first: Whether the result is wanted as contiguous (N, C, H, W) in memory.
+        before_convolution: Whether a convolution follows: the result has autocast's dtype.
+        channels_first: Whether the result is contiguous as (N, C, H, W).
     """
-
-    before_convolution = False
-    channels_first = False
 
     def __init__(
         self, channels: int, before_convolution: bool = False, channels_first: bool = False
@@ -116,11 +82,6 @@ class LayerNorm(nn.LayerNorm):
         return layer_norm(x, self.weight, self.bias, self.eps, dtype, self.channels_first)
 
 
-def matrix(layer: PointwiseConv) -> tuple[Tensor, Tensor]:
-    """Weight (C_out, C_in) and bias of a 1x1 convolution."""
-    return layer.weight.flatten(1), layer.bias
-
-
 class PointwiseConv(nn.Conv2d):
     """1x1 convolution on the last axis: (N, H, W, C_in) -> (N, H, W, C_out)."""
 
@@ -130,29 +91,29 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return pointwise_conv(x, *matrix(self))
+        return pointwise_conv(x, self.weight.flatten(1), self.bias)
 
 
 class Modulation(nn.Module):
-    """Convolutional modulation, equation 5 of the paper, (N, H, W, C) in and out.
+    """Convolutional modulation, equation 5 of the paper, (N, H, W, C) -> (N, H, W, C).
 
-    With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V); in the ablations
-    another fusion of A and V (`mmconv2former.models.fusion`).
+    With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V). The ablations
+    fuse A and V in other ways (`mmconv2former.models.fusion`).
     """
 
-    att: Any  # nn.Sequential, which to type checkers holds any modules
+    att: Any  # nn.Sequential; type checkers cannot tell the layers of one
 
-    def __init__(self, channels: int, kernel_size: int, options: BlockOptions) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int, fusion: str, depthwise_conv: type[nn.Module]
+    ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.att = nn.Sequential(
-            PointwiseConv(channels, channels),
-            nn.GELU(),
-            options.depthwise_type()(channels, kernel_size),
+            PointwiseConv(channels, channels), nn.GELU(), depthwise_conv(channels, kernel_size)
         )
         self.v = PointwiseConv(channels, channels)
         self.proj = PointwiseConv(channels, channels)
-        self.fusion = options.fusion
+        self.fusion = fusion
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x)
@@ -160,10 +121,10 @@ class Modulation(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Feed-forward with a residual 3x3 depthwise convolution, (N, H, W, C) in and out.
+    """Feed-forward with a residual 3x3 depthwise convolution, (N, H, W, C) -> (N, H, W, C).
 
-    With h = GELU(W1 LayerNorm(x)): result W2 (h + GELU(DW_3x3(h))). The paper's text does not
-    mention the depthwise convolution; the published code and weights have it.
+    With h = GELU(W1 LayerNorm(x)): result W2 (h + GELU(DW_3x3(h))). The paper does not mention the
+    depthwise convolution; the published code and weights have it.
     """
 
     def __init__(self, channels: int, mlp_ratio: float) -> None:
@@ -181,7 +142,7 @@ class FeedForward(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (arXiv 1603.09382): zeroes a residual branch per image while training."""
+    """Stochastic depth (arXiv 1603.09382): in training, drops a residual branch of some images."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -192,7 +153,7 @@ class DropPath(nn.Module):
         return x if factors is None else x * factors.view(-1, *(1,) * (x.dim() - 1))
 
     def factors(self, branches: int, x: Tensor) -> Tensor | None:
-        """What (branches, N) branches of a batch are multiplied by, None for 1."""
+        """Factors (branches, N) of the branches of each image; None stands for 1."""
         if not self.training or self.rate == 0.0:
             return None
         keep = 1.0 - self.rate
@@ -203,27 +164,36 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """Modulation and feed-forward, each with layer scale and drop path, around two residuals.
+    """Modulation and feed-forward, each with layer scale and drop path around a residual.
 
-    If all its layers are the plain ones, `mmconv2former.ops.block` computes the same faster and
-    with less memory. What has a hook, is replaced or parametrized runs layer by layer.
+    `mmconv2former.ops.block` computes the same faster and in less memory as long as all layers are
+    plain; a block with a hooked, replaced or parametrized layer runs layer by layer.
     """
 
-    # The thread in which a network runs, and its weights as they are and folded, while it runs.
+    # While a network runs: its thread, this block's parameters and what they were folded into.
     prefolded: tuple[int, BlockParameters, FoldedWeights] | None = None
 
     def __init__(
-        self, channels: int, kernel_size: int, drop_path_rate: float, options: BlockOptions
+        self,
+        channels: int,
+        kernel_size: int,
+        drop_path_rate: float,
+        *,
+        fusion: str,
+        mlp_ratio: float,
+        layer_scale_init_value: float,
+        recompute: str,
+        depthwise_conv: type[nn.Module],
+        with_cp: bool,
     ) -> None:
         super().__init__()
-        self.attn = Modulation(channels, kernel_size, options)
-        self.mlp = FeedForward(channels, options.mlp_ratio)
-        scale = float(options.layer_scale_init_value)
-        self.layer_scale_1 = nn.Parameter(torch.full((channels,), scale))
-        self.layer_scale_2 = nn.Parameter(torch.full((channels,), scale))
+        self.attn = Modulation(channels, kernel_size, fusion, depthwise_conv)
+        self.mlp = FeedForward(channels, mlp_ratio)
+        self.layer_scale_1 = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
+        self.layer_scale_2 = nn.Parameter(torch.full((channels,), float(layer_scale_init_value)))
         self.drop_path = DropPath(drop_path_rate)
-        self.recompute = options.recompute
-        self.with_cp = options.with_cp
+        self.recompute = recompute
+        self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C)
         if self.with_cp and self.training and torch.is_grad_enabled():
@@ -231,45 +201,31 @@ class Block(nn.Module):
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
-        # Under autocast the branches are of half precision, their sum is not.
-        x = x.to(self.layer_scale_1.dtype)
-        parameters = folded = None
-        if self.prefolded is not None and self.prefolded[0] == threading.get_ident():
-            _, parameters, folded = self.prefolded
-        if parameters is None and is_worth_it(x, self.recompute):
-            parameters = self.plain_parameters()
-        if parameters is not None and (folded is not None or is_supported(parameters)):
+        x = x.to(self.layer_scale_1.dtype)  # autocast halves the precision of branches, not of x
+        fast = self._fast_weights(x)
+        if fast is not None:
             factors = self.drop_path.factors(2, x)
-            return compute_block(x, factors, parameters, folded, LAYER_NORM_EPS, self.recompute)
+            return compute_block(x, factors, *fast, LAYER_NORM_EPS, self.recompute)
         x = x + self.drop_path(self.layer_scale_1 * self.attn(x))
-        return x + self.drop_path(self.layer_scale_2 * self.mlp(x))
+        x = x + self.drop_path(self.layer_scale_2 * self.mlp(x))
+        return x
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != 'prefolded'}
+    def _fast_weights(self, x: Tensor) -> tuple[BlockParameters, FoldedWeights | None] | None:
+        """Parameters for `compute_block`, and their folded form if the network has prepared it.
 
-    def check_foldable(self, name: str) -> None:
-        """Raises RuntimeError unless the form for inference does what the layers do.
-
-        Args:
-            name: Of the block, for the message.
+        None if the layers must run one by one, or are faster that way.
         """
-        for of_layer, plain in PLAIN_LAYERS.items():
-            layer = self.get_submodule(of_layer)
-            is_free = of_layer == 'attn.att.2'  # the depthwise convolution is called as it is
-            activation = getattr(layer, 'approximate', 'none')
-            if (
-                (type(layer) is not plain and not is_free)
-                or (is_watched(layer) and not is_free)
-                or activation != 'none'
-            ):
-                raise RuntimeError(
-                    f'switch_to_deploy folds the layers of {name}, but {of_layer} was replaced, is '
-                    f'parametrized or has hooks: {layer}. Merge or remove what was attached first'
-                )
+        if self.prefolded is not None and self.prefolded[0] == threading.get_ident():
+            return self.prefolded[1:]
+        parameters = self.plain_parameters() if is_worth_it(x, self.recompute) else None
+        if parameters is None or not is_supported(parameters):
+            return None
+        return parameters, None
 
     def plain_parameters(self) -> BlockParameters | None:
-        """The parameters, if nothing else of the layers matters, so that one function does."""
-        # By name: attributes cost more, and this runs every time.
+        """The parameters if all layers are plain, so that nothing else matters; else None."""
+        # Reads `_modules` and `_parameters`: attributes take longer, and this runs for each block
+        # of each forward pass.
         children: Any = self._modules
         attn, mlp = children['attn'], children['mlp']
         if type(attn) is not Modulation or type(mlp) is not FeedForward or _has_any_global_hook():
@@ -280,30 +236,31 @@ class Block(nn.Module):
         norm_2, fc1, act, pos, fc2 = m['norm'], m['fc1'], m['act'], m['pos'], m['fc2']
         layers: Any = (attn, mlp, children['drop_path'], norm_1, att, *att._modules.values(), v,
                        proj, norm_2, fc1, act, pos, fc2)  # fmt: skip
-        if tuple([type(layer) for layer in layers]) != PLAIN_TYPES or any(map(is_watched, layers)):
+        if tuple(map(type, layers)) != PLAIN_TYPES or any(map(has_attachment, layers)):
             return None
         gate, gate_act, depthwise = layers[5:8]
-        is_plain = (
-            attn.fusion == 'hadamard'
-            and norm_1.eps == norm_2.eps == LAYER_NORM_EPS
-            and gate_act.approximate == act.approximate == 'none'
+        has_other_settings = (
+            attn.fusion != 'hadamard'
+            or not norm_1.eps == norm_2.eps == LAYER_NORM_EPS
+            or not gate_act.approximate == act.approximate == 'none'
         )
-        if not is_plain:
+        if has_other_settings:
             return None
-        own = self._parameters
         parameters: list[Any] = []
         for layer in (norm_1, gate, v, depthwise, proj, norm_2, fc1, pos, fc2):
-            of_layer = layer._parameters
-            parameters += (of_layer.get('weight'), of_layer.get('bias'))
-            if layer is proj:
-                parameters.append(own.get('layer_scale_1'))
-        parameters.append(own.get('layer_scale_2'))
-        # Some are missing where they are parametrized, and in replicas of nn.DataParallel.
-        has_all = all(parameter is not None for parameter in parameters)
-        return BlockParameters._make(parameters) if has_all else None
+            own = layer._parameters
+            parameters += own.get('weight'), own.get('bias')
+        parameters.insert(10, self._parameters.get('layer_scale_1'))  # behind proj
+        parameters.append(self._parameters.get('layer_scale_2'))
+        if type(None) in map(type, parameters):  # no bias, parametrized, or of nn.DataParallel
+            return None
+        return BlockParameters._make(parameters)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != 'prefolded'}
 
 
-# Of the layers of a block in which nothing was replaced or parametrized.
+# The layers of a block, all plain.
 PLAIN_LAYERS = {
     'attn': Modulation, 'mlp': FeedForward, 'drop_path': DropPath, 'attn.norm': nn.LayerNorm,
     'attn.att': nn.Sequential, 'attn.att.0': PointwiseConv, 'attn.att.1': nn.GELU,
@@ -314,19 +271,20 @@ PLAIN_LAYERS = {
 PLAIN_TYPES = tuple(PLAIN_LAYERS.values())
 
 
-def is_watched(layer: nn.Module) -> bool:
-    """Whether something happens when a layer is called that its class does not say."""
+def has_attachment(layer: nn.Module) -> bool:
+    """Whether calling a layer does more than its class says: hooks, or an assigned `forward`."""
+    own = layer.__dict__
     return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or 'forward' in vars(layer)
+        own['_forward_hooks']
+        or own['_forward_pre_hooks']
+        or own['_backward_hooks']
+        or own['_backward_pre_hooks']
+        or 'forward' in own
     )
 
 
 class Downsample(nn.Sequential):
-    """LayerNorm and 2x2 convolution of stride 2: (N, H, W, C_in) -> (N, H/2, W/2, C_out).
+    """LayerNorm and 2x2 convolution of stride 2: (N, H, W, C_in) -> (N, H / 2, W / 2, C_out).
 
     An odd last row or column is left out, as in the published code.
     """
@@ -339,12 +297,7 @@ class Downsample(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, conv = self[0], self[1]  # torch 2.1 cannot compile the unpacking of a module
-        return to_channels_last(conv(to_channels_first(norm(x))))
-
-
-def embed(stem: nn.Module, x: Tensor) -> Tensor:
-    """(N, in_channels, H, W) -> (N, H / stride, W / stride, C)."""
-    return to_channels_last(stem(x.contiguous(memory_format=torch.channels_last)))
+        return to_channels_last(conv(to_channels_first(norm(x))))  # (N, H / 2, W / 2, C_out)
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

@@ -1,7 +1,6 @@
 """The ImageNet head of the published network, for mmpretrain's classifiers.
 
-Needs mmpretrain, hence not imported with the package: configs name this module in
-`custom_imports`.
+Needs mmpretrain, so the package does not import it: configs name this module in `custom_imports`.
 """
 
 from __future__ import annotations
@@ -9,14 +8,14 @@ from __future__ import annotations
 from mmpretrain.models.heads import ClsHead
 from torch import Tensor, nn
 
-from ..checkpoint.loading import LoadsPretrained
 from ..registry import MODELS, register
 from .arguments import check_int
+from .base import PretrainedModule
 from .blocks import LAYER_NORM_EPS, PointwiseConv, init_layer
 
 
 @register(MODELS)
-class Conv2FormerClsHead(LoadsPretrained, ClsHead):
+class Conv2FormerClsHead(PretrainedModule, ClsHead):
     """1x1 convolution, GELU, LayerNorm, average over positions, linear classifier.
 
     Parameter names are the published ones (`head.0`, `head.2`, `pred`).
@@ -27,14 +26,12 @@ class Conv2FormerClsHead(LoadsPretrained, ClsHead):
         hidden_channels: Channels of the convolution's output.
         loss: Config of the loss.
         topk: The k of the accuracies reported while training.
-        cal_acc: Whether accuracy is reported while training; impossible with mixed labels.
-        init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
-            takes published files as they are (see
-            `mmconv2former.checkpoint.loading.load_pretrained`).
+        cal_acc: Whether accuracy is reported while training; not possible with mixed labels.
+        init_cfg: As for `mmconv2former.Conv2Former`.
 
     Shapes:
-        Takes a tuple of feature maps, of which the last (N, in_channels, H, W) is used, without
-        norm (`out_norm=False` of the backbone). Returns logits (N, num_classes).
+        Takes a tuple of feature maps and uses the last, (N, in_channels, H, W), which must not be
+        normalised (`out_norm=False` of the backbone). Returns logits (N, num_classes).
 
     Raises:
         ValueError, TypeError: A number of channels or classes is not a positive int.
@@ -68,14 +65,15 @@ class Conv2FormerClsHead(LoadsPretrained, ClsHead):
         self.apply(init_layer)
 
     def pre_logits(self, feats: tuple[Tensor, ...]) -> Tensor:
-        """What the classifier sees: (N, hidden_channels)."""
+        """The input of the linear classifier, (N, hidden_channels)."""
         x = feats[-1]
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f'features must have shape (N, in_channels={self.in_channels}, H, W), '
                 f'got {tuple(x.shape)}'
             )
-        return self.head(x.permute(0, 2, 3, 1)).mean((1, 2))
+        x = self.head(x.permute(0, 2, 3, 1))  # (N, H, W, hidden_channels)
+        return x.mean((1, 2))
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
         return self.pred(self.pre_logits(feats))

@@ -11,34 +11,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..registry import MODELS, register
-from .arguments import (
-    MOST_BLOCKS,
-    MOST_CHANNELS,
-    MOST_STAGES,
-    check_int,
-    is_sequence,
-    parse_kernel_size,
-    parse_out_indices,
-    refuse_foreign,
-)
+from .arguments import check_int, parse_arch, parse_kernel_size, with_arguments_of
 from .base import Conv2FormerBase
-from .blocks import Block, BlockOptions, Downsample, LayerNorm, Stem, drop_path_rates, embed
-from .deploy import DeployedBlock, deployed_downsample, deployed_stem
+from .blocks import Downsample, Stem, drop_path_rates, embed
 from .layer_depth import STEM, Location, layer_depth, stage_depth
 
 
 @dataclass(frozen=True)
 class Arch:
-    """One row of the table of variants."""
+    """One row of the table of variants: one value for each stage."""
 
-    channels: tuple[int, ...]
-    depths: tuple[int, ...]
-    kernel_size: int | tuple[int, ...] = 11
+    channels: Sequence[int]
+    depths: Sequence[int]
+    kernel_size: int | Sequence[int] = 11
+
+    def __post_init__(self) -> None:
+        if not len(self.channels) == len(self.depths) > 0:
+            raise ValueError(f'arch must have one value of channels and depths a stage, got {self}')
+        for value in (*self.channels, *self.depths):
+            check_int('channels and depths of arch', value, minimum=1)
+        if self.channels[0] % 2:
+            raise ValueError(
+                'channels of arch must begin with an even number, as the stem is half as wide, '
+                f'got {self.channels}'
+            )
 
 
 # Table 1 of arXiv 2211.11943; `nano` is from the official repository, whose code uses kernel 7.
@@ -57,46 +58,42 @@ STEM_STRIDE = 4
 class Conv2Former(Conv2FormerBase):
     """Conv2Former backbone with multi-scale outputs.
 
-    Stages after the last one asked for by `out_indices` are not built, so that no parameter is
-    unused in training.
-
     Args:
         arch: A name of `ARCHS`, its first letter, or a dict of `channels` and `depths` (one value
-            a stage, as many stages as wished, even channels in the first) and optionally
+            for each stage; any number of stages; even channels in the first) and optionally
             `kernel_size`.
-        in_channels: Channels of the input image.
-        kernel_size: Odd size of the depthwise convolutions of the modulation: None for the arch's
-            own, an int, or one int a stage.
-        fusion: How the modulation joins its branches, a key of
-            `mmconv2former.models.fusion.FUSIONS`: 'hadamard', or one of the
-            paper's ablations 'sum', 'sigmoid', 'l1', 'linear'.
-        mlp_ratio: Width of the feed-forward's hidden layer, as a multiple of the block's.
-        drop_path_rate: Drop path of the last block, in [0, 1); it grows linearly from 0 at the
-            first block.
-        layer_scale_init_value: Initial value of both layer scales of each block.
+        kernel_size: Odd size of the modulation's depthwise convolutions: None for the arch's own,
+            an int, or one int for each stage.
         out_indices: Stages whose features are returned, in this order: an int or a sequence;
-            negatives count from the last stage.
+            negatives count from the last stage. Later stages are not built, so that no parameter
+            is unused in training.
+        in_channels: Channels of the input image.
+        fusion: How the modulation joins its branches, a key of
+            `mmconv2former.models.fusion.FUSIONS`: 'hadamard', or one of the paper's ablations
+            'sum', 'sigmoid', 'l1', 'linear'.
+        mlp_ratio: Width of the feed-forward's hidden layer, as a multiple of the block's.
+        drop_path_rate: Drop path of the last block, in [0, 1); grows linearly from 0 at the first.
+        layer_scale_init_value: Initial value of both layer scales of each block.
         out_norm: Whether a LayerNorm `norm{i}` is applied to each returned feature map. The paper
-            does not say; on by our choice, as in ConvNeXt's and Swin's dense prediction.
+            does not say; on is our choice, as in ConvNeXt's and Swin's dense prediction.
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with their
-            output norms. Frozen parameters get no gradient and frozen norms stay in eval mode.
+            output norms. Frozen parts get no gradient and stay in eval mode.
         norm_eval: Whether the stem's BatchNorms stay in eval mode while training.
-        with_cp: Whether each block is recomputed in the backward pass (activation checkpointing),
-            for less memory at the price of time.
-        recompute: What the backward pass computes again instead of keeping it from the forward
-            pass: 'nothing' (most memory, fastest), 'elementwise' (GELU, Hadamard product, sums) or
-            'expansion' (these and the feed-forward's first product: least memory). A block with
-            another `fusion` or `depthwise_conv` than the defaults, or with hooks or replaced
-            layers, is computed layer by layer, where autograd keeps all.
-        depthwise_conv: Type name of the modulation's depthwise convolution in the registry; see
-            `mmconv2former.ops.DepthwiseConv`. Another than that is called as it is.
-        out_channels_last: Whether feature maps on a GPU are in `torch.channels_last` memory, which
-            half-precision convolutions behind them would otherwise be copied to. mmcv's RoIAlign,
-            which misreads it, is guarded then (`mmconv2former.compat`).
+        with_cp: Whether the backward pass recomputes each block (activation checkpointing): least
+            memory, more time.
+        recompute: What the backward pass recomputes inside a block: 'nothing' (most memory,
+            fastest), 'elementwise' (GELU, Hadamard product, sums) or 'expansion' (these and the
+            feed-forward's first convolution). Has no effect on blocks that run layer by layer: with
+            another `fusion` or `depthwise_conv`, with hooks or replaced layers.
+        depthwise_conv: Registered type of the modulation's depthwise convolution, called with
+            (N, H, W, C); see `mmconv2former.ops.DepthwiseConv`.
+        out_channels_last: Whether feature maps on a GPU stay in `torch.channels_last` memory, which
+            saves half-precision convolutions behind them a copy. mmcv's RoIAlign, which misreads
+            it, is then guarded (`mmconv2former.compat`).
         init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
-            takes published files as they are; a file that does not fit is an error (see
-            `mmconv2former.checkpoint.loading.load_pretrained`, which also takes `prefix` and
-            `adapt_kernel`).
+            reads published files as they are and raises an error if one does not fit; further keys
+            are arguments of `mmconv2former.checkpoint.loading.load_pretrained`, such as `prefix`
+            and `adapt_kernel`.
 
     Attributes:
         channels: Channels of each returned feature map.
@@ -104,107 +101,71 @@ class Conv2Former(Conv2FormerBase):
 
     Shapes:
         Input (N, in_channels, H, W), H and W at least the largest stride built (32 for four
-        stages). Returns a tuple of contiguous (N, channels[i], h_i, w_i).
-        Sizes are H / strides[i] for multiples of the stride and are rounded as the published
-        convolutions do otherwise.
+        stages). Returns a tuple of contiguous (N, channels[i], H / strides[i], W / strides[i]);
+        sizes that are no multiples of the stride are rounded as the published convolutions do.
 
     Raises:
-        ValueError, TypeError: An argument, or the shape of an input, is not as described above, or
-            there are others (`foreign`, which stands for none); the message says what to do.
+        ValueError, TypeError: An argument or the shape of an input is not as described; the message
+            says what is allowed.
 
     Source: arXiv 2211.11943; parameter names as in the published ImageNet checkpoints.
     """
 
-    # Both nn.ModuleList, which to type checkers holds any modules.
-    downsample_layers: Any  # of Stem and Downsample
-    stages: Any  # of nn.Sequential of Block
+    # Both are nn.ModuleList; type checkers cannot tell the modules of one.
+    downsample_layers: Any  # a Stem, then one Downsample before each further stage
+    stages: Any  # nn.Sequential of Block
 
+    @with_arguments_of(Conv2FormerBase)
     def __init__(
         self,
         arch: str | Mapping = 'tiny',
-        in_channels: int = 3,
         kernel_size: int | Sequence[int] | None = None,
-        fusion: str = 'hadamard',
-        mlp_ratio: float = 4,
-        drop_path_rate: float = 0.0,
-        layer_scale_init_value: float = 1e-6,
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
-        out_norm: bool = True,
-        frozen_stages: int = -1,
-        norm_eval: bool = False,
-        with_cp: bool = False,
-        recompute: str = 'elementwise',
-        depthwise_conv: str = 'DepthwiseConv',
-        out_channels_last: bool = False,
-        init_cfg: dict | list[dict] | None = None,
-        **foreign: NoReturn,
+        **shared: Any,
     ) -> None:
-        refuse_foreign(type(self).__name__, foreign)
-        super().__init__(
-            in_channels, drop_path_rate, out_norm, norm_eval, with_cp, out_channels_last, init_cfg
-        )
-        variant = parse_arch(arch)
+        super().__init__(**shared)
+        variant = parse_arch(arch, ARCHS, ARCH_LETTERS)
         channels, num_stages = variant.channels, len(variant.depths)
         kernel_sizes = parse_kernel_size(
             variant.kernel_size if kernel_size is None else kernel_size, num_stages
         )
-        check_int('frozen_stages', frozen_stages, minimum=-1, maximum=num_stages)
-        options = BlockOptions(
-            fusion, mlp_ratio, layer_scale_init_value, recompute, depthwise_conv, with_cp
-        )
-        self.out_indices = parse_out_indices(out_indices, num_stages)
-        self.frozen_stages = frozen_stages
-        self.depths = variant.depths[: max(self.out_indices) + 1]
-        self.channels = tuple(channels[i] for i in self.out_indices)
-        self.strides = tuple(STEM_STRIDE * 2**i for i in self.out_indices)
-        self.smallest_input = STEM_STRIDE * 2 ** (len(self.depths) - 1)
+        strides = [STEM_STRIDE * 2**i for i in range(num_stages)]
+        self._set_outputs(out_indices, channels, strides)
+        self.depths = tuple(variant.depths[: max(self.out_indices) + 1])
+        self.smallest_input = strides[len(self.depths) - 1]
 
-        self.downsample_layers = nn.ModuleList([Stem(in_channels, channels[0])])
+        stem = Stem(self.in_channels, channels[0], hidden_channels=channels[0] // 2)
+        self.downsample_layers = nn.ModuleList([stem])
         for i in range(1, len(self.depths)):
             self.downsample_layers.append(Downsample(channels[i - 1], channels[i]))
-
         # Over the arch's full depth, so that a network cut by `out_indices` is part of the whole.
-        rates = iter(drop_path_rates(drop_path_rate, sum(variant.depths)))
+        rates = iter(drop_path_rates(self.drop_path_rate, sum(variant.depths)))
         self.stages = nn.ModuleList()
         for i, depth in enumerate(self.depths):
-            blocks = [
-                Block(channels[i], kernel_sizes[i], next(rates), options) for _ in range(depth)
-            ]
+            blocks = [self._block(channels[i], kernel_sizes[i], next(rates)) for _ in range(depth)]
             self.stages.append(nn.Sequential(*blocks))
+        self._finish()
 
-        if out_norm:
-            for i in self.out_indices:
-                norm = LayerNorm(channels[i], channels_first=not out_channels_last)
-                self.add_module(f'norm{i}', norm)
-        self._start()
-
-    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outputs: list[Any] = []  # a list by stage: torch 2.4 cannot compile a dict by integers
+    def _forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
+        outputs: list[Any] = []  # for all stages: torch 2.4 cannot compile a dict by integers
         for i, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            x = embed(downsample, x) if i == 0 else downsample(x)
+            x = embed(downsample, x) if i == 0 else downsample(x)  # (N, H / s, W / s, C)
             x = stage(x)
             outputs.append(self._output(x, i) if i in self.out_indices else None)
         return tuple(outputs[i] for i in self.out_indices)
 
-    def _own_blocks(self) -> Iterable[nn.Module]:
+    def _blocks(self) -> Iterable[nn.Module]:
         return chain.from_iterable(self.stages)
 
-    def _deploy(self) -> None:
-        stem, *downsamples = self.downsample_layers
-        self.downsample_layers = nn.ModuleList(
-            [deployed_stem(stem), *map(deployed_downsample, downsamples)]
-        )
-        self.stages = nn.ModuleList(
-            nn.Sequential(*map(DeployedBlock, stage)) for stage in self.stages
-        )
+    def _stages_to_freeze(self, number: int) -> list[nn.Module]:
+        return [*self.downsample_layers[: max(number, 1)], *self.stages[:number]]
 
     def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
         """Depth of a parameter for layer-wise learning-rate decay, as mmpretrain's backbones do.
 
-        The stem is layer 0. Each stage forms `num_groups(depth)` layers of consecutive blocks, a
-        downsampling counts with the first blocks behind it. What is not of the published
-        backbone, that is the output norms and any name without `prefix`, is the last layer, with
-        the heads.
+        The stem is layer 0. Each stage forms `num_groups(depth)` layers of consecutive blocks; a
+        downsampling counts with the blocks behind it. What is not part of the published backbone,
+        such as the output norms and any name without `prefix`, is the last layer, with the heads.
 
         Args:
             param_name: Name of a parameter, in the backbone or in the model around it.
@@ -216,69 +177,17 @@ class Conv2Former(Conv2FormerBase):
         return layer_depth(self._locate(param_name, prefix), self.depths)
 
     def get_stage_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """As `get_layer_depth`, for stage-wise decay: stem, stages one by one, all the rest."""
+        """Like `get_layer_depth`, for stage-wise decay: stem, each stage, everything else."""
         return stage_depth(self._locate(param_name, prefix), self.depths)
 
     def _locate(self, param_name: str, prefix: str) -> Location | None:
         """Stage and block of a parameter; None if it is outside the stages."""
         if param_name.startswith(prefix):
-            part, _, rest = param_name[len(prefix) :].partition('.')
-            if part == 'downsample_layers':
-                index = int(rest.split('.')[0])
-                return Location(index, 0) if index > 0 else STEM
-            if part == 'stages':
-                stage, block = rest.split('.')[:2]
-                return Location(int(stage), int(block))
+            match param_name[len(prefix) :].split('.'):
+                case ['downsample_layers', '0', *_]:
+                    return STEM
+                case ['downsample_layers', stage, *_]:
+                    return Location(int(stage), 0)
+                case ['stages', stage, block, *_]:
+                    return Location(int(stage), int(block))
         return None
-
-    def _frozen_modules(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
-        last = self.frozen_stages
-        return [
-            *self.downsample_layers[: max(last, 1)],
-            *self.stages[:last],
-            *self._frozen_norms(last),
-        ]
-
-
-def parse_arch(arch: str | Mapping) -> Arch:
-    """The `Arch` of a name, a letter or a dict; see `Conv2Former`."""
-    if isinstance(arch, str):
-        name = ARCH_LETTERS.get(arch.lower(), arch.lower())
-        if name not in ARCHS:
-            raise ValueError(
-                f'arch must be one of {", ".join(ARCHS)}, its first letter '
-                f'({", ".join(ARCH_LETTERS)}) or a dict, got {arch!r}'
-            )
-        return ARCHS[name]
-    if not isinstance(arch, Mapping):
-        raise TypeError(f'arch must be a str or a dict, got {arch!r}')
-    unknown = set(arch) - {'channels', 'depths', 'kernel_size'}
-    if unknown or not {'channels', 'depths'} <= set(arch):
-        raise ValueError(
-            "arch as a dict must have 'channels' and 'depths', and may have 'kernel_size', "
-            f'got {dict(arch)}'
-        )
-    values = {}
-    for key in ('channels', 'depths'):
-        if not is_sequence(arch[key]):
-            raise TypeError(f"arch['{key}'] must be a sequence of ints, got {arch[key]!r}")
-        if len(arch[key]) > MOST_STAGES:
-            raise ValueError(f"arch['{key}'] must be of at most {MOST_STAGES} stages")
-        for value in arch[key]:
-            maximum = MOST_CHANNELS if key == 'channels' else MOST_BLOCKS
-            check_int(f"arch['{key}']", value, minimum=1, maximum=maximum)
-        values[key] = tuple(map(int, arch[key]))
-    if not values['channels'] or len(values['channels']) != len(values['depths']):
-        raise ValueError(
-            "arch['channels'] and arch['depths'] must have one value a stage, "
-            f'got channels={values["channels"]} and depths={values["depths"]}'
-        )
-    if values['channels'][0] % 2:
-        raise ValueError(
-            "arch['channels'] must begin with an even number, as the stem is half as wide, "
-            f'got {values["channels"]}'
-        )
-    kernel_size = arch.get('kernel_size')
-    return Arch(**values) if kernel_size is None else Arch(**values, kernel_size=kernel_size)

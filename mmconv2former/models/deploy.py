@@ -1,7 +1,6 @@
-"""The form of the network for inference: what is affine is folded into the products beside it.
+"""A network converted for inference: what is affine is folded into the convolutions beside it.
 
-`Conv2Former.switch_to_deploy` exchanges blocks, downsamplings and stem for those of this file. The
-results differ by rounding only; there is nothing to train or to load afterwards.
+The results differ by rounding only. Nothing can be trained or loaded afterwards.
 """
 
 from __future__ import annotations
@@ -19,24 +18,48 @@ from ..ops.depthwise import DepthwiseConv, prepare_weight
 from ..ops.dispatch import autocast_dtype, is_captured, is_transformed, without_autocast
 from ..ops.folding import FoldedWeights
 from ..ops.mkldnn_fusion import FusedConv, is_fusible
-from .blocks import Block, Downsample, PointwiseConv, Stem, matrix
+from .blocks import PLAIN_LAYERS, Block, Downsample, PointwiseConv, Stem, has_attachment
 from .fusion import FUSIONS
 
 
-def fold_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (C_out, C_in, ...) and bias of a product whose input is not yet scaled and shifted."""
-    scale = norm.weight.view(1, -1, *(1,) * (weight.dim() - 2))
-    shift = norm.bias.view_as(scale) * weight
-    return weight * scale, bias + shift.flatten(1).sum(1)
+def deploy(network: nn.Module) -> None:
+    """Replaces stem, blocks and downsamplings of a network by their forms for inference.
+
+    Raises:
+        RuntimeError: A layer of a block was replaced, is parametrized or has hooks, which would be
+            lost. The network is then unchanged.
+    """
+    for name, module in network.named_modules():
+        if isinstance(module, Block):
+            check_block(name, module)
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            for kind, deployed in DEPLOYED.items():
+                if isinstance(child, kind):
+                    setattr(parent, name, deployed(child))
+
+
+def check_block(name: str, block: Block) -> None:
+    """Raises RuntimeError if folding would lose something that is attached to a block."""
+    for layer_name, plain in PLAIN_LAYERS.items():
+        if layer_name == 'attn.att.2':  # the depthwise convolution is called as it is
+            continue
+        layer = block.get_submodule(layer_name)
+        is_tanh = getattr(layer, 'approximate', 'none') != 'none'
+        if type(layer) is not plain or has_attachment(layer) or is_tanh:
+            raise RuntimeError(
+                f'switch_to_deploy folds the layers of {name}, but {layer_name} was replaced, is '
+                f'parametrized or has hooks: {layer}. Merge or remove what was attached first'
+            )
 
 
 class DeployedBlock(nn.Module):
-    """A `Block` for inference, (N, H, W, C) in and out.
+    """A `Block` for inference, (N, H, W, C) -> (N, H, W, C).
 
-    The LayerNorms' scale and shift are in the products behind them, the layer scales in those
+    The LayerNorms' scale and shift are in the convolutions behind them, the layer scales in those
     before the residuals. On a CPU in float32, GELU, Hadamard product and residuals are in the
     operators before them (`mmconv2former.ops.mkldnn_fusion`); elsewhere `mmconv2former.ops.block`
-    computes it.
+    computes the block.
     """
 
     def __init__(self, block: Block) -> None:
@@ -44,17 +67,16 @@ class DeployedBlock(nn.Module):
         attn, mlp = block.attn, block.mlp
         self.normalized_shape, self.eps = attn.norm.normalized_shape, attn.norm.eps
         with torch.no_grad():
-            self.gate = FusedConv(*fold_norm(attn.norm, *matrix(attn.att[0])))
-            self.value = FusedConv(*fold_norm(attn.norm, *matrix(attn.v)))
-            self.proj = FusedConv(*scaled(attn.proj, block.layer_scale_1))
-            self.fc1 = FusedConv(*fold_norm(mlp.norm, *matrix(mlp.fc1)))
-            self.fc2 = FusedConv(*scaled(mlp.fc2, block.layer_scale_2))
+            self.gate = FusedConv(*with_norm(attn.norm, *matrix(attn.att[0])))
+            self.value = FusedConv(*with_norm(attn.norm, *matrix(attn.v)))
+            self.proj = FusedConv(*with_scale(block.layer_scale_1, *matrix(attn.proj)))
+            self.fc1 = FusedConv(*with_norm(mlp.norm, *matrix(mlp.fc1)))
+            self.fc2 = FusedConv(*with_scale(block.layer_scale_2, *matrix(mlp.fc2)))
             self.pos = FusedConv(mlp.pos.weight.detach(), mlp.pos.bias.detach())
         self.depthwise = attn.att[2]
         self.fusion = attn.fusion
         self.is_plain = self.fusion == 'hadamard' and type(self.depthwise) is DepthwiseConv
-        self.folded: FoldedWeights | None = None  # the weights in the dtype of products
-        self.is_laid_out = False  # those of convolutions as Triton's kernels take them
+        self.folded: dict[tuple[torch.dtype, str], FoldedWeights] = {}  # made as needed
 
     def forward(self, x: Tensor) -> Tensor:
         is_differentiated = torch.is_grad_enabled() and x.requires_grad
@@ -62,34 +84,29 @@ class DeployedBlock(nn.Module):
         if self.is_plain and not is_fusible(x) and not is_stock:
             return self._by_function(x)
         y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        mixed = self.depthwise(self.gate.gelu(y))
+        a = self.depthwise(self.gate.gelu(y))
         if self.fusion == 'hadamard':
-            y = self.value.times(y, mixed)
+            y = self.value.times(y, a)
         else:
-            y = FUSIONS[self.fusion](mixed, self.value(y))
+            y = FUSIONS[self.fusion](a, self.value(y))
         x = self.proj.plus(y, x)
         y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
-        y = self.fc1.gelu(y)
-        y = add(self.pos.gelu(y), y)
-        return self.fc2.plus(y, x)
+        h = self.fc1.gelu(y)  # (N, H, W, mlp_ratio * C)
+        return self.fc2.plus(add(self.pos.gelu(h), h), x)
 
     def _by_function(self, x: Tensor) -> Tensor:
-        weight = self.gate.weight
-        if x.dtype != weight.dtype:  # the residuals have that of the weights, as of a `Block`
-            x = x.to(weight.dtype)
+        x = x.to(self.gate.weight.dtype)  # that of the residuals, as in a `Block`
         dtype = autocast_dtype(x)
         steps = steps_for(x, (self.depthwise.weight, self.pos.weight))
-        by_triton = steps is not block_stock
-        is_ready = self.folded is not None and self.folded.gate_value_weight.dtype == dtype
-        if not is_ready or (by_triton and not self.is_laid_out):
+        form = dtype, 'stock' if steps is block_stock else 'triton'
+        if form not in self.folded:
             with torch.inference_mode(False), torch.no_grad():  # for any mode that comes later
-                self.folded = self._cast(dtype, 'triton' if by_triton else 'stock')
-            self.is_laid_out = by_triton
+                self.folded[form] = self._cast(*form)
         with without_autocast(x):
-            return run(run_block, steps, x, None, self.folded, self.eps, None)[0]
+            return run(run_block, steps, x, None, self.folded[form], self.eps, None)[0]
 
     def _cast(self, dtype: torch.dtype, implementation: str) -> FoldedWeights:
-        """The weights in a dtype; they do not change, so this is done once."""
+        """The weights in a dtype, those of depthwise convolutions laid out for their kernels."""
         pair = [torch.cat(parts) for parts in zip(self.gate.pair(), self.value.pair())]
         pair, proj, fc1, fc2 = (
             [tensor.to(dtype) for tensor in tensors]
@@ -102,30 +119,19 @@ class DeployedBlock(nn.Module):
         return FoldedWeights._make((*pair, *depthwise, *proj, *fc1, *pos, *fc2, None, None))
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
-        self.folded = None  # of other values, another dtype or device from here on
+        self.folded = {}  # values, dtype or device change
         return super()._apply(function, recurse)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {'folded': None}  # neither copied nor saved
+        return self.__dict__ | {'folded': {}}  # neither copied nor saved
 
 
-def add(x: Tensor, y: Tensor) -> Tensor:
-    """Sum, in the place of `x` where that may be: new memory costs as much as the arithmetic."""
-    return x.add_(y) if is_fusible(x) else x + y
-
-
-def scaled(layer: PointwiseConv, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (C_out, C_in) and bias of a 1x1 convolution with the layer scale in them."""
-    weight, bias = matrix(layer)
-    return scale[:, None] * weight, scale * bias
-
-
-def deployed_downsample(downsample: Downsample) -> nn.Sequential:
+def deployed_downsample(downsample: Downsample) -> nn.Module:
     """A `Downsample` whose LayerNorm only normalises; shift and scale are in the convolution."""
     layers: list[Any] = list(downsample)
     norm, conv = layers
     with torch.no_grad():
-        weight, bias = fold_norm(norm, conv.weight, conv.bias)
+        weight, bias = with_norm(norm, conv.weight, conv.bias)
         conv.weight.copy_(weight)
         conv.bias.copy_(bias)
     norm.register_parameter('weight', None)
@@ -133,18 +139,48 @@ def deployed_downsample(downsample: Downsample) -> nn.Sequential:
     return downsample
 
 
-def deployed_stem(stem: Stem) -> nn.Sequential:
-    """A `Stem` with its second BatchNorm in the convolution behind.
+def deployed_stem(stem: Stem) -> nn.Module:
+    """A `Stem` with its second BatchNorm in the convolution behind it.
 
-    The first one stays: the convolution behind it pads with zeros, which stand for shifted values
-    at the border, so that its shift cannot be folded exactly.
+    The first one stays: the convolution behind it pads with zeros, while a folded shift would also
+    apply to the padding.
     """
     layers: list[Any] = list(stem)
     *first, norm, conv = layers
     with torch.no_grad():
         scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
         shift = norm.bias - norm.running_mean * scale
+        bias = (conv.weight * shift.view(1, -1, 1, 1)).sum((1, 2, 3))
         folded = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
         folded.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1))
-        folded.bias = nn.Parameter((conv.weight * shift.view(1, -1, 1, 1)).sum((1, 2, 3)))
+        folded.bias = nn.Parameter(bias if conv.bias is None else conv.bias + bias)
     return nn.Sequential(*first, folded)
+
+
+DEPLOYED: dict[type, Callable[[Any], nn.Module]] = {
+    Block: DeployedBlock,
+    Downsample: deployed_downsample,
+    Stem: deployed_stem,
+}
+
+
+def matrix(layer: PointwiseConv) -> tuple[Tensor, Tensor]:
+    """Weight (C_out, C_in) and bias of a 1x1 convolution."""
+    return layer.weight.flatten(1), layer.bias
+
+
+def with_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (C_out, C_in, ...) and bias of a convolution with the norm's scale and shift."""
+    scale = norm.weight.view(1, -1, *(1,) * (weight.dim() - 2))
+    shift = norm.bias.view_as(scale) * weight
+    return weight * scale, bias + shift.flatten(1).sum(1)
+
+
+def with_scale(scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (C_out, C_in) and bias of a 1x1 convolution with the layer scale behind it."""
+    return scale[:, None] * weight, scale * bias
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in place where possible: allocating costs as much as the arithmetic."""
+    return x.add_(y) if is_fusible(x) else x + y

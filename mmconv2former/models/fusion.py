@@ -1,9 +1,9 @@
-"""How the modulation joins its two branches: the Hadamard product, and the paper's ablations of it.
+"""How the modulation joins its two branches: the Hadamard product, and the paper's ablations.
 
-Of arXiv 2211.11943, section 4.1 ("fusion strategy"). A is the output of the large depthwise
+Source: arXiv 2211.11943, section 4.1 ("fusion strategy"). A is the output of the large depthwise
 convolution, V the linear projection, both (..., C). The paper names the alternatives without
-formulas: axis and constants are our choice. Both normalisations are over the channels of one
-position, so that a result depends neither on the size of the image nor on its padding.
+formulas: axis and constants are our choice. Both normalisations run over the channels of one
+position, so that the result does not depend on the image's size and padding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EPS = 1e-6  # our choice: keeps quotients and their gradients finite where A is 
 
 
 def hadamard(a: Tensor, v: Tensor) -> Tensor:
-    """A * V, the network's own."""
+    """A * V, as published."""
     return a * v
 
 
@@ -32,18 +32,15 @@ def sigmoid(a: Tensor, v: Tensor) -> Tensor:
 
 
 def l1(a: Tensor, v: Tensor) -> Tensor:
-    """A / (||A||_1 + eps) * V, with the sum of absolute values over the channels.
-
-    Zero A gives zero.
-    """
+    """A / (||A||_1 + eps) * V, with the L1 norm over the channels; zero A gives zero."""
     wide = at_least_float32(a)
     return (wide / (wide.abs().sum(-1, keepdim=True) + EPS)).to(a.dtype) * v
 
 
 def linear(a: Tensor, v: Tensor) -> Tensor:
-    """(A - min A + eps) / (max A - min A + eps) * V, with extremes over the channels.
+    """(A - min A + eps) / (max A - min A + eps) * V, with minimum and maximum over the channels.
 
-    That maps A linearly to (0, 1]; constant A gives V.
+    Maps A linearly to (0, 1]; constant A gives V.
     """
     wide = at_least_float32(a)
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
@@ -51,7 +48,7 @@ def linear(a: Tensor, v: Tensor) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """In half precision `EPS` would vanish or its reciprocal overflow."""
+    """In half precision `EPS` would vanish, or its reciprocal overflow."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -1,7 +1,7 @@
 """Test-time augmentation for instance segmentation: scales and flips, boxes and masks.
 
 mmdet's `DetTTAModel` merges boxes only, and COCO's mask AP cannot be computed from its results.
-Needs mmdet, hence is no part of `import mmconv2former`: recipes name it in `custom_imports`.
+Needs mmdet, so the package does not import it: recipes name this module in `custom_imports`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ DIMS_OF_FLIP = {'horizontal': (-1,), 'vertical': (-2,), 'diagonal': (-2, -1)}  #
 class InstanceTTAModel(DetTTAModel):
     """Merges the predictions for scaled and flipped views of an image.
 
-    The boxes of all views go through one non-maximum suppression; each box that is kept brings the
-    mask that was predicted with it.
+    The boxes of all views go through one non-maximum suppression; each box keeps the mask that was
+    predicted with it.
 
     Args:
-        tta_cfg: `nms` (as for `mmcv.ops.batched_nms`) and `max_per_img`, the instances kept.
-        **kwargs: As mmdet's `DetTTAModel`, above all `module`, the detector.
+        tta_cfg: `nms` (as for `mmcv.ops.batched_nms`) and `max_per_img`, the most instances kept.
+        **kwargs: As for mmdet's `DetTTAModel`, such as `module`, the detector.
 
     Source: mmdet's `DetTTAModel` for boxes.
     """
 
     def _merge_single_sample(self, data_samples: list[DetDataSample]) -> DetDataSample:
-        """One sample out of the views of one image, all rescaled to the image's own size."""
+        """Merges the views of one image, all rescaled to the image's own size."""
         views = [sample.pred_instances for sample in data_samples]
         bboxes, scores = self.merge_aug_bboxes(
             [view.bboxes for view in views],
@@ -40,7 +40,7 @@ class InstanceTTAModel(DetTTAModel):
             [sample.metainfo for sample in data_samples],
         )
         labels = torch.cat([view.labels for view in views])
-        if len(labels) == 0:  # which mmcv's suppression does not take
+        if len(labels) == 0:  # mmcv's suppression does not take that
             return data_samples[0]
         kept_bboxes, kept = batched_nms(bboxes, scores, labels, self.tta_cfg['nms'])
         kept = kept[: self.tta_cfg['max_per_img']]
@@ -57,6 +57,6 @@ class InstanceTTAModel(DetTTAModel):
 
 
 def unflipped_masks(sample: DetDataSample) -> torch.Tensor:
-    """Masks (N, H, W) of a view, as they lie in the image itself."""
+    """Masks (N, H, W) of a view, flipped back."""
     masks = sample.pred_instances.masks
     return masks.flip(DIMS_OF_FLIP[sample.flip_direction]) if sample.flip else masks

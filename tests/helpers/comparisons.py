@@ -1,7 +1,7 @@
 """Compares networks with the plain second implementation: values and gradients."""
 
 import torch
-from common.plain_conv2former import plain_conv2former
+from common.plain_conv2former import plain_conv2former, plain_isotropic
 
 # Small networks with every part of the real ones, quick enough for float64.
 SMALL_ARCHS = {
@@ -10,6 +10,7 @@ SMALL_ARCHS = {
     'three stages': dict(channels=(8, 8, 8), depths=(1, 1, 1), kernel_size=11),
     'one stage': dict(channels=(8,), depths=(2,), kernel_size=7),
 }
+SMALL_ISOTROPIC_ARCH = dict(channels=8, depth=4, kernel_size=5)
 
 
 def randomized(model):
@@ -52,10 +53,17 @@ def leaves(model):
     }
 
 
+def plain_outputs(model, x, state, fusion='hadamard'):
+    """What the plain implementation computes from a state dict in the place of the model."""
+    if hasattr(model, 'blocks'):
+        return plain_isotropic(x, state, len(model.blocks), model.out_indices, model.training)
+    outputs = plain_conv2former(x, state, model.depths, model.training, fusion)
+    return [outputs[i] for i in model.out_indices]
+
+
 def compare_with_plain(model, x, tolerance, gradient_tolerance, fusion='hadamard'):
     state = leaves(model)
-    expected = plain_conv2former(x, state, model.depths, model.training, fusion)
-    expected = [expected[i] for i in model.out_indices]
+    expected = plain_outputs(model, x, state, fusion)
     compare(model, model(x), expected, state, tolerance, gradient_tolerance)
 
 

@@ -17,7 +17,6 @@ import tracemalloc
 import zipfile
 from collections import OrderedDict
 from contextlib import suppress
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -446,12 +445,10 @@ def test_structures_of_checkpoints(slow, tmp_path, fault_report):
 
 
 # -------------------------------------------------------------------------- arguments of networks
+# What a config can hold.
 ODDITIES = st.sampled_from(
-    [None, True, False, math.nan, math.inf, -math.inf, 10**400, -(10**400), 1e300, 2**63, 2**31,
-     np.int64(3), np.int8(1), np.float32(0.5), np.bool_(True), np.nan, np.array([1, 2]),
-     np.array(3), torch.tensor(3), torch.ones(2), Fraction(1, 3), 1j, '', 'tiny', b'ab', (), [], {},
-     set(), range(10**12), object(), int, ..., [[1]], ((0, 1), 2), {'type': 'Constant'},
-     [{'type': 'Pretrained'}], 'os.system', 'builtins.print']
+    [None, True, False, math.nan, -1, 0.5, '', 'tiny', (), [], {}, [[1]], ((0, 1), 2),
+     {'type': 'Constant'}, [{'type': 'Pretrained'}], 'os.system', 'builtins.print']
 )  # fmt: skip
 ANYTHING = ODDITIES | st.integers(-3, 20) | st.floats(-1, 8) | st.lists(
     st.integers(-2, 13) | ODDITIES, max_size=5
