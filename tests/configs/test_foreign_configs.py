@@ -29,7 +29,7 @@ from mmconv2former import Conv2Former, Conv2FormerClsHead
 PAGE = ROOT / 'docs/use_in_your_config.md'
 NAMES = list(files_of(PAGE))
 SIZE = 64
-ARCH = dict(channels=(72, 144, 288, 576), depths=(1, 1, 2, 1))  # tiny, but shallow
+ARCH = dict(channels=(72, 144, 288, 576), depths=(1, 1, 6, 1))  # tiny, but shallow
 QUERIES = 50  # of DETR heads: fewer than the positions of an image
 PROMISED = {
     'faster_rcnn.py', 'retinanet.py', 'atss.py', 'rtmdet.py', 'yolox.py', 'deformable_detr.py',
