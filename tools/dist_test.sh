@@ -3,7 +3,7 @@
 #
 #   tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [--out FILE.pkl ...]
 #
-# Several machines: as tools/dist_train.sh.
+# Several machines: see tools/dist_train.sh.
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 config=$1 checkpoint=$2 processes=$3

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on several processes of this machine, or of several (torchrun); further arguments go to
+# Trains on several processes of one machine or more (torchrun); further arguments go to
 # tools/train.py:
 #
 #   tools/dist_train.sh CONFIG PROCESSES [--work-dir DIR ...]

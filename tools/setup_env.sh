@@ -1,25 +1,24 @@
 #!/usr/bin/env bash
-# Creates the environment that `make` uses, in .venv: every package at the version of
-# constraints.txt with the hash that stands there, mmcv with its compiled ops, and this project
-# (editable).
+# Creates the environment that `make` uses, in .venv: every package with the version and hash of
+# constraints.txt, mmcv with its compiled ops, and this project (editable).
 #
 #   tools/setup_env.sh              # Python from $PYTHON, else the first of 3.11, 3.12, 3.10
 #
-# Safe to run twice, and after an interruption at any point. The same by hand: README, Installation.
+# Safe to run again, also after an interruption. To do the same by hand: README, Installation.
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 
 VENV=.venv
-WHEELS=$VENV/wheels           # mmcv's wheel, once it is built
-INSTALLING=$VENV/.installing  # there while pip writes: an environment left so is made anew
-STAMP=$VENV/.complete         # holds the fingerprint of what was installed
-# what mmcv and the other source distributions need to be built without isolation, beside torch
+WHEELS=$VENV/wheels           # mmcv's wheel
+INSTALLING=$VENV/.installing  # exists while pip runs; if it is left over, start from scratch
+STAMP=$VENV/.complete         # fingerprint of what was installed
+# needed besides torch to build mmcv and other source distributions without isolation
 BUILD_PACKAGES=(setuptools wheel ninja packaging numpy click)
 
 say() { printf '[setup %4ds] %s\n' "$SECONDS" "$*"; }
 die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 
-# One fingerprint of all that decides what is installed.
+# Changes with everything that decides what is installed.
 fingerprint() { cat constraints.txt setup.py tools/setup_env.sh | cksum; }
 
 find_python() {
@@ -32,7 +31,7 @@ find_python() {
       return
     fi
   done
-  die "Python 3.10, 3.11 or 3.12 is needed, none found as: ${candidates[*]}. Install one, or name it: PYTHON=/path/to/python make setup"
+  die "Python 3.10, 3.11 or 3.12 is needed; tried ${candidates[*]}. Install one, or name it: PYTHON=/path/to/python make setup"
 }
 
 check_machine() {
@@ -45,16 +44,16 @@ check_machine() {
 int main() { return std::optional<int>(0).value(); }' |
     "${CXX:-c++}" -std=c++17 -x c++ -fsyntax-only - 2>/dev/null ||
     die "no C++17 compiler works as '${CXX:-c++}'; mmcv's ops are compiled here. Debian and Ubuntu: apt-get install g++"
-  needed_mib=6500  # 5,700 MiB were used on Linux x86_64, and mmcv's build needs some for a while
+  needed_mib=6500  # 5,700 MiB were used on Linux x86_64; mmcv's build needs more for a while
   [ ! -d $VENV/lib ] || needed_mib=1500
   free_mib=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1024))
   [ "$free_mib" -ge $needed_mib ] ||
-    die "$needed_mib MiB of disk are needed in $PWD, $free_mib MiB are free"
+    die "$needed_mib MiB of disk are needed in $PWD, but $free_mib MiB are free"
 }
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 
-# Without constraints for what lies here already, as there are no hashes of it.
+# Without constraints, for local files, which have no hashes there.
 pip_install() {
   touch $INSTALLING
   pip install --quiet "$@"
@@ -63,8 +62,7 @@ pip_install() {
 
 pip_install_pinned() { pip_install --constraint constraints.txt "$@"; }
 
-# The pip that comes with Python may be too old to check the hashes of constraints, but it knows them
-# in requirements.
+# Python's own pip may be too old to check hashes of constraints; it can check those of requirements.
 install_pip() {
   sed -n '/^pip==/,/[^\\]$/p' constraints.txt >$VENV/pip.txt
   pip_install --require-hashes --requirement $VENV/pip.txt
@@ -72,8 +70,8 @@ install_pip() {
 
 build_mmcv() {  # further arguments for pip
   rm -rf $WHEELS $WHEELS.new
-  # -g0 -O2 compiles in half the time to a twentieth of the size. With build isolation, mmcv would
-  # not see torch and would be built without its ops.
+  # -g0 -O2 takes half the time and a twentieth of the space. With build isolation, mmcv would not
+  # find torch and would be built without its ops.
   CFLAGS="${CFLAGS:--g0 -O2}" MAX_JOBS="${MAX_JOBS:-$(nproc)}" pip wheel --quiet --no-deps \
     --no-build-isolation --constraint constraints.txt --wheel-dir $WHEELS.new "$@" onedl-mmcv
   mv $WHEELS.new $WHEELS
@@ -104,7 +102,7 @@ if [ -e $INSTALLING ] || ! $VENV/bin/python -m pip --version >/dev/null 2>&1; th
   rm -rf $VENV
   "$python" -m venv $VENV
 fi
-if [ -e $STAMP ]; then  # made from other pins
+if [ -e $STAMP ]; then  # created from other pins
   rm -rf $WHEELS $STAMP
 fi
 say 'installing torch (about 1 minute, 2.5 GB of downloads the first time)'
@@ -118,20 +116,20 @@ if ! ls $WHEELS/*.whl >/dev/null 2>&1; then
 fi
 say 'installing the OpenMMLab packages and this project (about 1 minute)'
 pip_install --no-deps $WHEELS/*.whl
-# without setuptools' general remarks on editable installations
+# without setuptools' warnings about editable installs
 PYTHONWARNINGS=ignore pip_install --no-deps --no-build-isolation --editable .
 pip_install_pinned --no-build-isolation 'mmconv2former[onedl,test]'
-# mmsegmentation asks for the OpenCV that needs a screen's libraries (libGL); the headless one has
-# the same files without them, and is laid over it.
+# mmsegmentation requires the OpenCV that needs libGL; the headless build has the same files and
+# replaces them.
 pip_install_pinned --force-reinstall --no-deps opencv-python-headless
 
 say "checking mmcv's ops (NMS, RoIAlign)"
 if ! check_ops; then
-  # A wheel in pip's cache may be of another torch, or built without ops.
-  say 'they do not work; building them anew without the cache'
+  # A wheel in pip's cache may have been built for another torch, or without ops.
+  say 'they do not work; building them again without the cache'
   build_mmcv --no-cache-dir
   pip_install --force-reinstall --no-deps $WHEELS/*.whl
-  check_ops || die "mmcv.ops does not work with this torch; the error is above. Rebuild from nothing with: rm -rf $VENV && make setup"
+  check_ops || die "mmcv.ops does not work with this torch (error above). Start from scratch with: rm -rf $VENV && make setup"
 fi
 fingerprint >$STAMP
 say "done: $VENV is complete"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Evaluates under Slurm, one task a GPU; further arguments go to tools/test.py:
+# Evaluates under Slurm, one task per GPU; further arguments go to tools/test.py:
 #
 #   GPUS=8 tools/slurm_test.sh PARTITION JOB_NAME CONFIG CHECKPOINT [--out FILE.pkl ...]
 #

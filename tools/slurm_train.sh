@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains under Slurm, one task a GPU; further arguments go to tools/train.py:
+# Trains under Slurm, one task per GPU; further arguments go to tools/train.py:
 #
 #   GPUS=16 GPUS_PER_NODE=8 tools/slurm_train.sh PARTITION JOB_NAME CONFIG [--work-dir DIR ...]
 #
-# CPUS_PER_TASK (default 5); SRUN_ARGS holds further words for srun, such as "--time=3-0 --qos=high".
+# CPUS_PER_TASK (default 5); SRUN_ARGS: further options of srun, such as "--time=3-0 --qos=high".
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 partition=$1 job_name=$2 config=$3

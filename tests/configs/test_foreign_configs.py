@@ -30,7 +30,7 @@ PAGE = ROOT / 'docs/use_in_your_config.md'
 SHARED = 'conv2former_t.py'  # which the others inherit
 NAMES = [name for name in files_of(PAGE) if name != SHARED]
 SIZE = 64
-ARCH = dict(channels=(72, 144, 288, 576), depths=(1, 1, 2, 1))  # tiny, but shallow
+ARCH = dict(channels=(72, 144, 288, 576), depths=(1, 1, 6, 1))  # tiny, but shallow
 QUERIES = 50  # of DETR heads: fewer than the positions of an image
 PROMISED = {
     'faster_rcnn.py', 'retinanet.py', 'atss.py', 'rtmdet.py', 'yolox.py', 'deformable_detr.py',
