@@ -96,7 +96,7 @@ def test_fused_steps_train_as_others_do(settings, sample, tmp_path, monkeypatch)
 @needs_fused_on_cpu
 def test_resumed_runs_step_as_their_own_machine_does(sample, tmp_path, monkeypatch):
     """torch would load `fused` from the checkpoint."""
-    for length, is_fused in ((2, True), (4, False), (6, True)):
+    for length, is_fused in ((4, True), (6, False), (8, True)):
         monkeypatch.setattr(device_defaults, 'FUSED_ON', ('cpu',) if is_fused else ())
         options = {'train_cfg.val_begin': 1000}
         config = tiny_config('segmentation', sample, tmp_path, length, 2, options=options)
