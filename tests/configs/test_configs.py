@@ -2,6 +2,7 @@
 
 import ast
 import re
+from copy import deepcopy
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,7 +51,7 @@ def load(path):
 @cache
 def build(path):
     """The model without values: what is tested here are its parts."""
-    config = load(path).copy()
+    config = deepcopy(load(path))  # detectors change their config
     init_default_scope(config.default_scope)
     with torch.device('meta'):
         return MODELS.build(config.model)
@@ -293,8 +294,8 @@ FOLLOWED = {
 @pytest.mark.parametrize('name', FOLLOWED)
 def test_follows_convnext_s_recipe(name):
     library, path = FOLLOWED[name].split('/', 1)
-    theirs = load(Path(find_spec(library).submodule_search_locations[0], path)).copy()
-    ours = load(recipes()[name]).copy()
+    theirs = deepcopy(load(Path(find_spec(library).submodule_search_locations[0], path)))
+    ours = deepcopy(load(recipes()[name]))
     for settings in (ours, theirs):
         for key in ('train_dataloader', 'test_dataloader'):
             for of_speed in ('num_workers', 'pin_memory'):  # ours are more

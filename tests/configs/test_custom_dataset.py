@@ -87,7 +87,8 @@ def small_project(project, tmp_path_factory):
     for path in ('tools', 'data', 'photos'):
         (folder / path).symlink_to(project / path)
     (folder / 'configs/custom').mkdir(parents=True)
-    for path in (project / 'configs/custom').iterdir():
+    for name in ('mask_rcnn_shapes', 'mask_rcnn_shapes_from_coco', 'upernet_scenes'):
+        path = project / f'configs/custom/{name}.py'
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.chdir(project)
             shrunk(Config.fromfile(path)).dump(folder / 'configs/custom' / path.name)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -16,141 +17,83 @@ def copy(sample, tmp_path):
     return shutil.copytree(sample, tmp_path / 'copy')
 
 
-def edit(path, change):
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+def edit(change, split='val2017'):
+    """Changes the content of an annotation file."""
+
+    def apply(root):
+        path = root / f'annotations/instances_{split}.json'
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return apply
 
 
 def edit_annotation(**fields):
-    return lambda root: edit(
-        root / 'annotations/instances_val2017.json',
-        lambda content: content['annotations'][0].update(fields),
-    )
+    return edit(lambda content: content['annotations'][0].update(fields))
+
+
+def with_file(name, change):
+    return lambda root: change(root / name)
 
 
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-IMAGE = '000000000001.jpg'
-LABELS = '000000000001.png'
-# What is done to the sample, and what the report must then say
-COCO_FAULTS = {
-    'missing annotations': (
-        lambda root: (root / 'annotations/instances_val2017.json').unlink(),
-        ['annotation file is missing', 'instances_val2017.json', 'http://images.cocodataset.org'],
-    ),
-    'half a file': (
-        lambda root: cut(root / 'annotations/instances_val2017.json'),
-        ['annotation file is not JSON', 'instances_val2017.json'],
-    ),
-    'no categories': (
-        lambda root: edit(
-            root / 'annotations/instances_val2017.json', lambda content: content.pop('categories')
-        ),
-        ['lacks a list', 'categories'],
-    ),
-    'no size': (
-        lambda root: edit(
-            root / 'annotations/instances_val2017.json',
-            lambda content: content['images'][1].pop('width'),
-        ),
-        ['images[1] has no width'],
-    ),
-    'other category': (
-        lambda root: edit(
-            root / 'annotations/instances_train2017.json',
-            lambda content: content['categories'][0].update(name='human'),
-        ),
-        ["'human' has id 1, official is None", "'person' has id None"],
-    ),
-    'unknown category': (edit_annotation(category_id=12), ['unknown category', f'{IMAGE}: 12']),
-    'unknown image': (edit_annotation(image_id=77), ['unknown image', 'annotation 1 of 77']),
-    'inverted box': (edit_annotation(bbox=[5, 5, -3, 4]), ['box of negative size', IMAGE]),
-    'box outside': (edit_annotation(bbox=[60, 5, 9, 4]), ['box outside its image', IMAGE]),
-    'not a number': (
-        edit_annotation(bbox=[5, 5, float('nan'), 4]),
-        ['box is not four finite numbers', IMAGE],
-    ),
-    'two points': (
-        edit_annotation(segmentation=[[1, 1, 2, 2]]),
-        ['polygon is not three points or more', IMAGE],
-    ),
-    'polygon outside': (
-        edit_annotation(segmentation=[[1, 1, 70, 2, 3, 3]]),
-        ['polygon outside its image', IMAGE],
-    ),
-    'no mask': (edit_annotation(segmentation=[]), ['object without a mask', IMAGE]),
-    'mask of another size': (
-        edit_annotation(segmentation=dict(size=[9, 9], counts='')),
-        ['mask of another size', IMAGE],
-    ),
-    'same id': (
-        edit_annotation(id=2),
-        ['id is used twice', 'instances_val2017.json: 1 annotations'],
-    ),
-    'missing image': (
-        lambda root: (root / 'val2017' / IMAGE).unlink(),
-        ['image is missing', IMAGE],
-    ),
-    'truncated image': (lambda root: cut(root / 'val2017' / IMAGE), ['cannot be read', IMAGE]),
-    'text as image': (
-        lambda root: (root / 'val2017' / IMAGE).write_text('none'),
-        ['cannot be read', IMAGE],
-    ),
-    'image of another size': (
-        lambda root: cv2.imwrite(str(root / 'val2017' / IMAGE), np.zeros((9, 8, 3), np.uint8)),
-        ['another size than annotated', f'{IMAGE}: (8, 9), not (64, 64)'],
-    ),
-}  # fmt: skip
+def with_labels(labels):
+    return with_file(
+        f'annotations/validation/{LABELS}', lambda path: cv2.imwrite(str(path), labels)
+    )
 
 
-def write_labels(labels):
-    def write(root):
-        cv2.imwrite(str(root / 'annotations/validation' / LABELS), labels)
+def remove_images(root):
+    for kind in ('images', 'annotations'):
+        for path in (root / kind / 'validation').iterdir():
+            path.unlink()
 
-    return write
 
-
-ADE_FAULTS = {
-    'missing folder': (
-        lambda root: shutil.rmtree(root / 'annotations/training'),
-        ['folder is missing', 'annotations/training', 'ADEChallengeData2016.zip'],
-    ),
-    'no images': (
-        lambda root: [
-            path.unlink() for kind in ('images', 'annotations')
-            for path in (root / kind / 'validation').iterdir()
-        ],
-        ['images are missing', 'images/validation'],
-    ),
-    'missing labels': (
-        lambda root: (root / 'annotations/validation' / LABELS).unlink(),
-        ['label image is missing', LABELS],
-    ),
-    'missing image': (
-        lambda root: (root / 'images/validation' / IMAGE).unlink(),
-        ['image is missing', IMAGE],
-    ),
-    'truncated labels': (
-        lambda root: cut(root / 'annotations/validation' / LABELS),
-        ['cannot be read', LABELS],
-    ),
-    'label 151': (write_labels(np.full((64, 64), 151, np.uint8)), ['label above 150', LABELS]),
-    'sixteen bits': (
-        write_labels(np.ones((64, 64), np.uint16)),
-        ['one channel with 8 bits', LABELS],
-    ),
-    'coloured labels': (
-        write_labels(np.ones((64, 64, 3), np.uint8)),
-        ['one channel with 8 bits', f'{LABELS}: RGB'],
-    ),
-    'other size': (
-        write_labels(np.ones((32, 64), np.uint8)),
-        ['labels of another size', f'{LABELS}: (64, 32), its image is (64, 64)'],
-    ),
-}  # fmt: skip
+IMAGE, LABELS = '000000000001.jpg', '000000000001.png'
+VAL = 'annotations/instances_val2017.json'
+# What is done to the sample, and what the report must then contain.
+COCO_FAULTS = [
+    (with_file(VAL, Path.unlink),
+     ['annotation file is missing', 'instances_val2017.json', 'http://images.cocodataset.org']),
+    (with_file(VAL, cut), ['annotation file is not JSON', 'instances_val2017.json']),
+    (edit(lambda content: content.pop('categories')), ['lacks a list', 'categories']),
+    (edit(lambda content: content['images'][1].pop('width')), ['images[1] has no width']),
+    (edit(lambda content: content['categories'][0].update(name='human'), 'train2017'),
+     ["'human' has id 1, official is None", "'person' has id None"]),
+    (edit_annotation(category_id=12), ['unknown category', f'{IMAGE}: 12']),
+    (edit_annotation(image_id=77), ['unknown image', 'annotation 1 of 77']),
+    (edit_annotation(bbox=[5, 5, -3, 4]), ['box of negative size', IMAGE]),
+    (edit_annotation(bbox=[60, 5, 9, 4]), ['box outside its image', IMAGE]),
+    (edit_annotation(bbox=[5, 5, float('nan'), 4]), ['box is not four finite numbers', IMAGE]),
+    (edit_annotation(segmentation=[[1, 1, 2, 2]]), ['polygon is not three points or more', IMAGE]),
+    (edit_annotation(segmentation=[[1, 1, 70, 2, 3, 3]]), ['polygon outside its image', IMAGE]),
+    (edit_annotation(segmentation=[]), ['object without a mask', IMAGE]),
+    (edit_annotation(segmentation=dict(size=[9, 9], counts='')), ['mask of another size', IMAGE]),
+    (edit_annotation(id=2), ['id is used twice', 'instances_val2017.json: 1 annotations']),
+    (with_file(f'val2017/{IMAGE}', Path.unlink), ['image is missing', IMAGE]),
+    (with_file(f'val2017/{IMAGE}', cut), ['cannot be read', IMAGE]),
+    (with_file(f'val2017/{IMAGE}', lambda path: path.write_text('no')), ['cannot be read', IMAGE]),
+    (with_file(f'val2017/{IMAGE}', lambda path: Image.new('RGB', (8, 9)).save(path)),
+     ['another size than annotated', f'{IMAGE}: (8, 9), not (64, 64)']),
+]  # fmt: skip
+ADE_FAULTS = [
+    (with_file('annotations/training', shutil.rmtree),
+     ['folder is missing', 'annotations/training', 'ADEChallengeData2016.zip']),
+    (remove_images, ['images are missing', 'images/validation']),
+    (with_file(f'annotations/validation/{LABELS}', Path.unlink),
+     ['label image is missing', LABELS]),
+    (with_file(f'images/validation/{IMAGE}', Path.unlink), ['image is missing', IMAGE]),
+    (with_file(f'annotations/validation/{LABELS}', cut), ['cannot be read', LABELS]),
+    (with_labels(np.full((64, 64), 151, np.uint8)), ['label above 150', LABELS]),
+    (with_labels(np.ones((64, 64), np.uint16)), ['one channel with 8 bits', LABELS]),
+    (with_labels(np.ones((64, 64, 3), np.uint8)), ['one channel with 8 bits', f'{LABELS}: RGB']),
+    (with_labels(np.ones((32, 64), np.uint8)),
+     ['labels of another size', f'{LABELS}: (64, 32), its image is (64, 64)']),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(('kind', 'root'), [('coco', 'coco'), ('ade', 'ade/ADEChallengeData2016')])
@@ -193,27 +136,24 @@ def run(capsys):
     return run
 
 
-def check_finds(fault, kind, root, tmp_path, run):
-    change, expected = fault
+@pytest.mark.parametrize(
+    ('kind', 'folder', 'change', 'expected'),
+    [
+        *(('coco', 'coco', *fault) for fault in COCO_FAULTS),
+        *(('ade', 'ade/ADEChallengeData2016', *fault) for fault in ADE_FAULTS),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else '',
+)
+def test_faults_are_found(kind, folder, change, expected, copy, tmp_path, run):
+    root, report = copy / folder, tmp_path / 'report.txt'
     change(root)
     before = contents(root)
-    report = tmp_path / 'report.txt'
     output, refusal = run(kind, '--root', root, '--workers', 1, '--report', report)
     assert 'is not ready' in refusal
     for text in expected:
         assert text in output
     assert 'ERROR' in report.read_text()
     assert contents(root) == before
-
-
-@pytest.mark.parametrize('fault', COCO_FAULTS)
-def test_faults_of_coco(fault, copy, tmp_path, run):
-    check_finds(COCO_FAULTS[fault], 'coco', copy / 'coco', tmp_path, run)
-
-
-@pytest.mark.parametrize('fault', ADE_FAULTS)
-def test_faults_of_ade(fault, copy, tmp_path, run):
-    check_finds(ADE_FAULTS[fault], 'ade', copy / 'ade/ADEChallengeData2016', tmp_path, run)
 
 
 def test_output_is_shortened_and_the_report_is_not(copy, tmp_path, run):
