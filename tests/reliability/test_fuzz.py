@@ -21,7 +21,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from helpers.checkpoints import published_state_dict
+from helpers.checkpoints import published_state_dict, replace_pickle
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mmengine.logging import HistoryBuffer
@@ -145,47 +145,60 @@ def mutated(data):
 
 def in_zip(program):
     """A file of `torch.save` with a pickle of ours."""
-    source, target = io.BytesIO(REAL['zip']), io.BytesIO()
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, 'w') as new:
-        for entry in old.namelist():
-            data = program if entry.endswith('data.pkl') else old.read(entry)
-            new.writestr(entry, data)
+    target = io.BytesIO()
+    replace_pickle(io.BytesIO(REAL['zip']), target, lambda _: program)
     return target.getvalue()
 
 
-OPCODES = [code.code.encode('latin1') for code in pickletools.opcodes]
-# What a program of opcodes says of objects: admitted ones, of torch, and ones that run code.
-NAMES = [
-    b'ctorch._utils\n_rebuild_tensor_v2\n',
-    b'ctorch._utils\n_rebuild_parameter\n',
-    b'ccollections\nOrderedDict\n',
-    b'ctorch\nFloatStorage\n',
-    b'cargparse\nNamespace\n',
-    b'cmmengine.logging.history_buffer\nHistoryBuffer\n',
-    b'cbuiltins\ngetattr\n',
-    b'cnumpy\nndarray\n',
-    b'cnumpy\ndtype\n',
-    b'cnumpy._core.multiarray\n_reconstruct\n',
-    b'cnumpy._core.multiarray\nscalar\n',
-    b'ctest_fuzz\nexecuted\n',
-    b'cos\nsystem\n',
-    b'cbuiltins\neval\n',
-    b'cbuiltins\nbytearray\n',
-    b'X\x04\x00\x00\x00exec',
-    b'X\x08\x00\x00\x00__init__',
-    b'K\x05',
-    b'J\xff\xff\xff\x7f',
-    b'\x8a\x08' + struct.pack('<q', 1 << 50),
-    b'X\x07\x00\x00\x00storage',
-    b'(lp0\n',
-    b')R',
-    b'\x86R',
-    b'}b',
-    b'(dX\x01\x00\x00\x00aK\x01sb',
-]
-PROGRAMS = st.lists(
-    st.sampled_from(NAMES) | st.sampled_from(OPCODES) | st.binary(max_size=6), max_size=30
-).map(lambda parts: b'\x80\x02' + b''.join(parts) + b'.')
+def text(value):
+    return b'X' + len(value).to_bytes(4, 'little') + value.encode()
+
+
+def joined(*parts):
+    return st.tuples(*(part if isinstance(part, st.SearchStrategy) else st.just(part)
+                       for part in parts)).map(b''.join)  # fmt: skip
+
+
+def many(part):
+    return st.lists(part, max_size=4).map(b''.join)
+
+
+NOT_ADMITTED = ['test_fuzz.executed', 'os.system', 'builtins.eval', 'builtins.__import__',
+                'torch.load', 'numpy.load', 'copyreg._reconstructor']  # fmt: skip
+CONTAINERS = ['collections.OrderedDict', 'argparse.Namespace', 'torch.nn.parameter.Parameter',
+              'torch._utils._rebuild_tensor_v2',
+              'mmengine.logging.history_buffer.HistoryBuffer']  # fmt: skip
+PATHS = st.one_of(map(st.sampled_from, [NOT_ADMITTED, CONTAINERS, sorted(admitted_globals())])).map(
+    lambda path: path.rpartition('.')[::2]
+)
+# Classes and functions: admitted ones, torch's, and ones that run code; as GLOBAL and STACK_GLOBAL.
+NAMED = PATHS.map(lambda path: f'c{path[0]}\n{path[1]}\n'.encode()) | PATHS.map(
+    lambda path: text(path[0]) + text(path[1]) + b'\x93'
+)
+PUSHED = st.sampled_from(
+    [b'N', b'\x88', b'K\x03', b'K\x00', b'J\xff\xff\xff\xff', b'G?\xf0' + bytes(6), b'}', b']',
+     b')', b'\x8a\x08' + struct.pack('<q', 2**50), b'\x8a\x08' + struct.pack('<q', -(2**50)),
+     b'\x8f', b'C\x04abcd', b'Q', b'((lQ', *map(text, ['f8', 'O', 'latin1'])]
+)  # fmt: skip
+ATTRIBUTES = st.sampled_from(
+    [
+        'a',
+        '__setstate__',
+        '__class__',
+        '__init__',
+        '__code__',
+        'append',
+        'requires_grad',
+        'exec',
+        'storage',
+    ]
+).map(text)
+
+
+OPCODES = st.sampled_from([code.code.encode('latin1') for code in pickletools.opcodes])
+PROGRAMS = st.lists(NAMED | PUSHED | ATTRIBUTES | OPCODES | st.binary(max_size=6), max_size=30).map(
+    lambda parts: b'\x80\x02' + b''.join(parts) + b'.'
+)
 
 
 def mutated_pickles():
@@ -304,41 +317,6 @@ def load_directly(program):
     unpickler = DataUnpickler(io.BytesIO(program))
     unpickler.persistent_load = lambda saved: torch.ones(4)._typed_storage()
     return unpickler.load()
-
-
-def text(value):
-    return b'X' + len(value).to_bytes(4, 'little') + value.encode()
-
-
-def joined(*parts):
-    return st.tuples(*(part if isinstance(part, st.SearchStrategy) else st.just(part)
-                       for part in parts)).map(b''.join)  # fmt: skip
-
-
-def many(part):
-    return st.lists(part, max_size=4).map(b''.join)
-
-
-NOT_ADMITTED = ['test_fuzz.executed', 'os.system', 'builtins.eval', 'builtins.__import__',
-                'torch.load', 'numpy.load', 'copyreg._reconstructor']  # fmt: skip
-CONTAINERS = ['collections.OrderedDict', 'argparse.Namespace', 'torch.nn.parameter.Parameter',
-              'torch._utils._rebuild_tensor_v2',
-              'mmengine.logging.history_buffer.HistoryBuffer']  # fmt: skip
-PATHS = st.one_of(map(st.sampled_from, [NOT_ADMITTED, CONTAINERS, sorted(admitted_globals())])).map(
-    lambda path: path.rpartition('.')[::2]
-)
-# As GLOBAL and as STACK_GLOBAL.
-NAMED = PATHS.map(lambda path: f'c{path[0]}\n{path[1]}\n'.encode()) | PATHS.map(
-    lambda path: text(path[0]) + text(path[1]) + b'\x93'
-)
-PUSHED = st.sampled_from(
-    [b'N', b'\x88', b'K\x03', b'K\x00', b'J\xff\xff\xff\xff', b'G?\xf0' + bytes(6), b'}', b']',
-     b')', b'\x8a\x08' + struct.pack('<q', 2**50), b'\x8a\x08' + struct.pack('<q', -(2**50)),
-     b'\x8f', b'C\x04abcd', b'Q', b'((lQ', *map(text, ['f8', 'O', 'latin1'])]
-)  # fmt: skip
-ATTRIBUTES = st.sampled_from(
-    ['a', '__setstate__', '__class__', '__init__', '__code__', 'append', 'requires_grad']
-).map(text)
 
 
 def larger(value):
