@@ -18,7 +18,7 @@ UV_COMPILE := .venv/bin/uv pip compile --quiet --generate-hashes --no-annotate -
 help:
 	@echo 'make setup   create .venv with everything, mmcv compiled (about 10 minutes, once)'
 	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (9 minutes)'
-	@echo 'make test    all tests but the slow ones (MMCONV2FORMER_SAMPLES: those on real pictures too)'
+	@echo 'make test    all tests but the slow ones (MMCONV2FORMER_SAMPLES: those on real images too)'
 	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML and file sizes'
 	@echo 'make coverage  which lines of the package the tests run, 95% at least (12 minutes)'
 	@echo 'make reliability  every fault injected at full count, kept in docs/tables/reliability.md (14 minutes)'

@@ -227,7 +227,7 @@ SUMS_BLOCK = 32  # columns of a program of `add_shares_kernel`
 def share_adder(
     device: int, dtype: torch.dtype, columns: tuple[int, ...]
 ) -> tuple[Launcher, list[int]]:
-    """The kernel, and the sizes of its results: of each tensor, and of the padding behind it."""
+    """The kernel, and the sizes of its results: of each tensor, and of the padding after it."""
     constants = dict(ROWS=64, BLOCK=SUMS_BLOCK, ACC=sums_dtype(dtype))
     padded = (*columns, *(0,) * (4 - len(columns)))
     constants.update({f'N{index}': number for index, number in enumerate(padded)})
