@@ -206,7 +206,7 @@ class MatrixAdaptiveAvgPool2d(nn.Module):
 
     @staticmethod
     def bins(x: Tensor, dim: int, number: int) -> Tensor:
-        """(number, size of `dim`): row i is 1 / length of bin i inside the bin, else 0."""
+        """(number, size of `dim`): row i is 1 / length of bin i inside the bin, otherwise 0."""
         size = x.shape[dim]
         position = torch.arange(size, device=x.device)
         index = torch.arange(number, device=x.device)[:, None]

@@ -110,7 +110,7 @@ def modulation_gradients(
         grad: Gradient of the product.
         a, value: Its operands.
         gate: The input of GELU, whose result the depthwise convolution turned into a.
-        grad_value: Where the gradient for the value goes.
+        grad_value: Output tensor for the gradient of the value.
         active, weighted: GELU(gate) and a * value; None to recompute them.
 
     Returns:
@@ -154,7 +154,7 @@ def depthwise_gelu_gradient(
         weight: Its weight.
         before: The input of GELU.
         other: Another gradient of GELU(before), or None.
-        out: Where the result goes; None for a new tensor.
+        out: Output tensor; None for a new one.
     """
     needs = (True, False, False)
     inner = depthwise_conv_backward(grad, before, weight, needs, choose(grad, weight))[0]

@@ -101,7 +101,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 
     Args:
         x: Input (N, H, W, C), fastest if contiguous and C a multiple of 8.
-        weight: (C, 1, K, K), K odd, as `nn.Conv2d(C, C, K, groups=C)` has it.
+        weight: (C, 1, K, K), K odd, as in `nn.Conv2d(C, C, K, groups=C)`.
         bias: (C,) or None.
 
     Returns:

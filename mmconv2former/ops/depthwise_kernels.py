@@ -188,7 +188,7 @@ def depthwise_weight_gradient_kernel(
                 g = h + P - i0
                 loaded = tl.load(grad_row, mask=inside & (g >= 0) & (g < H), other=0)
                 window = window + (widen(loaded, ACC, PACKED),)
-                if HAS_BIAS:  # the gradient of row h itself, where this program has it
+                if HAS_BIAS:  # the gradient of row h itself, if this program has it
                     bias_sum += window[TAPS - 1 - P % TAPS] * (h < h_end).to(ACC)
                 for q in tl.static_range(COLUMNS):
                     shift = (j0 + q - P) * C

@@ -148,8 +148,8 @@ def depthwise_forward(
         blocks: The division of the work; None for `blocks_for`.
         epilogue: What to compute from the convolution z: 'none' z, 'times' z * other,
             'plus_gelu' x + GELU(z), 'gelu_backward' (z + other) * GELU'(before).
-        y: Where the result goes; None for a new tensor.
-        kept: Where z goes, contiguous, or None.
+        y: Output tensor; None for a new one.
+        kept: Contiguous output tensor for z, or None.
         other, before: (N, H, W, C), as the epilogue needs them. These and y may be parts of
             contiguous tensors with more channels.
     """
