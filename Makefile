@@ -1,10 +1,10 @@
-# The commands of this project; each one sets up .venv first if that is needed.
+# The commands of this project; each one sets up .venv first if necessary.
 
 PYTHON_IN_VENV := .venv/bin/python
-# Tests start many processes: two at a time, of one thread each, are quicker than one of many.
+# Tests start many processes: two at a time with one thread each are faster than one with many.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile
-# The tests of the package itself, without those of tools alone. The full disk of the last one has no
-# room for the file of coverage either.
+# The tests of the package itself, without tests of tools only. The last test fills a disk, which then
+# has no room for the coverage file either.
 COVERED_BY := tests/ops $(patsubst %,tests/test_%.py,backbone cls_head baselines compile convert_weights deploy \
     fusion instance_tta isotropic layer_decay lean product registry runner weights) \
     $(patsubst %,tests/reliability/test_%.py,bad_checkpoints bad_data fuzz numbers) \
@@ -16,17 +16,17 @@ UV_COMPILE := .venv/bin/uv pip compile --quiet --generate-hashes --no-annotate -
 .PHONY: help setup demo test lint bench reliability coverage pins audit compatibility
 
 help:
-	@echo 'make setup   create .venv with everything, mmcv compiled (about 10 minutes, once)'
+	@echo 'make setup   create .venv with all packages and compile mmcv (about 10 minutes, once)'
 	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (9 minutes)'
-	@echo 'make test    all tests but the slow ones (MMCONV2FORMER_SAMPLES: those on real pictures too)'
+	@echo 'make test    all tests except the slow ones (with MMCONV2FORMER_SAMPLES also those on real images)'
 	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML and file sizes'
-	@echo 'make coverage  which lines of the package the tests run, 95% at least (12 minutes)'
-	@echo 'make reliability  every fault injected at full count, kept in docs/tables/reliability.md (14 minutes)'
+	@echo 'make coverage  lines of the package that the tests run, at least 95% (12 minutes)'
+	@echo 'make reliability  inject every fault at full count, into docs/tables/reliability.md (14 minutes)'
 	@echo 'make pins    resolve constraints.in into constraints.txt, with hashes'
 	@echo 'make audit   check the pins for known vulnerabilities (needs the JSON API of pypi.org)'
 	@echo "make compatibility  all tests on OpenMMLab's own releases and the backbone's on older torch,"
-	@echo '             kept in docs/compatibility.md (34 minutes with all packages in the cache of pip, 14 GB)'
-	@echo 'make bench   speed and memory beside the published code, kept in docs/performance.md (8 minutes)'
+	@echo '             into docs/compatibility.md (34 minutes if pip has cached all packages, 14 GB)'
+	@echo 'make bench   speed and memory against the published code, into docs/performance.md (8 minutes)'
 
 setup:
 	@tools/setup_env.sh
@@ -55,7 +55,7 @@ reliability: setup
 coverage: setup
 	@$(PYTEST) $(COVERED_BY) --cov --cov-report=term-missing
 
-# mmcv 2.1.0 needs the pkg_resources of an older setuptools to tell its dependencies.
+# mmcv 2.1.0 needs pkg_resources from an older setuptools to list its dependencies.
 pins: setup
 	@$(UV_COMPILE) --universal --python-version 3.10 --output-file constraints.txt constraints.in
 	@$(UV_COMPILE) --python-version 3.11 --python-platform linux --output-file constraints-openmmlab.txt \

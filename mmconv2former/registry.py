@@ -1,9 +1,9 @@
 """The scope `mmconv2former`: child registries of mmengine's.
 
 `type='mmconv2former.Conv2Former'` is found from the registries of mmengine, mmdet, mmseg and
-mmpretrain without any import, because mmengine imports `<scope>.registry` for an unknown scope, and
-then the `locations` below. The short `type='Conv2Former'` is found once the package is imported,
-because `register` also adds the class to mmengine's root registry.
+mmpretrain without any import, because mmengine imports `<scope>.registry` for an unknown scope,
+and then the `locations` below. The short `type='Conv2Former'` is found once the package is
+imported, because `register` also adds the class to mmengine's root registry.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures backbones beside each other: time, memory, operators, arithmetic.
+"""Compares backbones: time, memory, operators, arithmetic.
 
     python tools/benchmark.py                           # ours against the published code
     python tools/benchmark.py --device cuda --report DIR   # everything, in 4 minutes on a GPU
@@ -8,13 +8,13 @@
     python tools/benchmark.py --count                   # launches and bytes moved on a GPU, counted
     python tools/benchmark.py conv2former_t deit3_small --sweep resolution
     python tools/benchmark.py conv2former_t --sweep kernel
-    make bench                                          # the first, three runs, kept in the docs
+    make bench                                          # the first, three runs, stored in the docs
 
 {specs}
 
-Models run in turn, once per round: their ratios hold on a noisy machine too, while times of two
-runs cannot be compared. docs/performance.md explains the columns. --report measures the depthwise
-convolution, backbones and whole recipes, and writes its files after each part.
+Models run in turn, once per round. Their ratios therefore hold on a noisy machine too, while times
+of two runs cannot be compared. docs/performance.md explains the columns. --report measures the
+depthwise convolution, backbones and whole recipes, and writes its files after each part.
 """
 
 from __future__ import annotations
@@ -57,24 +57,38 @@ def main() -> None:
         description=__doc__.format(specs=model_specs.__doc__.partition('\n\n')[2].strip()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument('models', nargs='*', metavar='MODEL', help='default: a choice')
-    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'), help='of the images')
+    parser.add_argument(
+        'models', nargs='*', metavar='MODEL', help='models to compare (default: a selection)'
+    )
+    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'), help='size of the images')
     parser.add_argument('--batch', type=int, help='images per step')
     parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: cpu')
-    parser.add_argument('--dtype', choices=DTYPES, help='of autocast')
-    parser.add_argument('--rounds', type=int, default=7, help='that are timed (default: 7)')
-    parser.add_argument('--only', choices=['training', 'inference'], help='measure only this')
-    parser.add_argument('--count', action='store_true', help='count launches and bytes instead')
+    parser.add_argument('--dtype', choices=DTYPES, help='autocast dtype')
+    parser.add_argument('--rounds', type=int, default=7, help='number of timed rounds (default: 7)')
     parser.add_argument(
-        '--sweep', choices=['resolution', 'kernel'], help='inference over sizes instead'
+        '--only', choices=['training', 'inference'], help='measure only one of them'
     )
-    parser.add_argument('--runs', type=int, default=1, help='of the ratios to the published code')
     parser.add_argument(
-        '--page', action='store_true', help='keep the table in docs/performance.md or docs/data'
+        '--count', action='store_true', help='count launches and bytes instead of measuring'
     )
-    parser.add_argument('--report', type=Path, metavar='DIR', help='measure everything instead')
-    parser.add_argument('--budget', type=float, default=240, help='seconds of --report')
-    parser.add_argument('--quick', action='store_true', help='--report of tiny sizes, as a trial')
+    parser.add_argument(
+        '--sweep', choices=['resolution', 'kernel'], help='measure inference over several sizes'
+    )
+    parser.add_argument(
+        '--runs', type=int, default=1, help='number of runs for the ratios to the published code'
+    )
+    parser.add_argument(
+        '--page', action='store_true', help='store the table in docs/performance.md or docs/data'
+    )
+    parser.add_argument(
+        '--report', type=Path, metavar='DIR', help='measure everything and write a report to DIR'
+    )
+    parser.add_argument(
+        '--budget', type=float, default=240, help='time limit of --report in seconds (default: 240)'
+    )
+    parser.add_argument(
+        '--quick', action='store_true', help='make --report use tiny sizes, for a trial run'
+    )
     args = parser.parse_args()
     if args.rounds < 2:
         parser.error(f'--rounds must be at least 2, got {args.rounds}')
@@ -114,7 +128,7 @@ def main() -> None:
 def measure(
     specs: Sequence[str], setting: Setting, rounds: int, kinds: Sequence[str]
 ) -> dict[str, dict[str, Cost]]:
-    """Costs by kind, 'training' or 'inference', and model."""
+    """Costs by kind ('training' or 'inference') and model."""
     check_ways(specs, setting)
     return {kind: measure_models(specs, kind == 'training', setting, rounds) for kind in kinds}
 
@@ -145,7 +159,7 @@ def compare(
     Args:
         speed: The setting of times.
         memory: The setting of the bytes kept.
-        rounds: Of each run.
+        rounds: Rounds of each run.
         runs: Ratios of times are listed run by run.
     """
     trained = [*PUBLISHED, *COMPARED['training'], RIVAL]
@@ -185,7 +199,7 @@ def medians(costs: dict[str, Cost]) -> dict[str, float]:
 
 # ------------------------------------------------------------------------------- counts and sweeps
 def count_table(specs: Sequence[str], setting: Setting) -> str:
-    """Launches and bytes moved, and in brackets their ratios to the first model."""
+    """Launches and bytes moved, with their ratios to the first model in brackets."""
     rows = []
     first: dict[bool, tuple[int, int]] = {}
     for spec in specs:

@@ -3,10 +3,11 @@
     python tools/benchmark_depthwise.py                  # the backward pass on the CPU
     python tools/benchmark_depthwise.py --device cuda    # each pass on a GPU, about a minute
 
-Shows time, TFLOP/s and the share of the measured ceiling: the time that the bytes need at the
-bandwidth of a large copy, or the operations at the rate of a large float32 product, whichever is
-longer. Small maps stay in the cache and may exceed it. The chosen implementation is bold. On a GPU,
-times are those of the GPU alone; a second table shows what a launch costs the host.
+It shows time, TFLOP/s and the share of the measured ceiling. The ceiling is the time that the bytes
+need at the bandwidth of a large copy, or the operations at the rate of a large float32 product,
+whichever is longer. Small maps stay in the cache and may exceed it. The chosen implementation is
+bold. On a GPU, times are those of the GPU alone; a second table shows the cost of a launch on the
+host.
 """
 
 from __future__ import annotations
@@ -66,14 +67,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
-    parser.add_argument('--dtype', choices=DTYPES, help='default: float32 on a CPU, else bfloat16')
+    parser.add_argument('--dtype', choices=DTYPES, help='default: float32 on CPU, bfloat16 on GPU')
     parser.add_argument('--kernel-sizes', type=int, nargs='+')
-    parser.add_argument('--budget', type=float, default=120, help='seconds (default: 120)')
-    parser.add_argument('--page', action='store_true', help="keep the CPU's table in docs/data")
+    parser.add_argument(
+        '--budget', type=float, default=120, help='time limit in seconds (default: 120)'
+    )
+    parser.add_argument(
+        '--page', action='store_true', help='store the table of the CPU in docs/data'
+    )
     args = parser.parse_args()
     is_gpu = args.device == 'cuda'
     if args.page and is_gpu:
-        parser.error('--page keeps the table of the CPU only')
+        parser.error('--page stores the table of the CPU only')
     dtype = args.dtype or ('bfloat16' if is_gpu else 'float32')
     setting = Setting((1, 1), device=args.device, dtype=dtype)
     ceilings = measure_ceilings(args.device)
@@ -130,8 +135,8 @@ def measure_passes(
     Args:
         kernels: Kernel sizes; `FEED_FORWARD` gets 4 times the channels.
         shapes: Shapes of the input.
-        setting: Gives the device, and the dtype of input, weight and bias.
-        ceilings: What the times are compared with.
+        setting: Device, and dtype of input, weight and bias.
+        ceilings: Limits with which the times are compared.
         budget: When it is used up, the remaining kernels and shapes are left out.
         kinds: Passes: 'forward' or keys of `GRADIENTS`.
     """
@@ -181,7 +186,7 @@ def passes_table(timings: Sequence[Timing]) -> str:
     """A row for each kernel, shape and pass, a column for each implementation."""
     names = list(dict.fromkeys(timing.implementation for timing in timings))
     cells: dict[tuple[int, Shape, str], dict[str, str]] = {}
-    for timing in sorted(timings, key=lambda timing: timing.kernel):  # else as measured
+    for timing in sorted(timings, key=lambda timing: timing.kernel):  # otherwise as measured
         text = f'{timing.milliseconds:.3f} ({timing.tflops:.3g}, {timing.share:.0%})'
         if timing.error:
             text = timing.error

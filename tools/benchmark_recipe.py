@@ -6,10 +6,10 @@
     python tools/benchmark_recipe.py CONFIG --layout --device cuda --dtype bfloat16 --optimizer
     python tools/benchmark_recipe.py CONFIG --data-root DIR       # the training pipeline alone
 
-The first three run training steps (forward and backward pass of all losses) on made-up images, the
-models in turn: detection at 512x512 by default, segmentation at its crop. `published code` is the
-recipe's backbone with the published operators. In detection nearly every batch has a new size, so
-the first call at two new sizes is timed too. docs/performance.md explains the columns.
+The first three run training steps (forward and backward pass of all losses) on synthetic images,
+with the models in turn: detection at 512x512 by default, segmentation at its crop. `published code`
+is the recipe's backbone with the published operators. In detection nearly every batch has a new
+size, so the first call at two new sizes is timed too. docs/performance.md explains the columns.
 
 With `--layout` the models are the recipe with its backbone's features contiguous or in
 channels_last (`out_channels_last`), and the weights of neck and heads in either format.
@@ -52,7 +52,7 @@ from torch import Tensor
 from mmconv2former.compat.roi_align import guard_roi_align
 
 PAGE = Path(__file__).resolve().parents[1] / 'docs/data/benchmarks.md'
-OBJECTS = 8  # in each made-up image
+OBJECTS = 8  # in each synthetic image
 
 
 def main() -> None:
@@ -61,15 +61,21 @@ def main() -> None:
     )
     parser.add_argument('config', type=Path)
     parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'))
-    parser.add_argument('--batch', type=int, help='default: 1, in segmentation 2 for BatchNorm')
+    parser.add_argument(
+        '--batch', type=int, help='images per step (default: 1; in segmentation 2, for BatchNorm)'
+    )
     parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: cpu')
-    parser.add_argument('--dtype', choices=DTYPES, help='of autocast (default: float32)')
-    parser.add_argument('--optimizer', action='store_true', help="include AdamW's step")
-    parser.add_argument('--layout', action='store_true', help='compare memory formats instead')
-    parser.add_argument('--rounds', type=int, default=5, help='that are timed (default: 5)')
-    parser.add_argument('--data-root', help='measure the training pipeline on these data instead')
-    parser.add_argument('--images', type=int, default=60, help='for --data-root (default: 60)')
-    parser.add_argument('--page', action='store_true', help='keep the table in docs/data')
+    parser.add_argument('--dtype', choices=DTYPES, help='autocast dtype (default: float32)')
+    parser.add_argument('--optimizer', action='store_true', help='include the step of AdamW')
+    parser.add_argument(
+        '--layout', action='store_true', help='compare memory formats instead of backbones'
+    )
+    parser.add_argument('--rounds', type=int, default=5, help='number of timed rounds (default: 5)')
+    parser.add_argument('--data-root', help='measure the training pipeline on these data')
+    parser.add_argument(
+        '--images', type=int, default=60, help='number of images for --data-root (default: 60)'
+    )
+    parser.add_argument('--page', action='store_true', help='store the table in docs/data')
     args = parser.parse_args()
     pages = [PAGE] if args.page else []
     if args.data_root:
@@ -89,7 +95,7 @@ def main() -> None:
 
 
 def default_setting(config: Config) -> Setting:
-    """The recipe's crop with two images, which BatchNorm needs, else one image of 512x512."""
+    """The recipe's crop with two images, which BatchNorm needs, or one image of 512x512."""
     crop = config.model.data_preprocessor.get('size')
     return Setting((512, 512)) if crop is None else Setting(tuple(crop), batch=2)
 
@@ -119,7 +125,7 @@ def measure_steps(
 def measure_layouts(
     path: Path, setting: Setting, with_optimizer: bool, rounds: int, budget: Budget
 ) -> dict[str, Cost]:
-    """Costs of a training step with each memory format of features and weights; see the above."""
+    """Costs of a training step with each memory format of features and weights; see above."""
     config = read_recipe(path, setting)
     formats = ('contiguous', 'channels_last')
     builders = {
@@ -133,7 +139,7 @@ def measure_layouts(
 
 
 def read_recipe(path: Path, setting: Setting) -> Config:
-    """A recipe; if it has a crop, that gets the size of the setting."""
+    """A recipe, with a crop of the size of the setting if it has crops."""
     config = Config.fromfile(path)
     init_default_scope(config.default_scope)
     if config.model.data_preprocessor.get('size') is not None:

@@ -1,8 +1,8 @@
 """`python tools/benchmark.py --device cuda --report DIR`: all benchmarks within a time limit.
 
-DIR/report.json and DIR/report.md are written after each part, so that an interruption loses one
-part at most. The most valuable parts come first. A part that fails, or for which no time is left,
-is a note in the report.
+DIR/report.json and DIR/report.md are written after each part, so that an interruption loses at most
+one part. The most valuable parts come first. If a part fails or no time is left for it, the report
+has a note.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Plan:
-    """What a report measures."""
+    """The contents of a report."""
 
     models: tuple[str, ...]
     setting: Setting  # of the models
@@ -83,7 +83,7 @@ QUICK = Plan(  # to try the report on any machine
 
 
 def write_report(folder: Path, plan: Plan, seconds: float) -> None:
-    """Measures the parts of a plan until the time is used up, and writes the report."""
+    """Measures the parts of a plan within the time limit, and writes the report."""
     device = plan.setting.device
     check_ways(plan.models, plan.setting)
     budget = Budget(seconds)
@@ -103,7 +103,7 @@ def write_report(folder: Path, plan: Plan, seconds: float) -> None:
         limit, start = budget.part(share * seconds), time.monotonic()
         try:
             if not limit.left:
-                raise TimeoutError(f'skipped, the {seconds:.0f} seconds are used up')
+                raise TimeoutError(f'skipped, the time limit of {seconds:.0f} s is reached')
             content[name], found = measure(limit)
         except Exception as error:  # the other parts may still work
             found = f'{name}: {in_one_line(error)}\n'

@@ -1,12 +1,12 @@
-"""Runs the tests with other releases than those of `make setup`, and keeps what they printed.
+"""Runs the tests with other releases than those of `make setup`, and records the results.
 
     make compatibility                              # everything, into docs/compatibility.md
     python tools/compatibility.py --only family     # all tests on OpenMMLab's own releases
-    python tools/compatibility.py --only torch      # the backbone's tests on a list of torch
+    python tools/compatibility.py --only torch      # the backbone's tests on several torch releases
 
 OpenMMLab's releases are installed in `.venv-openmmlab`, at the versions and hashes of
-constraints-openmmlab.txt, mmcv compiled with its ops. It stays for the next run. The environments
-of torch alone, with mmengine and nothing else of OpenMMLab, are deleted after their run.
+constraints-openmmlab.txt, with mmcv's ops compiled. It is kept for the next run. The other
+environments have torch and, of OpenMMLab, only mmengine; they are deleted after their run.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / 'docs/compatibility.md'
 CONSTRAINTS = ROOT / 'constraints-openmmlab.txt'
 FAMILY = ROOT / '.venv-openmmlab'
-# What mmcv and other source distributions need to be built without isolation.
+# Needed to build mmcv and other source distributions without isolation.
 BUILD_PACKAGES = ('setuptools', 'wheel', 'ninja', 'packaging', 'numpy')
 
-# Of the package without a host library.
+# Tests that need no host library.
 BACKBONE_TESTS = [
     f'tests/models/test_{name}.py'
     for name in 'conv2former isotropic fusion attachments deploy compile'.split()
@@ -49,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--only', choices=['family', 'torch'], help='one of the two parts')
+    parser.add_argument('--only', choices=['family', 'torch'], help='run only one of the two parts')
     parser.add_argument(
         '--tests', nargs='+', default=['tests'], help="test files or folders for 'family'"
     )
@@ -77,7 +77,7 @@ def install_family() -> None:
     """Creates the second environment, unless it is complete already.
 
     Raises:
-        SystemExit: This is another Python than the pins are for, or pip failed.
+        SystemExit: The pins are for another Python version, or pip failed.
     """
     if sys.version_info[:2] != (3, 11):
         raise SystemExit(
@@ -93,7 +93,7 @@ def install_family() -> None:
     pip(FAMILY, *pinned, '--no-deps', 'mmcv')
     pip(FAMILY, 'install', '--no-deps', '--no-build-isolation', '--editable', ROOT)
     pip(FAMILY, *pinned, 'mmconv2former[openmmlab,test]', 'ftfy')
-    # The headless OpenCV has the same files without the libraries of a screen.
+    # The headless OpenCV has the same files but needs no display libraries.
     pip(FAMILY, *pinned, '--force-reinstall', '--no-deps', 'opencv-python-headless')
     stamp.write_text(CONSTRAINTS.read_text())
 
@@ -117,7 +117,7 @@ def pip(environment: Path, *arguments: str | Path) -> None:
     """Runs this environment's pip, which checks hashes of constraints, for another environment.
 
     Raises:
-        SystemExit: It failed; its own message is printed before.
+        SystemExit: pip failed; its own message is printed before.
     """
     command = [sys.executable, '-m', 'pip', '--python', python_of(environment), '--quiet']
     # -g0 -O2 compiles mmcv in half the time to a twentieth of the size.
@@ -131,7 +131,7 @@ def pip(environment: Path, *arguments: str | Path) -> None:
 # ------------------------------------------------------------------------------------------ tests
 @dataclass
 class Run:
-    """What a run of pytest printed, and where it ran."""
+    """The output of a run of pytest, and where it ran."""
 
     environment: Path
     tests: list[str]
@@ -158,7 +158,7 @@ def counts(run: Run) -> str:
 
 
 def skips(run: Run) -> list[tuple[int, str]]:
-    """How many tests were skipped for which reason."""
+    """The number of skipped tests by reason."""
     found: dict[str, int] = {}
     for number, reason in re.findall(r'^SKIPPED \[(\d+)\] \S+: (.*)$', run.output, re.M):
         found[reason] = found.get(reason, 0) + int(number)

@@ -57,17 +57,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--classifier', action='store_true', help='keep the classification head, for mmpretrain'
     )
-    parser.add_argument('--ema', action='store_true', help='take the averaged weights')
-    parser.add_argument('--arch', help=f'what the file must be: {", ".join(ARCHS)}')
+    parser.add_argument('--ema', action='store_true', help='use the averaged weights')
+    parser.add_argument('--arch', help=f'expected size: {", ".join(ARCHS)}')
     parser.add_argument(
-        '--kernel-size', type=int, nargs='+', metavar='K', help='what the file must have'
+        '--kernel-size', type=int, nargs='+', metavar='K', help='expected kernel size'
     )
     parser.add_argument(
         '--adapt-kernel',
         type=int,
         nargs='+',
         metavar='K',
-        help='pad the kernels with zeros to this size (one, or one a stage): same output',
+        help='pad the kernels with zeros to this size (one, or one per stage); same output',
     )
     parser.add_argument('--force', action='store_true', help='replace an existing file')
     add_trust_argument(parser)
@@ -94,8 +94,8 @@ def convert(args: argparse.Namespace) -> None:
     architecture = recognise_arch(found | head)
     if not architecture.depths:
         raise CheckpointError(
-            f'{args.checkpoint} is no Conv2Former: it has no {FIRST_KERNEL}; its names begin with '
-            f'{first_parts(state_dict)}'
+            f'{args.checkpoint} is not a Conv2Former: it has no {FIRST_KERNEL}; its names begin '
+            f'with {first_parts(state_dict)}'
         )
     print(f'read      {args.checkpoint}: {len(state_dict)} tensors')
     print(f'found     {describe(architecture)}')
@@ -131,10 +131,10 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def check_expectations(args: argparse.Namespace, found: Architecture) -> None:
-    """Compares with what the user says the file is.
+    """Compares the file with what the user expects.
 
     Raises:
-        CheckpointError: It is another network.
+        CheckpointError: The file is of another network.
         ValueError: `--arch` or `--kernel-size` is not valid.
     """
     if args.arch is not None:
@@ -153,7 +153,7 @@ def check_expectations(args: argparse.Namespace, found: Architecture) -> None:
 
 
 def expand(kernel_size: Sequence[int], architecture: Architecture) -> tuple[int, ...]:
-    """One kernel size a stage, from one or as many numbers."""
+    """One kernel size per stage, from one number or one per stage."""
     size = kernel_size[0] if len(kernel_size) == 1 else kernel_size
     return parse_kernel_size(size, len(architecture.depths))
 
@@ -181,7 +181,7 @@ def describe(architecture: Architecture) -> str:
 def empty_backbone(
     architecture: Architecture, kernel_size: tuple[int, ...], out_norm: bool
 ) -> Conv2Former:
-    """The backbone without initial weights, which take longer than all the rest."""
+    """The backbone without initialisation, which takes longer than everything else."""
     with torch.device('meta'):
         backbone = Conv2Former(
             dict(channels=architecture.channels, depths=architecture.depths),
@@ -208,7 +208,7 @@ def write(weights: dict[str, Tensor], meta: dict, out: Path, force: bool) -> Pat
         OSError: The folder is not writable, or the disk is full.
         CheckpointError: safetensors is not installed.
     """
-    # Own storages: a view would take its whole base into the file.
+    # Own storages, because a view would write its whole base to the file.
     weights = {
         name: value.detach().clone(memory_format=torch.contiguous_format)
         for name, value in weights.items()
@@ -221,7 +221,8 @@ def write(weights: dict[str, Tensor], meta: dict, out: Path, force: bool) -> Pat
                 if out.suffix == '.safetensors':
                     file.write(to_safetensors(weights))
                 else:
-                    # Into a file object: the bytes, hence the checksum, do not depend on its name.
+                    # To a file object, so that the bytes and the checksum do not depend on its
+                    # name.
                     torch.save(dict(meta=meta, state_dict=weights), file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise OSError(f'cannot write into {out.parent}: {error}') from error

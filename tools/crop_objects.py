@@ -1,10 +1,10 @@
-"""Crops the objects of COCO's images: a small classification data set in ImageNet's layout.
+"""Crops the objects of COCO's images to a small classification dataset in ImageNet's layout.
 
     python tools/crop_objects.py data/coco data/coco_objects --classes 20 --max-objects 100
 
 Writes FOLDER/{train,val}/CATEGORY/IMAGE_OBJECT.jpg and FOLDER/meta/{train,val}.txt, which every
-classification recipe reads with `--data-root FOLDER`. Takes the categories with most objects in the
-training images, numbered by name. Leaves out crowds and small objects.
+classification recipe reads with `--data-root FOLDER`. Takes the categories with the most objects in
+the training images, numbered by name. Leaves out crowds and small objects.
 """
 
 from __future__ import annotations
@@ -25,13 +25,23 @@ def main() -> None:
     )
     parser.add_argument('source', type=Path, help="folder in COCO's layout")
     parser.add_argument('folder', type=Path, help='new folder')
-    parser.add_argument('--classes', type=int, default=20, help='categories (default: 20)')
-    parser.add_argument('--max-objects', type=int, help='per category and split (default: all)')
     parser.add_argument(
-        '--min-side', type=int, default=32, help='pixels of the shorter side (default: 32)'
+        '--classes', type=int, default=20, help='number of categories (default: 20)'
     )
     parser.add_argument(
-        '--margin', type=float, default=0.1, help='around the box, as a share of its size (0.1)'
+        '--max-objects', type=int, help='limit per category and split (default: none)'
+    )
+    parser.add_argument(
+        '--min-side',
+        type=int,
+        default=32,
+        help='minimum length of the shorter side in pixels (default: 32)',
+    )
+    parser.add_argument(
+        '--margin',
+        type=float,
+        default=0.1,
+        help='margin around the box, as a share of its size (default: 0.1)',
     )
     args = parser.parse_args()
     if args.folder.exists():

@@ -1,9 +1,9 @@
-"""The main job from nothing: Mask R-CNN with Conv2Former-T on the embedded sample.
+"""Trains Mask R-CNN with Conv2Former-T from scratch on the embedded sample.
 
     python tools/demo.py
 
 Makes the sample, evaluates the untrained network, trains configs/demo/mask_rcnn_demo.py, evaluates
-on held-out images, draws predictions and curves. Every command is printed and can be pasted.
+on held-out images, and draws predictions and curves. Every command is printed and can be pasted.
 docs/demo.md explains the config. Replaces data/sample and work_dirs/demo of the current folder,
 unless told to write elsewhere.
 """
@@ -43,10 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--data', type=Path, default='data/sample', help='for the sample')
+    parser.add_argument('--data', type=Path, default='data/sample', help='folder for the sample')
     parser.add_argument('--work-dir', type=Path, default=WORK_DIR)
-    parser.add_argument('--train', type=int, default=240, help='training images')
-    parser.add_argument('--val', type=int, default=60, help='held-out images')
+    parser.add_argument('--train', type=int, default=240, help='number of training images')
+    parser.add_argument('--val', type=int, default=60, help='number of held-out images')
     parser.add_argument('--epochs', type=int, default=10)
     args = parser.parse_args()
     start = time.time()
@@ -85,14 +85,14 @@ def main() -> None:
         metrics = json.loads(newest(work_dir / name, '*/*.json').read_text())
         values = (metrics.get(key, 0.0) for key in METRICS.values())  # missing without detections
         print(f'{name:12}' + ''.join(f'{value:12.3f}' for value in values))
-    print(f'\npredictions beside the truth   {work_dir}/predictions.png (all: {drawings})')
-    print(f'curves of loss and AP          {work_dir}/curves.png')
+    print(f'\npredictions beside ground truth {work_dir}/predictions.png (all: {drawings})')
+    print(f'curves of loss and AP           {work_dir}/curves.png')
     print(f'checkpoint                     {checkpoint}')
     print(f'{(time.time() - start) / 60:.1f} minutes in all')
 
 
 def run_tool(tool: str, *args: str, log: Path) -> None:
-    """Runs a tool; shows the lines of progress and results, keeps all of them in a log.
+    """Runs a tool, shows its progress and results, and writes its whole output to a log.
 
     Raises:
         SystemExit: The tool failed; its last lines are printed.

@@ -1,9 +1,9 @@
-"""Draw the block diagram of docs/architecture.md, with the numbers and names of the code.
+"""Draws the block diagram of docs/architecture.md, with the numbers and names of the code.
 
     python tools/draw_architecture.py docs/images/architecture.svg
 
-Coordinates are inches from the lower left corner. Below a part stands the name of its parameters in
-a checkpoint.
+Coordinates are inches from the lower left corner. The name of a part's parameters in a checkpoint
+is below it.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def column(
         x: Middle of the boxes.
         top: Where the first arrow starts.
         parts: Label, colour and parameter name of each box.
-        width: Of the boxes.
+        width: Width of the boxes.
         last: Length of the arrow below the last box.
         head: Whether that arrow has a head.
     """

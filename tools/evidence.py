@@ -2,12 +2,12 @@
 
     export MMCONV2FORMER_SAMPLES=DIR     # with coco_sample, ade_sample, semantic_sample
     python tools/evidence.py steps       # every recipe: two training iterations, one evaluation
-    python tools/evidence.py fit         # one recipe of each kind: learns eight images by heart
+    python tools/evidence.py fit         # one recipe of each kind: memorises eight images
     python tools/evidence.py fit --true-size      # the same at the recipe's own size, on a GPU
     python tools/evidence.py cost        # every recipe: parameters and FLOPs at the paper's size
     python tools/evidence.py backbones   # ours and every baseline's: the same
 
-Names of recipes (or backbones), before the options, restrict a command to those. Each result goes
+Names of recipes (or backbones) before the options restrict a command to these. Each result goes
 to docs/evidence.json at once; tools/make_tables.py turns it into tables. On two CPU cores an
 iteration at a recipe's own size takes minutes: `steps` uses whole models on small images, `fit`
 small images and narrower heads.
@@ -80,16 +80,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('kind', choices=['steps', 'fit', 'cost', 'backbones'])
-    parser.add_argument('names', nargs='*', metavar='NAME', help='default: all')
+    parser.add_argument(
+        'names', nargs='*', metavar='NAME', help='recipes or backbones (default: all)'
+    )
     parser.add_argument('--out', type=Path, default=EVIDENCE, help='default: docs/evidence.json')
     fit = parser.add_argument_group('fit')
-    fit.add_argument('--true-size', action='store_true', help="the recipe's own sizes and heads")
+    fit.add_argument(
+        '--true-size', action='store_true', help="use the recipe's own sizes and heads"
+    )
     fit.add_argument('--side', type=int, metavar='PIXELS', help='short side of images or crops')
     fit.add_argument(
         '--images', type=int, nargs='+', default=[8], metavar='N',
-        help='one fit for each number; all images where a sample has fewer (default: 8)',
+        help='one fit per number of images; all images if a sample has fewer (default: 8)',
     )  # fmt: skip
-    fit.add_argument('--seconds', type=float, default=600, help='training time of each fit (600)')
+    fit.add_argument(
+        '--seconds', type=float, default=600, help='training time of each fit (default: 600)'
+    )
     args = parser.parse_args()
     if min(args.images) < 1 or args.seconds <= 0:
         parser.error('--images and --seconds must be positive')
@@ -160,7 +166,7 @@ def logged(work_dir: Path) -> list[dict]:
 
 
 def outcome(losses: list[float], iterations: int, metrics: dict, seconds: float) -> dict:
-    """What the tables show of a run."""
+    """The results of a run for the tables."""
     return {
         'iterations': iterations,
         'first_loss': round(losses[0], 4),
@@ -230,7 +236,7 @@ def train_and_evaluate(config: Path, data: Path, folder: Path) -> dict:
     return outcome(losses, read_checkpoint(checkpoint)['meta']['iter'], metrics, seconds)
 
 
-# --------------------------------------------------------------- learning a few images by heart
+# ---------------------------------------------------------------- fits: memorising a few images
 @dataclass(frozen=True)
 class FitSettings:
     """How a recipe is fitted.
@@ -240,7 +246,7 @@ class FitSettings:
         side: Short side of images, or side of crops, in pixels, unless `--true-size`.
         lr: Learning rate of AdamW; our choice.
         least_batch: BatchNorm in the heads of segmentors needs several images.
-        metric, goal: The metric, and the value from which on the recipe "fits".
+        metric, goal: The metric, and the value at which the recipe "fits".
     """
 
     samples: tuple[str, ...]
@@ -351,13 +357,13 @@ def measure_fit(fit: Fit, args: argparse.Namespace) -> dict:
 
 
 def fit_config(fit: Fit, recipe: Path, seconds: float, side: int | None) -> Config:
-    """A recipe that learns some images by heart.
+    """A recipe that memorises some images.
 
-    Without augmentation, drop path, dropout, weight decay and decay of learning rates; the layer
-    scale is 0.1, as there are no pretrained weights.
+    It has no augmentation, drop path, dropout, weight decay or decay of learning rates. The layer
+    scale is 0.1, because there are no pretrained weights.
 
     Args:
-        fit: What is fitted.
+        fit: Recipe and images.
         recipe: The recipe's config.
         seconds: Training time.
         side: Short side of images, or side of crops; heads are narrower then. None for the
@@ -419,7 +425,7 @@ def narrow_heads(model: ConfigDict) -> None:
 
 
 def halve_channels(part: ConfigDict) -> None:
-    """Halves numbers of channels. Those of the backbone's feature maps are lists and stay."""
+    """Halves numbers of channels, except for the backbone's feature maps, which are lists."""
     for key, value in part.items():
         if key.endswith('channels') and isinstance(value, int):
             part[key] = value // 2
@@ -429,7 +435,7 @@ def halve_channels(part: ConfigDict) -> None:
 
 
 def progress(log: Path) -> Iterator[str]:
-    """The lines of a log about the training's progress, without the end that it never reaches."""
+    """The lines of a log about the training's progress, without the end, which it never reaches."""
     wanted = re.compile(r' Iter\((train|val)\) |Mixed precision|fused')
     unreached = re.compile(rf'/{ENDLESS}(?=\])|(?<=  )eta: .*?  ')
     for line in log.read_text().splitlines(keepends=True):
@@ -452,8 +458,8 @@ def command_line() -> str:
 
 # ------------------------------------------------------------------------------------------ costs
 DETECTION_SIZE = (800, 1280)  # height and width at which the papers count FLOPs
-# Library, config and published GFLOPs (arXiv 2201.03545, table 3 and 4): counted by the same code,
-# they show that it counts as the papers do.
+# Library, config and published GFLOPs (arXiv 2201.03545, tables 3 and 4). They show that this code
+# counts as the papers do.
 CONVNEXT_T = {
     'ConvNeXt-T, Mask R-CNN': (
         'mmdet', 'convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py', 262
@@ -470,7 +476,7 @@ CONVNEXT_T = {
 
 
 def measure_cost(name: str, config: Path) -> dict:
-    """Parameters, FLOPs, and, of dense recipes, the bytes that training keeps in the backbone."""
+    """Parameters, FLOPs and, for dense recipes, the bytes that training keeps in the backbone."""
     cost = count_cost(Config.fromfile(config))
     if task(config) not in DENSE:
         return cost
@@ -609,7 +615,7 @@ MASKS = 100  # for which the papers count the mask heads; boxes for 1,000 propos
 
 
 def limit_masks(model: torch.nn.Module) -> None:
-    """Mask heads for 100 proposals, which mmdet's counting of cascades does not see to itself."""
+    """Limits mask heads to 100 proposals, which mmdet's counting does not do for cascades."""
     roi_head = getattr(model, 'roi_head', None)
     if roi_head is None or not isinstance(roi_head.mask_head, torch.nn.ModuleList):
         return
@@ -626,7 +632,7 @@ def limit_masks(model: torch.nn.Module) -> None:
 
 
 def pack(model: BaseModel, scope: str, size: tuple[int, int]) -> dict:
-    """A batch of one grey image, as the model's preprocessor hands it on."""
+    """A batch of one grey image, as the model's preprocessor returns it."""
     if scope == 'mmseg':
         from mmseg.structures import SegDataSample as Sample  # one library is needed at a time
     else:

@@ -1,4 +1,4 @@
-"""Export a trained network: ONNX, `torch.export` or TorchScript, chosen by the file's suffix.
+"""Exports a trained network to ONNX, `torch.export` or TorchScript, chosen by the file's suffix.
 
     python tools/export.py configs/segmentation/upernet_conv2former_t.py CHECKPOINT upernet.onnx
     python tools/export.py configs/detection/mask_rcnn_conv2former_t.py CHECKPOINT backbone.pt2 \\
@@ -43,7 +43,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmconv2former.checkpoint.loading import load_pretrained
 
-TOLERANCE = 1e-4  # of the largest difference, relative to the largest value if that is above 1
+TOLERANCE = 1e-4  # allowed difference, relative to the largest value if that is above 1
 LABEL_TOLERANCE = 1e-3  # fraction of pixels: rounding decides between equally likely classes
 DETECTION_TOLERANCE = 0.02  # fraction of detections, for the same reason
 OPSETS = range(17, 21)  # 17 has LayerNormalization; torch's tracing exporter ends at 20
@@ -206,7 +206,7 @@ class MatrixAdaptiveAvgPool2d(nn.Module):
 
     @staticmethod
     def bins(x: Tensor, dim: int, number: int) -> Tensor:
-        """(number, size of `dim`): row i is 1 / length of bin i inside the bin, else 0."""
+        """(number, size of `dim`): row i is 1 / length of bin i inside the bin, otherwise 0."""
         size = x.shape[dim]
         position = torch.arange(size, device=x.device)
         index = torch.arange(number, device=x.device)[:, None]
@@ -218,9 +218,9 @@ class MatrixAdaptiveAvgPool2d(nn.Module):
 
 
 class EveryLevel(nn.Module):
-    """mmdet's RoI extractor without its test whether a level has RoIs.
+    """mmdet's RoI extractor without the check whether a level has RoIs.
 
-    Tracing would keep the answer for the traced image.
+    Tracing would freeze the answer for the traced image.
 
     Args:
         extractor: A SingleRoIExtractor.
@@ -305,7 +305,7 @@ class AnyNumberOfBoxes(TorchFunctionMode):
 
 
 class CompleteNorms(TorchFunctionMode):
-    """Gives LayerNorms without scale and shift those of an identity.
+    """Adds the scale and shift of an identity to LayerNorms that have none.
 
     torch 2.1 writes empty inputs for them: ONNX forbids an empty scale, and an empty shift crashes
     ONNX Runtime.
@@ -435,7 +435,7 @@ def compare_detections(found: Sequence[Tensor], expected: Sequence[Tensor]) -> d
 
     A counterpart has the same label, a score within 1e-3, a box within half a pixel and a mask
     within 0.05. Rounding decides where boxes overlap by nearly the NMS threshold, or where a box's
-    size is nearly that at which features of another level are taken.
+    size is near the limit between two feature levels.
     """
     boxes, scores, labels, *masks = (y[:, None] for y in expected)
     is_same = (
@@ -456,12 +456,12 @@ def check(
     """Compares a loaded file with the network it was made from.
 
     Args:
-        run: The file as a function.
+        run: Function that runs the file.
         network: The network, without replaced modules.
         shapes: Batch, height and width of the inputs to try.
 
     Returns:
-        For each of them `input`, `difference` and `tolerance`.
+        `input`, `difference` and `tolerance` for each shape.
 
     Raises:
         SystemExit: The network or the file refuses a shape.
@@ -514,15 +514,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         '--shape', type=parse_size, metavar='HxW',
-        help='size of the traced input; for a whole detector the only one (default: 800x1344)',
+        help='size of the traced input; a whole detector accepts only this one (default: 800x1344)',
     )  # fmt: skip
-    parser.add_argument('--opset', type=int, help='of ONNX, 17 to 20 (default: 17)')
+    parser.add_argument('--opset', type=int, help='ONNX opset, 17 to 20 (default: 17)')
     parser.add_argument(
         '--dynamo', action='store_true', help='write ONNX through torch.export: slower, opset 18'
     )
     parser.add_argument(
         '--check-sizes', nargs='+', type=parse_size, default=CHECK_SIZES, metavar='HxW',
-        help='inputs on which the file is compared with the network',
+        help='sizes on which the file is compared with the network',
     )  # fmt: skip
     parser.add_argument('--check-batches', nargs='+', type=int, default=CHECK_BATCHES, metavar='N')
     args = parser.parse_args(argv)

@@ -8,9 +8,9 @@
 Prints for each kernel the registers of a thread, the bytes it spills, the instructions of its
 innermost loop and how many of them are the convolution's multiply-adds, and its loads and stores
 of global memory by width. With half precision and a multiple of 8 channels, 16 bits means that
-elements are read alone. Triton includes the assembler and disassembler; no CUDA toolkit is needed.
+single elements are read. Triton includes the assembler and disassembler; no CUDA toolkit is needed.
 
-The kernels are those that a training step and an inference launch: both run on the CPU with a small
+These are the kernels that a training step and an inference launch. Both run on the CPU with a small
 image, and launches are recorded instead of computed.
 """
 
@@ -55,7 +55,7 @@ HEADER = ['GPU', 'dtype', 'kernel', 'K', 'C', 'registers', 'bytes spilled',
 
 
 class Launch(NamedTuple):
-    """What a kernel is compiled for."""
+    """A kernel and what it is compiled for."""
 
     launcher: Launcher  # has the kernel and its constants
     dtypes: tuple[torch.dtype | None, ...]  # of the tensors, None for one that is missing
@@ -63,7 +63,7 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs; see the table's header."""
+    """The resources of a compiled kernel; see the table's header."""
 
     registers: int
     spilled: int
@@ -82,10 +82,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--dtype', choices=DTYPES, nargs='+', default=['bfloat16'])
     parser.add_argument('--rows', type=int, help='output rows of a forward program')
     parser.add_argument(
-        '--network', action='store_true', help='all kernels of a network with float32 weights'
+        '--network',
+        action='store_true',
+        help='compile all kernels of a network with float32 weights',
     )
     parser.add_argument(
-        '--page', action='store_true', help='keep the table in docs/data/kernel_resources.md'
+        '--page', action='store_true', help='store the table in docs/data/kernel_resources.md'
     )
     args = parser.parse_args(argv)
     if os.environ.get('TRITON_INTERPRET') == '1':

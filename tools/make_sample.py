@@ -6,7 +6,7 @@ Category names and ids are COCO's and ADE20K's own, so a recipe reads the sample
 root changes: `data/sample/coco` and `data/sample/ade/ADEChallengeData2016`. Each image has two
 textured background regions and clutter (lines, specks, blobs), and up to seven textured, rotated
 objects between an eighth and more than half of the image's side, which may hide each other. As in
-the real data there are images without objects, greyscale JPEGs and crowd regions. The same seed
+the real data, there are images without objects, greyscale JPEGs and crowd regions. The same seed
 gives the same files with the same versions of numpy and OpenCV.
 """
 
@@ -32,7 +32,7 @@ SMALLEST_OBJECT, LARGEST_OBJECT = 0.12, 0.55  # side, as a share of the image's
 MOST_OBJECTS = 7
 CROWD_SIZE = 12  # objects in a crowd region
 LEAST_VISIBLE = 0.25  # an object that is hidden more is not annotated
-EMPTY_EVERY, GREY_EVERY, CROWD_EVERY = 25, 20, 16  # one image in so many
+EMPTY_EVERY, GREY_EVERY, CROWD_EVERY = 25, 20, 16  # one image in this many
 
 
 class Painted(NamedTuple):
@@ -47,9 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('folder', type=Path, help='where to write; replaced if made by this tool')
-    parser.add_argument('--train', type=int, default=240, help='training images')
-    parser.add_argument('--val', type=int, default=60, help='held-out images')
+    parser.add_argument('folder', type=Path, help='output folder; replaced if this tool made it')
+    parser.add_argument('--train', type=int, default=240, help='number of training images')
+    parser.add_argument('--val', type=int, default=60, help='number of held-out images')
     parser.add_argument('--size', type=int, default=256, help='side of an image in pixels')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()

@@ -3,7 +3,7 @@
     python tools/make_tables.py            # write
     python tools/make_tables.py --check    # only report whether they are up to date
 
-A table stands between `<!-- table NAME -->` and `<!-- end -->`; what is between is replaced.
+Each table is between `<!-- table NAME -->` and `<!-- end -->`; the text between them is replaced.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ OURS = {
 
 DENSE = ('detection', 'segmentation')
 
-# From least to most: what a recipe has shown on a machine of this project.
+# From least to most: what a recipe has shown on this project's machines.
 LEVELS = (
     'builds',
     'steps on real data',
@@ -56,14 +56,16 @@ LEVELS = (
     'fits at full size on a GPU',
     'trained to the published number',
 )
-LEAST_IMAGES = 8  # that a fit at full size must have for its level
+LEAST_IMAGES = 8  # minimum for the level of a fit at full size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--check', action='store_true', help='write nothing, fail if out of date')
+    parser.add_argument(
+        '--check', action='store_true', help='write nothing; fail if a table is out of date'
+    )
     args = parser.parse_args()
     outdated = write_tables(dry_run=args.check)
     if args.check and outdated:
@@ -217,7 +219,7 @@ def evidence_table(evidence: dict[str, dict]) -> str:
 
 
 def counter_table(evidence: dict[str, dict]) -> str:
-    """Models of others, whose published FLOPs show that ours are counted in the same way."""
+    """Other authors' models, whose published FLOPs show that we count in the same way."""
     rows = [
         [
             name,

@@ -2,8 +2,8 @@
 
     python tools/plot_curves.py work_dirs/mask_rcnn_conv2former_t
 
-Reads the `vis_data/scalars.json` that mmengine writes. The parts of a resumed run are joined; a new
-run from the start in the same folder replaces earlier ones. `tools/visualize.py curves` is the
+Reads the `vis_data/scalars.json` that mmengine writes. The parts of a resumed run are joined. A new
+run from the start in the same folder replaces earlier ones. `tools/visualize.py curves` does the
 same.
 """
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--metrics',
         nargs='+',
         default=['coco/bbox_mAP', 'coco/bbox_mAP_50', 'coco/segm_mAP', 'coco/segm_mAP_50', 'mIoU'],
-        help='drawn if the run has them',
+        help='metrics to draw, if the run has them',
     )
 
 

@@ -1,4 +1,4 @@
-"""Predict on images, folders and videos with any recipe; write drawings and JSON.
+"""Predicts on images, folders and videos with any recipe; writes drawings and JSON.
 
     python tools/predict.py CONFIG CHECKPOINT photo.jpg folder 'x/*.png' film.mp4 --out predictions
 
@@ -48,22 +48,22 @@ from mmconv2former.datasets.checked import CheckedPipeline, DataError
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
 DEFAULT_SCORE = 0.3
-DEFAULT_RATE = 25.0  # frames per second, for videos that do not say
+DEFAULT_RATE = 25.0  # frames per second, for videos that do not state it
 TOP = 5  # classes of a classifier
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
     parser.add_argument('inputs', nargs='+', help='images, videos, folders, quoted patterns')
-    parser.add_argument('--out', type=Path, required=True, help='folder to write to')
+    parser.add_argument('--out', type=Path, required=True, help='output folder')
     parser.add_argument(
         '--score-thr',
         type=float,
         default=DEFAULT_SCORE,
         help=f'drop detections below this score (default: {DEFAULT_SCORE})',
     )
-    parser.add_argument('--batch-size', type=int, default=1, help='images at a time')
-    parser.add_argument('--device', help='default: cuda if available, else cpu')
+    parser.add_argument('--batch-size', type=int, default=1, help='number of images at a time')
+    parser.add_argument('--device', help='default: cuda if available, otherwise cpu')
     parser.add_argument('--no-pictures', action='store_true', help='write no drawings')
     parser.add_argument(
         '--no-deploy', action='store_true', help='do not fold the backbone for inference; slower'
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def find_device(name: str | None) -> str:
-    """The device of the command line.
+    """The device from the command line.
 
     Raises:
         SystemExit: There is no such device.
@@ -129,7 +129,7 @@ class Source:
 
 
 def find_sources(inputs: Iterable[str], out: Path) -> list[Source]:
-    """The files of the command line, each once.
+    """The files from the command line, each once.
 
     Args:
         inputs: Files, folders (searched with their subfolders) and patterns.
@@ -174,12 +174,12 @@ def unique(name: str, taken: Iterable[str]) -> str:
 
 # -------------------------------------------------------------------------------------- predictor
 class Predictor:
-    """A model with its test pipeline, and what its predictions mean.
+    """A model with its test pipeline and the meaning of its predictions.
 
     Args:
         config: A whole config of mmdet, mmseg or mmpretrain.
         checkpoint: File with all weights of its model.
-        device: As torch names it.
+        device: Device, in torch's notation.
         score_thr: Detections with a lower score are dropped.
 
     Raises:
@@ -277,7 +277,7 @@ class Predictor:
         ]
 
     def labels(self, sample: Any) -> np.ndarray | None:
-        """The label image (H, W) of a segmentation; 0 is no class where the dataset has it so."""
+        """The label image (H, W) of a segmentation; 0 is no class if the dataset defines it so."""
         if 'pred_sem_seg' not in sample:
             return None
         values = sample.pred_sem_seg.data[0].numpy() + self.first_value
@@ -403,7 +403,7 @@ def batches(
 ) -> Iterator[list[tuple[Any, dict[str, Any]]]]:
     """Groups consecutive items whose inputs have one size, at most `batch_size` each.
 
-    mmdet would pad smaller ones, so that results depended on their neighbours.
+    mmdet would pad smaller images, so that results would depend on the rest of the batch.
     """
     batch: list[tuple[Any, dict[str, Any]]] = []
     for item in items:

@@ -1,12 +1,12 @@
-"""Checks a data set before a long run: reads it, changes nothing, names every bad file.
+"""Checks a dataset before a long run: reads it, changes nothing, names every bad file.
 
     python tools/prepare_data.py coco                 # data/coco
     python tools/prepare_data.py ade --root /data/ADEChallengeData2016
 
 Reads every annotation and decodes every image, in as many processes as there are cores. An error
-would stop a run or spoil its result, and makes the exit status 1; a note is worth knowing, such as
-a count that is not the official one. If files are missing, it says what to download and where each
-file goes.
+would stop a run or spoil its result, and makes the exit status 1. A note is worth knowing, such as
+a count that is not the official one. If files are missing, the tool says what to download and where
+each file goes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SHOWN = 10  # findings of a kind that are printed; the report file has all
 
 
 class Finding(NamedTuple):
-    """Something found in a data set: its kind, the file or annotation, and whether it is fatal."""
+    """Something found in a dataset: its kind, the file or annotation, and whether it is fatal."""
 
     kind: str
     item: str
@@ -59,8 +59,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('dataset', choices=CHECKS)
-    parser.add_argument('--root', type=Path, help=f'default: {DEFAULT_ROOT}')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes')
+    parser.add_argument(
+        '--root', type=Path, help=f'folder of the dataset (default: {DEFAULT_ROOT})'
+    )
+    parser.add_argument(
+        '--workers',
+        type=int,
+        default=os.cpu_count(),
+        help='number of processes (default: one per core)',
+    )
     parser.add_argument('--report', type=Path, help='file for the whole report')
     args = parser.parse_args(argv)
     if args.workers < 1:
@@ -82,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def report(items: dict[tuple[bool, str], list[str]], most: int | None = None) -> Iterator[str]:
-    """The lines of a report, errors first, with at most so many findings of each kind."""
+    """The lines of a report, errors first, with a maximum number of findings of each kind."""
     for (is_note, kind), found in sorted(items.items(), key=lambda entry: entry[0][0]):
         yield f'{"note" if is_note else "ERROR"}: {kind} ({len(found)})'
         yield from (f'    {item}' for item in found[:most])
@@ -126,7 +133,7 @@ def check_coco(root: Path, workers: int) -> Iterator[Finding]:
 
 
 def find_format_problem(path: Path) -> Finding | None:
-    """Why an annotation file cannot be read, if so."""
+    """Problems that make an annotation file unreadable."""
     if not path.is_file():
         return Finding('annotation file is missing', str(path))
     try:
@@ -236,7 +243,7 @@ def check_image(path: Path, size: tuple[int, int] | None) -> list[Finding]:
 
     Args:
         path: The file.
-        size: Width and height as annotated, if known: of the image rotated as its EXIF data say.
+        size: Annotated width and height, if known, of the image rotated as its EXIF data say.
     """
     if not path.is_file():
         return [Finding('image is missing', str(path))]

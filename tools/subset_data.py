@@ -1,12 +1,12 @@
-"""Makes a small data set from a large one, for pilot runs and fitting tests.
+"""Makes a small dataset from a large one, for pilot runs and fitting tests.
 
     python tools/subset_data.py data/coco data/coco_pilot --train 0.1 --val 500
     python tools/subset_data.py data/ade/ADEChallengeData2016 data/ade_fit8 --train 8 --val-is-train
 
-The layout, COCO's or ADE20K's, is the source's. A number below 1 is a share of the split, otherwise
-a count. The images are spread evenly over the split (ADE20K is sorted by scene) and linked, not
-copied; COCO's images without objects are left out. Evaluating a part needs such a folder, because
-COCO's metric counts every image of its annotation file.
+The layout, COCO's or ADE20K's, is that of the source. A number below 1 is a share of the split,
+otherwise a count. The images are spread evenly over the split (ADE20K is sorted by scene) and
+linked, not copied; COCO's images without objects are left out. Evaluating a part needs such a
+folder, because COCO's metric counts every image of its annotation file.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ def main() -> None:
     )
     parser.add_argument('source', type=Path, help="folder in COCO's or ADE20K's layout")
     parser.add_argument('folder', type=Path, help='new folder')
-    parser.add_argument('--train', type=share_or_count, required=True, help='training images')
+    parser.add_argument(
+        '--train', type=share_or_count, required=True, help='share or number of training images'
+    )
     held_out = parser.add_mutually_exclusive_group(required=True)
-    held_out.add_argument('--val', type=share_or_count, help='validation images')
+    held_out.add_argument('--val', type=share_or_count, help='share or number of validation images')
     held_out.add_argument(
         '--val-is-train', action='store_true', help='validate on the training images themselves'
     )

@@ -50,20 +50,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('config', help='config file')
-    parser.add_argument('checkpoint', help='checkpoint file, or none')
+    parser.add_argument('checkpoint', help='checkpoint file, or none for initial weights')
     add_arguments(parser)
     parser.add_argument(
         '--tta', action='store_true', help="test-time augmentation with the config's tta_pipeline"
     )
-    parser.add_argument('--out', metavar='FILE.pkl', help='where to write the predictions')
+    parser.add_argument('--out', metavar='FILE.pkl', help='file for the predictions')
     parser.add_argument(
         '--show-dir',
         metavar='DIR',
         help='draw predictions beside the ground truth into WORK_DIR/TIME/DIR, or into DIR if it '
-        'begins with /; of several processes, only the first draws its share',
+        'begins with /; with several processes, only the first draws its share',
     )
     parser.add_argument('--show', action='store_true', help='show the drawings in a window')
-    parser.add_argument('--wait-time', type=float, default=2, help='seconds to show a drawing')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each drawing')
     add_cuda_graphs_argument(parser)
     args = parser.parse_args(argv)
     if args.cuda_graphs:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def initialize(model: BaseModel) -> None:
-    """Initializes a model, pretrained weights included; mmengine does so for training only."""
+    """Initialises a model, including pretrained weights; mmengine only does so for training."""
     (model.module if is_model_wrapper(model) else model).init_weights()
 
 
@@ -112,7 +112,7 @@ def augment_at_test_time(config: Config) -> None:
     """Wraps the model and replaces the pipeline, for test-time augmentation.
 
     Raises:
-        SystemExit: The config does not say how.
+        SystemExit: The config has no test-time augmentation.
     """
     if not config.get('tta_model') or not config.get('tta_pipeline'):
         raise SystemExit(f'error: --tta: {config.filename} has no tta_model and tta_pipeline')
@@ -127,8 +127,8 @@ class DrawPredictions(Hook):
     one image of 5000, with red and blue swapped.
 
     Args:
-        folder: Where the drawings go, under the names of the images in their dataset; a relative
-            one is in the folder of the run. None draws to the window only.
+        folder: Folder for the drawings, which have the names of the images in their dataset. A
+            relative path is in the folder of the run. None only draws to the window.
         options: Further arguments of `draw`.
     """
 
@@ -172,7 +172,7 @@ def draw_predictions(config: Config, args: argparse.Namespace) -> DrawPrediction
     A config without a visualizer gets the library's; mmengine's default draws no predictions.
 
     Raises:
-        SystemExit: We cannot draw for the config's library.
+        SystemExit: Drawing is not supported for the config's library.
     """
     visualizer = one_of(DRAWN_BY, config)
     if not config.get('visualizer'):

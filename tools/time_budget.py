@@ -4,7 +4,8 @@
     custom_hooks = [dict(type='TimeBudgetHook', seconds=120)]
     param_scheduler = None
 
-For `tools/evidence.py fit`, where the speed of the machine is not known in advance; one process.
+`tools/evidence.py fit` uses it, because the speed of the machine is not known in advance. It
+supports one process.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class TimeBudgetHook(Hook):
 
     Args:
         seconds: Training time from the first iteration on, without the validation.
-        warmup: Iterations.
+        warmup: Number of iterations.
 
     Raises:
         RuntimeError: The training loop counts epochs (when training starts).
@@ -46,7 +47,7 @@ class TimeBudgetHook(Hook):
         self.rates = [group['lr'] for group in runner.optim_wrapper.param_groups]
 
     def factor(self, iteration: int, passed: float) -> float:
-        """What the learning rates are multiplied by, from 0 to 1.
+        """The factor of the learning rates, from 0 to 1.
 
         Args:
             iteration: Counted from 0.

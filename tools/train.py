@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs='?',
         const='auto',
         choices=AMP_FORMATS,
-        help='use mixed precision; auto (default) is bfloat16 if the device has it, else float16',
+        help='mixed precision; auto (default) is bfloat16 if the device has it, otherwise float16',
     )
     parser.add_argument(
         '--auto-scale-lr',
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='resume from a checkpoint; without a name, from the newest in the work dir',
+        help='resume from a checkpoint; without a path, from the newest in the work dir',
     )
     parser.add_argument(
         '--tensorboard', action='store_true', help='also log for TensorBoard (in WORK_DIR/TIME)'
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def separate_config(words: Sequence[str]) -> list[str]:
-    """Writes `--amp CONFIG` as `--amp=auto CONFIG`; argparse would take CONFIG for the format."""
+    """Rewrites `--amp CONFIG` as `--amp=auto CONFIG`; argparse would take CONFIG for the format."""
     return [
         '--amp=auto' if word == '--amp' and Path(after).suffix else word
         for word, after in zip(words, [*words[1:], ''])
@@ -117,7 +117,7 @@ def set_precision(config: Config, format_: str) -> str:
     Args:
         config: Has an `optim_wrapper`.
         format_: One of `AMP_FORMATS`. 'auto' is the config's own `dtype`; without one, bfloat16 on
-            a CPU and on GPUs that have it, else float16.
+            a CPU and on GPUs that have it, otherwise float16.
 
     Returns:
         A line for the log: the format and the reason for it.
@@ -162,8 +162,8 @@ def set_precision(config: Config, format_: str) -> str:
 def compile_backbone(runner: Runner, settings: dict) -> None:
     """Compiles the backbone alone for mmengine's key `compile`, for all input sizes at once.
 
-    mmengine would compile the whole training step. There torch fails on the optimizer's wrapped
-    `step`, and heads have other shapes for every image.
+    mmengine would compile the whole training step. torch fails on the optimizer's wrapped `step`
+    there, and shapes in the heads change with every image.
 
     Args:
         runner: A runner whose model is built.

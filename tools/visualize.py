@@ -1,4 +1,4 @@
-"""Draw what a network is and does.
+"""Draws receptive fields, modulation, kernels, predictions and curves of a network.
 
     python tools/visualize.py erf tiny convnext_tiny swin_tiny --images data/coco/val2017
     python tools/visualize.py modulation work_dirs/.../epoch_36.pth --image photo.jpg
@@ -6,8 +6,8 @@
     python tools/visualize.py predictions CONFIG work_dirs/.../epoch_36.pth --count 6
     python tools/visualize.py curves work_dirs/mask_rcnn_conv2former_t
 
-A NETWORK is a name (tiny, ib, swin_tiny, ...: random weights, and the figure says so), a checkpoint
-of Conv2Former, of the backbone alone or of a whole model, or NAME=CHECKPOINT.
+A NETWORK is a name such as tiny, ib or swin_tiny (with random weights, which the figure states), a
+checkpoint of Conv2Former (of the backbone alone or of a whole model), or NAME=CHECKPOINT.
 docs/visualize.md shows what each command prints and draws.
 """
 
@@ -115,40 +115,52 @@ def make_parser() -> argparse.ArgumentParser:
     on_device.add_argument('--device', choices=devices, default=devices[-1])
     of_network = argparse.ArgumentParser(add_help=False, parents=[on_device])
     of_network.add_argument(
-        '--fusion', choices=list(FUSIONS), default='hadamard', help='of Conv2Former, an ablation'
+        '--fusion', choices=list(FUSIONS), default='hadamard', help='fusion, for ablations'
     )
     add_trust_argument(of_network)
     of_blocks = argparse.ArgumentParser(add_help=False, parents=[of_network])
     of_blocks.add_argument('network', metavar='NETWORK', help='see above')
     of_blocks.add_argument(
         '--blocks', nargs='+', metavar='STAGE.BLOCK',
-        help='such as 0.2 2.11, from 0 (isotropic: 5), or all (default: the last of each stage)',
+        help='e.g. 0.2 2.11, counted from 0 (isotropic: 5), or all (default: last of each stage)',
     )  # fmt: skip
 
     erf = add_command('erf', draw_erf, 'erf.png', of_network)
     erf.add_argument('networks', nargs='+', metavar='NETWORK', help='see above')
-    erf.add_argument('--images', nargs='+', type=Path, required=True, help='files and folders')
+    erf.add_argument(
+        '--images', nargs='+', type=Path, required=True, help='image files and folders'
+    )
     erf.add_argument('--limit', type=int, default=50, help='maximum number of images')
-    erf.add_argument('--size', type=int, default=1024, help='side of the input, pixels')
+    erf.add_argument('--size', type=int, default=1024, help='side of the input in pixels')
     erf.add_argument('--layer-scale', type=float, metavar='VALUE', help=LAYER_SCALE_HELP)
-    erf.add_argument('--with-cp', action='store_true', help='less memory, more time')
+    erf.add_argument(
+        '--with-cp', action='store_true', help='recompute blocks: less memory, more time'
+    )
     erf.add_argument('--peak', type=int, help=PEAK_HELP)
 
     modulation = add_command('modulation', draw_modulation, 'modulation.png', of_blocks)
     modulation.add_argument('--image', type=Path, required=True)
-    modulation.add_argument('--size', type=int, default=640, help='maximum longest side')
-    modulation.add_argument('--channels', type=int, nargs='+', help='these instead of the mean')
+    modulation.add_argument(
+        '--size', type=int, default=640, help='limit of the longest side in pixels'
+    )
+    modulation.add_argument(
+        '--channels', type=int, nargs='+', help='channels to draw instead of the mean'
+    )
 
     kernels = add_command('kernels', draw_kernels, 'kernels.png', of_blocks)
-    kernels.add_argument('--count', type=int, default=14, help='kernels per block, evenly spaced')
+    kernels.add_argument(
+        '--count', type=int, default=14, help='number of kernels per block, evenly spaced'
+    )
 
     predictions = add_command('predictions', draw_predictions, 'predictions.jpg', on_device)
     predictions.add_argument('config', help='config file, of detection or segmentation')
     predictions.add_argument('checkpoint', help='checkpoint of the whole model')
     predictions.add_argument('--split', choices=['train', 'val', 'test'], default='test')
-    predictions.add_argument('--count', type=int, default=6, help='images, evenly spaced')
-    predictions.add_argument('--indices', type=int, nargs='+', help='these images instead')
-    predictions.add_argument('--score', type=float, default=0.3, help='of objects, the minimum')
+    predictions.add_argument('--count', type=int, default=6, help='number of images, evenly spaced')
+    predictions.add_argument(
+        '--indices', type=int, nargs='+', help='numbers of the images to draw instead'
+    )
+    predictions.add_argument('--score', type=float, default=0.3, help='minimum score of objects')
     add_config_arguments(predictions)
     add_data_root_argument(predictions)
 
@@ -191,13 +203,13 @@ def load_network(
     with_cp: bool = False,
     layer_scale: float | None = None,
 ) -> Network:
-    """A network from what the command line says.
+    """A network from the command line.
 
     Args:
         description: `NAME`, `CHECKPOINT` or `NAME=CHECKPOINT`.
-        fusion: Of Conv2Former; the shapes in a file do not tell it.
+        fusion: Fusion of Conv2Former, which the shapes in a file do not tell.
         with_cp: Whether to recompute blocks in the backward pass, which needs less memory.
-        layer_scale: Value of all layer scales of random weights; None leaves them as they are.
+        layer_scale: Value of all layer scales of random weights; None keeps the initial values.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -230,7 +242,7 @@ def build_backbone(name: str, options: dict) -> Conv2Former | Conv2FormerIsotrop
     """A backbone by its name.
 
     Raises:
-        ValueError: There is none of this name, or it takes images of one size only.
+        ValueError: The name is unknown, or the network takes images of one size only.
         ModuleNotFoundError: The library of a baseline is not installed.
     """
     arch = name.removeprefix('conv2former_')
@@ -255,7 +267,8 @@ def recognise_backbone(checkpoint: str, options: dict) -> Conv2Former | Conv2For
     """The Conv2Former of a checkpoint, recognised by shapes, with random weights.
 
     Raises:
-        FileNotFoundError, CheckpointError: See `read_state_dict`; or it is of another network.
+        FileNotFoundError, CheckpointError: See `read_state_dict`. CheckpointError also means that
+            the file is of another network.
     """
     state_dict = read_state_dict(checkpoint)
     prefix = find_prefix(state_dict, FIRST_KERNELS)
@@ -321,7 +334,7 @@ def blocks_of(network: Network) -> dict[str, Block]:
 
 
 def choose_blocks(blocks: Mapping[str, Block], chosen: Sequence[str] | None) -> dict[str, Block]:
-    """The blocks that a user names.
+    """The blocks that the user named.
 
     Args:
         blocks: All, by name.
@@ -451,7 +464,7 @@ def log_scaled(field: np.ndarray, peak: float | None = None) -> np.ndarray:
 
     Args:
         field: Of any shape.
-        peak: The field is scaled to this maximum before; None leaves it as it is.
+        peak: The field is scaled to this maximum first, unless None.
     """
     if peak is not None:
         field = field * (peak / field.max())
@@ -669,10 +682,10 @@ def kernels_figure(
     """A row of kernels for each block, the means of the stages below; each on its own scale.
 
     Args:
-        network: For the title.
-        kernels: Of each block to draw, (C, K, K).
-        means: Of each stage, (K, K).
-        count: Kernels drawn of each block.
+        network: The network, for the title.
+        kernels: Kernels (C, K, K) of each block to draw.
+        means: Mean kernel (K, K) of each stage.
+        count: Number of kernels to draw for each block.
     """
     heights = (0.98 * len(kernels), 2.4)
     figure = plt.figure(figsize=(0.85 * count, sum(heights)), dpi=DOTS_PER_INCH)
@@ -702,14 +715,14 @@ def kernels_figure(
 
 # ------------------------------------------------------------------------------------ predictions
 def draw_predictions(args: argparse.Namespace) -> None:
-    """predictions beside the truth on images of a dataset."""
+    """predictions beside the ground truth on images of a dataset."""
     config = read_config(args)
     one_of({scope: None for scope in DRAWN_BY if scope != 'mmpretrain'}, config)
     pairs = drawn_pairs(config, args)
     columns = min(2, len(pairs))
     aspect = max(image.shape[0] / image.shape[1] for image in pairs.values())
     figure, axes = panels(-(-len(pairs) // columns), columns, 4.8, aspect)
-    title = 'left of each pair the truth, right the prediction'
+    title = 'ground truth left, prediction right of each pair'
     figure.suptitle(f'{Path(args.checkpoint).name}: {title}', fontsize=9)
     for axis, (name, image) in zip(axes.flat, pairs.items()):
         axis.imshow(image)
@@ -719,7 +732,7 @@ def draw_predictions(args: argparse.Namespace) -> None:
 
 
 def drawn_pairs(config: Config, args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Truth and prediction side by side, drawn by the host library, uint8 (H, 2 W, 3) by file name.
+    """Ground truth and prediction side by side, uint8 (H, 2 W, 3), by file name.
 
     Raises:
         SystemExit: Data are missing.

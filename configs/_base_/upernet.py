@@ -44,7 +44,7 @@ model = dict(
         pad_val=0,
         seg_pad_val=255,
         size=crop_size,
-        # The smallest input of the backbone. Larger images stay as they are.
+        # The smallest input of the backbone. Larger images are unchanged.
         test_cfg=dict(size=(32, 32)),
     ),
     backbone=dict(type='mmconv2former.Conv2Former', out_indices=(0, 1, 2, 3)),

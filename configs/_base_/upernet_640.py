@@ -1,4 +1,4 @@
-"""UperNet on ADE20K at 640x640, for the sizes with ImageNet-22K weights; all else as upernet.py."""
+"""UperNet on ADE20K at 640x640, with ImageNet-22K weights; otherwise like upernet.py."""
 
 _base_ = './upernet.py'
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, fields
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of the hierarchical network, with its stage, or of the isotropic one.
+# In the hierarchical network, with the stage, or in the isotropic one.
 MODULATION_KERNEL = re.compile(r'(?:stages\.(\d+)|blocks)\.\d+\.attn\.att\.2\.weight')
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the shapes in a state dict say about its network; empty or None where they do not."""
+    """What the shapes in a state dict say about its network; empty or None if they say nothing."""
 
     channels: tuple[int, ...]
     depths: tuple[int, ...]
@@ -26,7 +26,7 @@ class Architecture:
 
 
 def recognise_arch(state_dict: Mapping[str, Tensor]) -> Architecture:
-    """Recognises the network of a state dict with the published names, one value a stage.
+    """Recognises the network of a state dict with the published names, one value per stage.
 
     Completeness is not checked. Without stages, as in the state dict of a head or of another
     network, `depths` is empty.
@@ -54,9 +54,9 @@ def recognise_arch(state_dict: Mapping[str, Tensor]) -> Architecture:
 
 
 def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
-    """Describes how the network of a file differs from the model's, which may be whole models.
+    """Describes how the network in a file differs from the model's; both may be whole models.
 
-    Stages of the file after the model's last do not count: `out_indices` may leave them out.
+    Stages in the file after the model's last are ignored: `out_indices` may leave them out.
     """
     in_file, in_model = (
         recognise_arch({name.removeprefix('backbone.'): value for name, value in names.items()})
@@ -74,10 +74,10 @@ def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def pad_kernels(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Pads the modulations' kernels with zeros to the size of the expected ones.
+    """Pads the kernels of the modulations with zeros to the expected size.
 
     A kernel centred in zeros is the same convolution, so the output does not change. Larger
-    kernels stay as they are, since cutting them would change it.
+    kernels are left unchanged, since cutting them would change it.
 
     Args:
         found: Names and tensors of a file, kernels of shape (C, 1, k, k).

@@ -1,6 +1,6 @@
 """Loads checkpoints strictly: a file that does not fit is refused, with the reasons.
 
-All is checked before anything is loaded, so a module that refuses a file is unchanged.
+Everything is checked before anything is loaded, so a module that refuses a file is unchanged.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from .architecture import differences, pad_kernels
 from .reading import CheckpointError, CheckpointNotFound, read_state_dict
 
 BACKBONE = 'backbone.'
-# Where a whole model keeps our modules; '' is a published file or a backbone alone.
+# Prefixes of our modules in a whole model; '' is a published file or a backbone alone.
 PREFIXES = ('', BACKBONE, 'head.')
-# Added for dense prediction, hence in no ImageNet checkpoint.
+# Added for dense prediction, so no ImageNet checkpoint has them.
 NEW_FOR_DENSE_PREDICTION = re.compile(r'norm\d+\.(weight|bias)')
 SIZE_MISMATCH = re.compile(
     r'size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from '
@@ -49,24 +49,24 @@ def load_pretrained(
     may_miss: re.Pattern | None = NEW_FOR_DENSE_PREDICTION,
     how_to_get: str = HOW_TO_GET_WEIGHTS,
 ) -> None:
-    """Loads a checkpoint into a backbone or a head; every tensor must be in it, in its shape.
+    """Loads a checkpoint into a backbone or a head; it must have every tensor, in its shape.
 
     By default output norms (`norm{i}`) may be missing, as ImageNet networks have none. Tensors
-    that the module has no use for, such as a classification head, are left out and logged.
+    that the module does not use, such as a classification head, are ignored and logged.
 
     `StrictPretrainedInit` calls this for a module's `init_cfg`.
 
     Args:
         module: A backbone or a head.
         checkpoint: See `read_checkpoint`.
-        prefix: What the module's names start with in the file, such as 'encoder'. By default the
-            best of `PREFIXES`: a published file, or one of mmpretrain, mmdet or mmseg.
-        adapt_kernel: Whether smaller modulation kernels are padded with zeros to the size of the
-            module's, which does not change the output.
+        prefix: Prefix of the module's names in the file, such as 'encoder'. By default the best
+            of `PREFIXES`, for a published file or one of mmpretrain, mmdet or mmseg.
+        adapt_kernel: Whether to pad smaller modulation kernels with zeros to the module's size,
+            which does not change the output.
         new_layers: Layers of the module that keep their initial values, such as `['pred']` of a
             `Conv2FormerClsHead` for other classes.
-        may_miss: Matches names that need not be in the file; None: all must be.
-        how_to_get: Advice for the error if there is no such file.
+        may_miss: Matches names that may be missing in the file; None if none may be.
+        how_to_get: Advice that the error gives if there is no such file.
 
     Raises:
         CheckpointNotFound: There is no such file.
@@ -98,13 +98,13 @@ def load_pretrained(
 
 
 def find_prefix(state_dict: Collection[str], expected: Collection[str]) -> str:
-    """The one of `PREFIXES` with which a state dict has the most of the expected names."""
+    """The prefix in `PREFIXES` with which a state dict has most of the expected names."""
     return max(PREFIXES, key=lambda prefix: sum(prefix + name in state_dict for name in expected))
 
 
 # ---------------------------------------------------------------------------------- a whole model
 def load_model(model: nn.Module, content: Mapping[str, Any], checkpoint: str, strict: bool) -> None:
-    """Loads a checkpoint into a whole model, or refuses it where mmengine only warns.
+    """Loads a checkpoint into a whole model, and refuses it where mmengine would only warn.
 
     Arguments are those of `check_model`.
 
@@ -123,12 +123,13 @@ def check_model(
         model: A detector, segmentor or classifier; its backbone is `backbone`.
         content: See `load_from_checked_file`.
         checkpoint: Name of the file, for messages.
-        strict: Whether every tensor of the model must be in the file in its shape, as to evaluate
-            and to resume. Otherwise, to fine-tune, every tensor of the backbone if the file has
-            any of them; others, such as a head for other classes, keep their initial values.
+        strict: Whether the file must have every tensor of the model in its shape, as needed to
+            evaluate and to resume. Otherwise, for fine-tuning, it must have the whole backbone
+            or none of it; other tensors, such as a head for other classes, keep their initial
+            values.
 
     Returns:
-        The tensors to be loaded: those of the file without the ones of another shape.
+        The tensors to load: those of the file, except those of another shape.
 
     Raises:
         CheckpointError: The file does not fit; the message says what differs.
@@ -156,12 +157,12 @@ def check_fit(
     """Checks that a file has all needed tensors of a module, in their shapes.
 
     Returns:
-        The tensors of the file without those of another shape, and a line for the log: which
-        tensors of the module keep their initial values, and which of the file are unused.
+        The tensors of the file, except those of another shape, and a line for the log. It says
+        which tensors of the module keep their initial values and which of the file are unused.
 
     Raises:
-        CheckpointError: It has not, is of a network of other depths or widths, or a module cannot
-            read its part of the file.
+        CheckpointError: A tensor is missing, the file is of a network of other depths or widths,
+            or a module cannot read its part of the file.
     """
     expected = module.state_dict()
     try:
@@ -171,7 +172,7 @@ def check_fit(
     loaded = set(expected).difference(missing, misshaped)
     if all(name.endswith('.num_batches_tracked') for name in loaded):  # torch fills these in itself
         needed = expected
-    # A deeper network has all names of a shallower one.
+    # A deeper network has all the names of a shallower one.
     reasons = [*differences(found, expected)]
     if names := [name for name in missing if name in needed]:
         reasons += [f'{len(names)} of {len(needed)} names missing, such as {names[:3]}']
@@ -192,11 +193,11 @@ def check_fit(
 def try_loading(
     module: nn.Module, found: Mapping[str, Tensor]
 ) -> tuple[OrderedDict[str, Tensor], list[str], dict[str, str], list[str]]:
-    """Loads into a copy, through the hooks by which modules read files of former versions.
+    """Loads into a copy, through the hooks with which modules read files of earlier versions.
 
     Returns:
-        The tensors that fit; names that the file lacks; descriptions of those of another shape, by
-        name; names that the module lacks.
+        The tensors that fit; names that the file lacks; descriptions of tensors of another shape,
+        by name; names that the module lacks.
 
     Raises:
         CheckpointError: A module cannot read its part of the file.
@@ -208,7 +209,7 @@ def try_loading(
         try:
             keys = trial.load_state_dict(tensors, strict=False)
             break
-        except RuntimeError as error:  # torch says only in its message which shapes differ
+        except RuntimeError as error:  # only the message of torch says which shapes differ
             mismatches = SIZE_MISMATCH.findall(str(error))
             if not any(name in tensors for name, *_ in mismatches):
                 raise CheckpointError(str(error).splitlines()[-1].strip()) from error
@@ -222,7 +223,7 @@ def try_loading(
 
 
 def first_parts(names: Iterable[str]) -> list[str]:
-    """What names begin with, such as `backbone` and `neck`."""
+    """The first parts of names, such as `backbone` and `neck`."""
     return sorted({name.split('.')[0] for name in names})[:8]
 
 
@@ -233,10 +234,10 @@ def listed(names: Sequence[str]) -> str:
 
 # -------------------------------------------------------------------------------------- resumption
 def check_resumable(content: Mapping[str, Any], checkpoint: str) -> None:
-    """Checks that a checkpoint has what mmengine resumes a run from.
+    """Checks that a checkpoint has what mmengine needs to resume a run.
 
     Raises:
-        CheckpointError: It has weights only, or something unexpected in those places.
+        CheckpointError: It has weights only, or something unexpected under these keys.
     """
     meta = content.get('meta')
     counts = [meta.get(key) for key in ('epoch', 'iter')] if isinstance(meta, dict) else [None]
@@ -253,7 +254,7 @@ def check_resumable(content: Mapping[str, Any], checkpoint: str) -> None:
 
 
 def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
-    """Checks that the saved state of an optimizer, or of several by name, belongs to the run's.
+    """Checks that the saved state of an optimizer, or of several by name, fits the run's.
 
     Args:
         saved: What the checkpoint has under `optimizer`.
@@ -261,7 +262,7 @@ def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
         checkpoint: Name of the file, for messages.
 
     Raises:
-        CheckpointError: It is of other parameter groups or another kind of optimizer.
+        CheckpointError: It has other parameter groups or is of another kind of optimizer.
     """
     if isinstance(optimizer, OptimWrapperDict):
         for name, part in optimizer.items():
@@ -293,7 +294,7 @@ class StrictPretrainedInit:
 
     Args:
         checkpoint: See `load_pretrained`.
-        map_location: Has no effect, as tensors are read on the CPU; mmengine's initializer has it.
+        map_location: Ignored, as tensors are read on the CPU; mmengine's initializer has it.
         **options: Other arguments of `load_pretrained`.
     """
 

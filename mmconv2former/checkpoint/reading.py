@@ -2,7 +2,7 @@
 
 Published Conv2Former checkpoints are timm training dictionaries (a `state_dict` next to optimizer
 state and an `argparse.Namespace`). Others come from mmpretrain, mmdet or mmseg (each name starts
-with `backbone.`), are plain state dicts or safetensors. `read_checkpoint` reads the file,
+with `backbone.`), or are plain state dicts or safetensors. `read_checkpoint` reads the file,
 `state_dict_of` finds the tensors in it.
 """
 
@@ -65,8 +65,8 @@ def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
     """Reads a checkpoint file without executing anything in it.
 
     Args:
-        checkpoint: Path or address, of any kind that `mmengine.fileio` reads; safetensors if it
-            ends with `.safetensors`, else what `torch.save` writes.
+        checkpoint: Path or URL, of any kind that `mmengine.fileio` reads. It is read as safetensors
+            if it ends with `.safetensors`, otherwise as written by `torch.save`.
         map_location: Device of the tensors, as `torch.load` takes it.
 
     Raises:
@@ -132,7 +132,7 @@ def local_copy(checkpoint: str) -> Iterator[str]:
 
 
 def download(address: str, path: str) -> None:
-    """Downloads a file completely or not at all; unlike mmengine, does not wait forever.
+    """Downloads a file completely or not at all; unlike mmengine, it does not wait forever.
 
     Raises:
         OSError: No answer for `DOWNLOAD_TIMEOUT` seconds, or the disk is full.
@@ -149,7 +149,7 @@ def download(address: str, path: str) -> None:
 
 
 def check_file(path: str) -> None:
-    """Recognises failed downloads, which torch reports in its own terms.
+    """Recognises failed downloads, for which torch has obscure messages.
 
     Raises:
         CheckpointError: The file is empty, a web page or truncated.
@@ -200,21 +200,21 @@ def state_dict_of(
         content: A state dict, or a dict with one under `state_dict` or `model`.
         checkpoint: Name of the file, for messages.
         averaged: Whether to take the moving average of the weights: `state_dict_ema` or
-            `model_ema`; `state_dict` in a checkpoint of mmengine's EMAHook, which stores the
-            average there and the others as `ema_state_dict`.
+            `model_ema`. In a checkpoint of mmengine's EMAHook this is `state_dict`, because the
+            hook stores the average there and the other weights as `ema_state_dict`.
 
     Returns:
-        Names and tensors, without the `module.` that data-parallel training puts before all of
-        them, and with the versions of the modules.
+        Names and tensors, with the versions of the modules. The prefix `module.` of data-parallel
+        training is removed.
 
     Raises:
-        CheckpointError: There are no tensors, or no averaged ones.
+        CheckpointError: There are no tensors, or no averaged weights.
     """
     if not isinstance(content, dict):
         raise CheckpointError(
             f'checkpoint {checkpoint!r} must hold a state dict, got {type(content).__name__}'
         )
-    # A pickle can give an OrderedDict its own `get` or `items`: the methods of `dict` ignore it.
+    # A pickle can give an OrderedDict its own `get` or `items`; the methods of `dict` ignore them.
     keys = ['state_dict', 'model']
     if averaged:
         keys = ['state_dict'] if 'ema_state_dict' in content else ['state_dict_ema', 'model_ema']
@@ -252,7 +252,7 @@ def read_state_dict(checkpoint: str, averaged: bool = False) -> OrderedDict[str,
 
 
 def in_whole_model(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Published names under those of a model: `backbone.` and, of a classifier, `head.`."""
+    """Published names as those of a whole model: `backbone.` and, for a classifier, `head.`."""
     if FIRST_KERNEL not in state_dict:
         return state_dict
     return OrderedDict(
@@ -263,12 +263,12 @@ def in_whole_model(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 # -------------------------------------------------------------------------------------- mmengine
 def load_from_checked_file(checkpoint: str, map_location: Any = None) -> dict[str, Any]:
-    """A loader for mmengine (which logs the name of this function from its 11th character on).
+    """A loader for mmengine, which logs this function's name from its 11th character on.
 
     Returns:
         The content of the file. `state_dict` has the names of a whole model, so that a classifier
-        takes a published file. `config` in `meta` is left out: on `resume`, mmengine runs it as
-        Python, only to count GPUs.
+        can load a published file. `config` in `meta` is left out, because mmengine would run it
+        as Python on `resume`, only to count GPUs.
 
     Raises:
         CheckpointNotFound, CheckpointError: See `read_checkpoint` and `state_dict_of`.
@@ -284,15 +284,17 @@ def load_from_checked_file(checkpoint: str, map_location: Any = None) -> dict[st
 def admit_only_data() -> None:
     """Makes mmengine read `load_from`, `resume` and others' `init_cfg` with `read_checkpoint` too.
 
-    Its own loaders unpickle anything: OneDL's after a warning, and with `getattr` allowed before
-    that; the original's at once with torch < 2.6.
+    mmengine's own loaders unpickle anything: OneDL's release does so after a warning, and allows
+    `getattr` before that; the original release does so at once with torch < 2.6.
 
-    Takes effect for this process; any other `torch.load`, here and in its children, is restricted
-    to tensors and plain containers.
+    This affects the whole process: any other `torch.load`, here and in child processes, is
+    restricted to tensors and plain containers.
     """
     schemes = ['', 'http://', 'https://']
     if not trusts_checkpoints():
-        os.environ.pop('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None)  # torch refuses to have both
+        os.environ.pop(
+            'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', None
+        )  # torch refuses both variables together
         os.environ[FORCE_VARIABLE] = '1'
         schemes = list(CheckpointLoader._schemes)  # model zoos too, which mmengine would unpickle
     CheckpointLoader.register_scheme(schemes, load_from_checked_file, force=True)

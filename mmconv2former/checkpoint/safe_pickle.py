@@ -2,7 +2,7 @@
 
 A pickle can call any function that it names. Here it may name what torch admits under
 `weights_only=True` and `SAFE_GLOBALS`, a few classes that checkpoints of timm and mmengine contain.
-torch >= 2.5 takes such a list itself; for older releases, `DataPickle` applies the same rules.
+torch >= 2.5 accepts such a list; for older releases, `DataPickle` applies the same rules.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def statistic(owner: object, name: str) -> Callable:
 
 
 def empty_array(owner: object, shape: object, kind: object) -> np.ndarray:
-    """numpy's `_reconstruct` without its shape, which could fill memory; the state follows."""
+    """numpy's `_reconstruct`, ignoring its shape, which could fill memory; the state follows."""
     return np.empty(0, 'b')
 
 
 def scalar(dtype: np.dtype, data: object) -> Any:
-    """numpy's own with its data required: without data it could fill memory."""
+    """numpy's function, but its data are required: without data it could fill memory."""
     return MULTIARRAY.scalar(dtype, data)
 
 
@@ -97,8 +97,8 @@ def refuse_other_formats(path: str) -> None:
     """Refuses formats that torch before 2.6 reads without the restricted unpickler.
 
     Raises:
-        UnpicklingError: The file is TorchScript, whose program would run, or a tar archive as the
-            first releases of torch wrote, whose members would be unpacked.
+        UnpicklingError: The file is TorchScript, whose program would run, or a tar archive as
+            written by the first releases of torch, whose members would be unpacked.
     """
     if is_zipfile(path) and 'constants.pkl' in torch._C.PyTorchFileReader(path).get_all_records():
         raise UnpicklingError('file is TorchScript, a program; save its state_dict() instead')
@@ -109,7 +109,7 @@ def refuse_other_formats(path: str) -> None:
 # ---------------------------------------------------------------------------------- torch < 2.5
 BUILD = pickle.BUILD[0]  # opcode that sets an object's state
 BYTEARRAY8 = pickle.BYTEARRAY8[0]  # opcode that allocates any size before it reads as much
-# What later releases of torch admit by themselves.
+# What later releases of torch admit by default.
 ADMITTED_LATER = [
     torch.bfloat16, torch.uint8, torch.bool, torch.device, codecs.encode, set, Counter,
 ]  # fmt: skip
@@ -149,7 +149,7 @@ class DataUnpickler(pickle._Unpickler):  # the one in C cannot be overridden as 
         return admitted_globals()[path]
 
     def load_build(self) -> None:
-        """Sets the state of an object; a class or function would keep it.
+        """Sets the state of an object; a changed class or function would stay changed.
 
         Raises:
             UnpicklingError: The object is not of an admitted class.

@@ -1,12 +1,13 @@
-"""Datasets whose errors name the file, and checks for faults that pass unnoticed.
+"""Datasets whose errors name the file, with checks for errors that would pass unnoticed.
 
-mmdet, mmseg and mmpretrain raise the errors of OpenCV, NumPy or pycocotools, mostly without a file
-name. Some faults they do not notice: truncated JPEG files, annotations or labels of another size
-than their image, labels of no class, and annotation files that lack classes.
+mmdet, mmseg and mmpretrain pass on the errors of OpenCV, NumPy or pycocotools, mostly without a
+file name. They do not notice truncated JPEG files, annotations or labels of another size than their
+image, labels that are not a class, and annotation files that lack classes.
 
 `CheckedDataset` wraps any dataset. `CheckedPipeline` replaces the pipeline of each dataset inside
-it, as only the pipeline knows which sample is loaded: mmdet loads another one when an augmentation
-fails, and wrappers load several. docs/reliability.md lists the faults and the messages.
+it, because only the pipeline knows which sample is loaded: mmdet loads another one when an
+augmentation fails, and wrappers load several. docs/tables/reliability.md lists the errors and their
+messages.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class DataError(RuntimeError):
 
 @register(DATASETS)
 class CheckedDataset:
-    """Wraps a dataset and checks its files; attributes are those of the dataset.
+    """Wraps a dataset and checks its files; all other attributes are those of the dataset.
 
     Args:
         dataset: Config of the dataset.
@@ -101,11 +102,11 @@ class CheckedDataset:
 
 
 class CheckedPipeline(Compose):
-    """A pipeline that checks the files of a sample and what its transforms deliver.
+    """A pipeline that checks the files of a sample and the results of its transforms.
 
     Args:
         pipeline: The pipeline; its transforms are shared.
-        dataset: The dataset it belongs to, which states its classes.
+        dataset: The dataset it belongs to, which knows the classes.
     """
 
     def __init__(self, pipeline: Callable, dataset: Any) -> None:
@@ -177,7 +178,7 @@ def check_label_mode(path: Any) -> None:
     """Checks that labels have one channel of 8 bits; mmseg casts others without a warning.
 
     Raises:
-        ValueError: They have not.
+        ValueError: The labels have another format.
     """
     try:
         with Image.open(path) as labels:
@@ -192,7 +193,7 @@ def check_boxes(instances: Iterable[Mapping]) -> None:
     """Checks that annotated boxes are finite.
 
     Raises:
-        ValueError: One is not.
+        ValueError: A box is not finite.
     """
     for instance in instances:
         box = instance.get('bbox', ())
@@ -201,7 +202,7 @@ def check_boxes(instances: Iterable[Mapping]) -> None:
 
 
 def check_sizes(data: Mapping, new: set[str]) -> None:
-    """Checks the sizes of an image and its labels when they have been loaded.
+    """Checks the sizes of an image and its labels after loading.
 
     Args:
         data: What a transform returned.
@@ -260,6 +261,6 @@ def describe(settings: Mapping) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The message of an exception in one line, with its type unless it is a plain ValueError."""
+    """The message of an exception on one line, with its type unless it is a plain ValueError."""
     words = ' '.join(str(error).split())
     return words if type(error) is ValueError else f'{type(error).__name__}: {words}'

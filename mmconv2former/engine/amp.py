@@ -1,7 +1,7 @@
 """Mixed precision on GPUs and CPUs, for `tools/train.py --amp`.
 
-A run can resume in another format and on another device: both wrappers load the state of each
-other, of mmengine's `AmpOptimWrapper` and of `OptimWrapper`, with and without loss scaling.
+A run can resume in another format and on another device: both wrappers load the state of the other,
+of mmengine's `AmpOptimWrapper` and of `OptimWrapper`, with and without loss scaling.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPES = {'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 @register(OPTIM_WRAPPERS)
 class ReliableAmpOptimWrapper(AmpOptimWrapper):
-    """mmengine's `AmpOptimWrapper`, which also resumes where loss scaling was switched on or off.
+    """mmengine's `AmpOptimWrapper`, which also resumes after loss scaling was switched on or off.
 
     float16 needs loss scaling, bfloat16 does not (`loss_scale=dict(enabled=False)`). A disabled
     scaler saves an empty state, which torch refuses to load into an enabled one.
@@ -47,8 +47,8 @@ class ReliableAmpOptimWrapper(AmpOptimWrapper):
 class CpuAmpOptimWrapper(ReliableAmpOptimWrapper):
     """`AmpOptimWrapper` for CPUs, where mmengine's refuses to start.
 
-    Detectors run backbone and neck in low precision and their heads in float32, as mmcv's RoIAlign
-    and NMS have no other on CPUs. Other models run in low precision as a whole.
+    Detectors run backbone and neck in low precision and their heads in float32, because mmcv's
+    RoIAlign and NMS support only float32 on CPUs. Other models run in low precision as a whole.
 
     Args:
         loss_scale: 'dynamic', a constant factor, or arguments of `torch.amp.GradScaler`, which

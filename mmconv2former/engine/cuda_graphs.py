@@ -1,9 +1,9 @@
-"""CUDA graphs: a network as one launch instead of hundreds, for inputs of one size.
+"""CUDA graphs: run a network with one launch instead of hundreds, for inputs of one size.
 
 `use_cuda_graphs` makes any network replay what its first call captured, in inference or in
 training. `CudaGraphsHook` does this to the backbone of a training run. A graph repeats the same
-kernels at the same addresses, so each precision has its own graph, weights that were moved or
-replaced are captured again, and other input sizes are refused.
+kernels at the same addresses. Therefore each precision has its own graph, a network whose weights
+were moved or replaced is captured again, and other input sizes are refused.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def use_cuda_graphs(module: Module, *, inference: bool = True, training: bool = 
     `inference` graphs are for eval mode without gradients, `training` graphs for training mode with
     gradients. All other calls run as before: in other modes, with an input that needs a gradient,
     inside `torch.compile`, `torch.export`, tracing, `torch.func`, dispatch modes or another
-    capture, and with a smaller batch than the captured one, such as the last of a data set. The
+    capture, and with a smaller batch than the captured one, such as the last of a dataset. The
     network is captured again if its weights were moved, replaced or (for inference) written to.
-    Copies of it, also pickled ones, have no graphs.
+    Copies of it, including pickled ones, have no graphs.
 
-    Python code in the network runs at the capture only: hooks of inner modules and later changes of
-    attributes, such as the rate of a drop path, have no effect. Use one thread and one stream at a
-    time.
+    Python code in the network runs only during the capture: hooks of inner modules and later
+    changes of attributes, such as the rate of a drop path, have no effect. Use one thread and one
+    stream at a time.
 
     In training, gradients are new tensors, which can be accumulated, clipped and kept. A capture
     leaves buffers (BatchNorm's statistics) and random numbers unchanged, and drop path draws the
@@ -112,7 +112,7 @@ class CudaGraphsHook(Hook):
 
         custom_hooks = [dict(type='mmconv2former.CudaGraphsHook')]
 
-    For recipes whose training images have one size, such as crops in segmentation and
+    It is for recipes whose training images have one size, such as crops in segmentation and
     classification. Others stop with a `VaryingSizeError` at the second size. Validation runs
     without graphs.
     """
@@ -141,7 +141,7 @@ class GraphedForward:
         self.__code__ = getattr(plain, '__code__', None)
         self.module, self.plain = module, plain
         self.inference, self.training = inference, training
-        # By training, dtype and autocast's dtype.
+        # The key is training mode, dtype and autocast's dtype.
         self.graphs: dict[tuple, tuple[InferenceGraph | TrainingGraph, Weights]] = {}
 
     def __call__(self, x: Tensor) -> Any:
@@ -216,9 +216,9 @@ class Weights:
 
     Args:
         module: The network.
-        training: Whether the values of weights may change, as an optimizer changes them, but not
-            which are trained. In inference the values may not change either, as a network may keep
-            casts of them.
+        training: Whether the values of weights may change, as an optimizer changes them; which
+            weights are trained may not. In inference the values may not change either, because a
+            network may keep casts of them.
     """
 
     def __init__(self, module: nn.Module, training: bool) -> None:
@@ -228,7 +228,7 @@ class Weights:
         holders = (vars(part)[kind] for part in self.modules for kind in kinds)
         self.holders = [holder for holder in holders if holder]
         self.state = self._read()
-        # The graph reads this memory, also that of plain attributes such as casts of weights. No
+        # The graph reads this memory, including plain attributes such as casts of weights. No
         # other tensor may get it.
         leaves = tree_flatten([vars(part) for part in self.modules])[0]
         self.kept = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
@@ -248,7 +248,7 @@ class Weights:
         ]
 
     def are_unchanged(self) -> bool:
-        """Whether nothing was moved, replaced, switched or (for inference) written to."""
+        """Whether no tensor was moved, replaced, switched or (for inference) written to."""
         return self._read() == self.state
 
 
@@ -262,7 +262,7 @@ class InferenceGraph:
     """
 
     def __init__(self, forward: Callable[[Tensor], Any], x: Tensor) -> None:
-        # Tensors of inference mode could not be written to outside of it.
+        # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad(), uncached_autocast(x):
             self.x = x.detach().clone()
             warm_up(lambda: forward(self.x), x.device)
@@ -291,10 +291,10 @@ class TrainingGraph:
     def __init__(self, module: nn.Module, forward: Callable[[Tensor], Any], x: Tensor) -> None:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.x = x.detach().clone()
-        self.call = 0  # the forward pass whose backward pass can be computed, counted from 1
+        self.call = 0  # number, from 1, of the forward pass whose backward pass can be computed
 
         def run_forward() -> tuple[list[Tensor], list[Tensor], Any]:
-            """Outputs, those of them that need gradients, and their structure."""
+            """The outputs, the outputs that need gradients, and their structure."""
             with uncached_autocast(x):
                 outputs, structure = tree_flatten(forward(self.x))
             return outputs, [output for output in outputs if output.requires_grad], structure
@@ -333,7 +333,8 @@ class TrainingGraph:
         """The gradient of each parameter, as a new tensor.
 
         Raises:
-            RuntimeError: Forward pass `call` is not the last one, or had its backward pass.
+            RuntimeError: Forward pass `call` is not the last one, or its backward pass has already
+                run.
         """
         if call != self.call:
             raise RuntimeError(
@@ -404,8 +405,8 @@ def capturing(
         device: The current device.
         pool: Memory of a graph that always runs before this one.
     """
-    # Thread-local, as a data loader's thread pins memory meanwhile. Unlike `torch.cuda.graph`, the
-    # outer context leaves the stream if the capture fails.
+    # Thread-local, because the thread of a data loader pins memory at the same time. Unlike
+    # `torch.cuda.graph`, the outer context leaves the stream if the capture fails.
     stream = side_stream(device)
     with (
         torch.cuda.stream(stream),

@@ -1,6 +1,6 @@
 """Settings that depend on the machine, which `ReliableRunner` fills in.
 
-A setting that the config makes itself is kept.
+A value that the config sets is kept.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.registry import OPTIMIZERS
 
 FUSED_ON = ('cuda',)  # device types; torch has fused steps on CPUs too, where launches are cheap
-# torch's implementations of an optimizer step. A config that names one has chosen.
+# torch's implementations of an optimizer step. A config that names one keeps its choice.
 IMPLEMENTATIONS = ('fused', 'foreach', 'differentiable', 'capturable')
 WRAPPER = 'MMDistributedDataParallel'  # mmengine's default
 
 
 def with_fused_step(optim_wrapper: dict, device: torch.device) -> dict:
-    """Sets `optimizer.fused=True`, which torch does not do by itself.
+    """Sets `optimizer.fused=True`, which is not the default of torch.
 
-    A fused step takes a few kernels for each parameter group, other implementations take some for
+    A fused step takes a few kernels for each parameter group; other implementations take a few for
     each operation. It works with gradient clipping, accumulation and loss scaling.
 
     Args:
@@ -30,8 +30,8 @@ def with_fused_step(optim_wrapper: dict, device: torch.device) -> dict:
         device: Device of the parameters.
 
     Returns:
-        A changed copy; `optim_wrapper` itself on other devices than CUDA, for optimizers without
-        the argument, and if the config sets one of `IMPLEMENTATIONS`.
+        A changed copy. On devices other than CUDA, for optimizers without the argument, and if the
+        config sets one of `IMPLEMENTATIONS`, `optim_wrapper` itself.
     """
     optimizer = optim_wrapper.get('optimizer')
     if device.type not in FUSED_ON or not isinstance(optimizer, dict):
@@ -46,7 +46,7 @@ def with_fused_step(optim_wrapper: dict, device: torch.device) -> dict:
 
 
 def keep_own_step(saved: dict, optim_wrapper: Any) -> None:
-    """Replaces `fused` and `foreach` in a checkpoint by those of this run.
+    """Replaces `fused` and `foreach` in a checkpoint with those of this run.
 
     torch would load them from the checkpoint, which may come from another device.
 
@@ -75,7 +75,7 @@ def distributed_wrapper(settings: dict | None, find_unused_parameters: bool) -> 
         find_unused_parameters: The config's, used without `model_wrapper_cfg`.
 
     Returns:
-        A copy of the settings; those of other wrappers are unchanged.
+        A copy of the settings; settings of other wrappers are unchanged.
     """
     if settings is None:  # mmengine's defaults
         settings = dict(broadcast_buffers=False, find_unused_parameters=find_unused_parameters)

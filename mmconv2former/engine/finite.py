@@ -1,7 +1,7 @@
 """Non-finite losses and weights: training stops, and they are never saved.
 
-mmengine trains on with a NaN loss. mmdet's `CheckInvalidLossHook` looks at every 50th loss only and
-says no more than that it is not finite. The errors here name the loss terms, the iteration, the
+mmengine continues to train with a NaN loss. mmdet's `CheckInvalidLossHook` checks only every 50th
+loss and only says that it is not finite. The errors here name the loss terms, the iteration, the
 images and the last checkpoint to resume from.
 """
 
@@ -68,7 +68,7 @@ class FiniteLossHook(Hook):
         """Checks the loss and its terms.
 
         Raises:
-            NonFiniteError: One is NaN or infinite.
+            NonFiniteError: A loss term is NaN or infinite.
         """
         values = {
             name: runner.message_hub.get_scalar(f'train/{name}').current() for name in outputs or ()
@@ -86,7 +86,8 @@ def check_weights(runner: Runner) -> None:
     """Checks the weights that are about to be saved.
 
     Raises:
-        NonFiniteError: One is NaN or infinite, e.g. after an update with a non-finite gradient.
+        NonFiniteError: A weight is NaN or infinite, e.g. after an update with a non-finite
+            gradient.
     """
     names = non_finite_tensors(runner.model)
     if names:
@@ -97,7 +98,7 @@ def check_weights(runner: Runner) -> None:
 
 
 def last_checkpoint(runner: Runner) -> str:
-    """Where a run can resume, for a message."""
+    """The checkpoint from which a run can resume, for a message."""
     checkpoint = find_latest_checkpoint(runner.work_dir)
     return f'last good checkpoint: {checkpoint}' if checkpoint else 'no checkpoint was saved yet'
 
@@ -107,7 +108,7 @@ def images_on_error(runner: Runner) -> Iterator[None]:
     """Logs the images of the current batch if anything fails in this context."""
     try:
         yield
-    except Exception:  # of any library, and raised again
+    except Exception:  # from any library; raised again
         for hook in runner.hooks:
             if isinstance(hook, BatchImagesHook) and hook.images:
                 runner.logger.error(f'The failing batch has the images {", ".join(hook.images)}')
@@ -115,7 +116,7 @@ def images_on_error(runner: Runner) -> Iterator[None]:
 
 
 def image_paths(data_batch: Any) -> list[str]:
-    """The image files of a batch, also with test-time augmentation."""
+    """The image files of a batch, including test-time augmentation."""
     samples = tree_flatten(data_batch)[0]
     paths = (getattr(sample, 'img_path', None) for sample in samples)
     return list(dict.fromkeys(str(path) for path in paths if path is not None))

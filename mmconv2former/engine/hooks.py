@@ -34,9 +34,9 @@ class SeedHook(Hook):
 class LogLengthHook(Hook):
     """Bounds the log that mmengine keeps of each scalar and copies at each iteration.
 
-    Otherwise it grows to a million entries, is part of each checkpoint, and slows down each
-    iteration. The bound is an epoch or `SHORTEST_LOG`, whichever is longer; longer averages, which
-    `log_processor.custom_cfg` can ask for with `window_size='global'`, are cut to it.
+    Without a bound it grows to a million entries, is part of each checkpoint, and slows down each
+    iteration. The bound is an epoch or `SHORTEST_LOG`, whichever is longer. It also limits longer
+    averages, which `log_processor.custom_cfg` can request with `window_size='global'`.
     """
 
     def after_train_iter(
@@ -65,7 +65,7 @@ class LateRemoval:
     """A file backend that removes files only when asked to.
 
     Args:
-        backend: mmengine's, which does everything else.
+        backend: mmengine's backend, which does everything else.
     """
 
     def __init__(self, backend: Any) -> None:
@@ -76,11 +76,11 @@ class LateRemoval:
         return getattr(self.backend, name)
 
     def remove(self, path: str) -> None:
-        """Puts a file down for removal."""
+        """Marks a file for removal."""
         self.outdated.append(path)
 
     def remove_outdated(self, kept: Collection[str | None]) -> None:
-        """Removes the files that were put down and are not in `kept`."""
+        """Removes the marked files that are not in `kept`."""
         for path in self.outdated:
             if path not in kept and self.backend.isfile(path):
                 self.backend.remove(path)
@@ -91,7 +91,8 @@ class LateRemoval:
 class ReliableCheckpointHook(CheckpointHook):
     """mmengine's `CheckpointHook`, except that a complete checkpoint exists at any moment.
 
-    - A checkpoint is removed (`max_keep_ckpts`, the former best) after its successor is written.
+    - A checkpoint is removed (`max_keep_ckpts`, the previous best) only after its successor is
+      written.
     - `last_checkpoint` is replaced atomically.
     - If a run was interrupted between a checkpoint and the validation after it, the resumed run
       starts with that validation: its metrics are logged and the best checkpoint is kept.
@@ -103,19 +104,19 @@ class ReliableCheckpointHook(CheckpointHook):
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
         self.file_backend = LateRemoval(self.file_backend)
-        if self.max_keep_ckpts > 0:  # mmengine's has no room for one more
+        if self.max_keep_ckpts > 0:  # the one of mmengine has no room for one more
             self.keep_ckpt_ids = list(self.keep_ckpt_ids)
         if validation_is_due(runner):
             runner.logger.info('Running the validation that the interruption skipped.')
             runner.val_loop.run()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        if isinstance(runner._train_loop, BaseLoop):  # not in a validation on its own
+        if isinstance(runner._train_loop, BaseLoop):  # not in a standalone validation
             runner.message_hub.update_info(VALIDATED, runner.iter)
             super().after_val_epoch(runner, metrics)
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
-        self._remove_outdated()  # the former best, if this follows a new one
+        self._remove_outdated()  # the previous best, if there is a new one
         outdated = []
         if self.max_keep_ckpts > 0 and step not in self.keep_ckpt_ids:
             self.keep_ckpt_ids.append(step)
@@ -152,14 +153,14 @@ class ReliableCheckpointHook(CheckpointHook):
         self._remove_outdated()
 
     def _remove_outdated(self) -> None:
-        """Removes what mmengine, which has two places for the best, wanted to remove before."""
+        """Removes what mmengine wanted to remove earlier; it stores the best in two places."""
         best_by_metric = getattr(self, 'best_ckpt_path_dict', {})
         best = [getattr(self, 'best_ckpt_path', None), *best_by_metric.values()]
         self.file_backend.remove_outdated(best)
 
 
 def validation_is_due(runner: Any) -> bool:
-    """Whether a resumed run is where its loop validates, and has not validated yet."""
+    """Whether a resumed run is at a validation of its loop that has not run yet."""
     loop = runner.train_loop
     has_validated = runner.message_hub.runtime_info.get(VALIDATED) == loop.iter
     if runner.val_loop is None or loop.iter == 0 or has_validated:

@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay for any backbone that states the depth of its layers.
+"""Layer-wise learning-rate decay for any backbone that knows the depth of its layers.
 
 The method is BEiT's (arXiv 2106.08254), as used by ConvNeXt (arXiv 2201.03545): layer i of n,
 counted from the stem, has the base rate times `decay_rate ** (n - 1 - i)`. Layer n - 1 is
@@ -49,7 +49,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         optim_wrapper_cfg: As in mmengine's `DefaultOptimWrapperConstructor`.
         paramwise_cfg: `decay_rate` in (0, 1], `decay_type` ('layer_wise', the default, or
             'stage_wise'), and any key of mmengine's constructor. The `lr_mult` of `custom_keys`
-            multiplies with the decay.
+            is multiplied by the decay.
 
     Raises:
         ValueError: `decay_rate` or `decay_type` is missing or not as above, or the optimizer has no
@@ -75,7 +75,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         if optimizer.get('weight_decay') is not None:
             for key in ('norm_decay_mult', 'bias_decay_mult', 'flat_decay_mult'):
                 options.setdefault(key, 0.0)
-        options.setdefault('custom_keys', {})  # without any option mmengine makes no groups
+        options.setdefault('custom_keys', {})  # mmengine makes groups only if an option is set
         super().__init__(optim_wrapper_cfg, options)
 
     def add_params(
@@ -85,7 +85,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         prefix: str = '',
         is_dcn_module: bool | None = None,
     ) -> None:
-        """Adds the groups of `module`; those of the whole model are decayed and merged."""
+        """Adds the groups of `module`; for the whole model, decays and merges them."""
         if prefix:
             super().add_params(params, module, prefix, is_dcn_module)
             return

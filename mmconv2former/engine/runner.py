@@ -4,7 +4,7 @@
 
 - A checkpoint is written completely or not at all; the previous one is kept until then.
 - A resumed run continues as if it had not been interrupted: same order of samples, same
-  augmentation, same random numbers in the network. A validation that was skipped is run.
+  augmentation, same random numbers in the network. A skipped validation is run first.
 - The log kept in memory is bounded: mmengine copies all of it at each iteration.
 - Settings that depend on the machine are filled in (`mmconv2former.engine.device_defaults`).
 """
@@ -32,7 +32,7 @@ from .finite import check_weights, images_on_error
 from .seeding import PositionedSampler, ResumedBatches, give_positions
 
 PARTIAL = '.checkpoint.partial'  # one name, so that an interrupted run leaves at most one such file
-LAST_CHECKPOINT = 'last_checkpoint'  # mmengine's: holds the path of the newest checkpoint
+LAST_CHECKPOINT = 'last_checkpoint'  # mmengine's file with the path of the newest checkpoint
 
 
 class CheckpointNotSaved(OSError):
@@ -41,7 +41,7 @@ class CheckpointNotSaved(OSError):
 
 @register(RUNNERS)
 class ReliableRunner(Runner):
-    """A `Runner` whose runs can be killed at any moment; arguments are those of mmengine's.
+    """A `Runner` whose runs can be killed at any moment, with the arguments of mmengine's.
 
     `resume` may also be 'auto': resumes from the newest readable checkpoint in the work dir; if
     there is none, starts from scratch.
@@ -63,7 +63,7 @@ class ReliableRunner(Runner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """As mmengine's, with checked samples that each have their own seed.
+        """Builds a data loader as mmengine does, with checked samples that have their own seeds.
 
         Raises:
             DataError: The dataset cannot be read, or has no samples.
@@ -87,7 +87,7 @@ class ReliableRunner(Runner):
         return super().wrap_model(model_wrapper_cfg, model)
 
     def build_optim_wrapper(self, optim_wrapper: Any) -> OptimWrapper:
-        """As mmengine's; the optimizer's step is fused on CUDA, see `with_fused_step`."""
+        """Builds it as mmengine does, with a fused step on CUDA; see `with_fused_step`."""
         if isinstance(optim_wrapper, dict):
             settings = with_fused_step(optim_wrapper, next(self.model.parameters()).device)
             if settings is not optim_wrapper:
@@ -96,7 +96,7 @@ class ReliableRunner(Runner):
         return super().build_optim_wrapper(optim_wrapper)
 
     def register_default_hooks(self, hooks: dict | None = None) -> None:
-        """Registers mmengine's default hooks, two of them replaced by ours, and more of ours."""
+        """Registers mmengine's default hooks, two of them replaced by ours, and our own hooks."""
         hooks = dict(hooks or {})
         hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
         hooks.setdefault('logger', dict(type='LoggerHook'))
@@ -112,7 +112,7 @@ class ReliableRunner(Runner):
         }
         for name, type_ in ours.items():
             hooks.setdefault(name, dict(type=f'mmconv2former.{type_}'))
-            if hooks[name] is None:  # turned off, as mmengine's own can be
+            if hooks[name] is None:  # turned off, as mmengine allows
                 del hooks[name]
         super().register_default_hooks(hooks)
 
@@ -131,18 +131,19 @@ class ReliableRunner(Runner):
 
     # ------------------------------------------------------------------------------------ resume
     def load_or_resume(self) -> None:
-        """Loads or resumes; from the newest readable checkpoint if none is named.
+        """Loads or resumes, from the newest readable checkpoint if none is named.
 
         Raises:
-            CheckpointError: See `mmconv2former.checkpoint`; if none is named, only if there are
-                checkpoints and none can be read.
+            CheckpointError: See `mmconv2former.checkpoint`. If none is named: there are
+                checkpoints, but none can be read.
         """
         if self._has_loaded or not (
             self._resume == 'auto' or (self._resume and not self._load_from)
         ):
             super().load_or_resume()
             return
-        # All processes use the same checkpoint, even if a file system shows some of them less.
+        # All processes use the same checkpoint, even if a file system shows some of them fewer
+        # files.
         found = [[str(path) for path in checkpoints_of(Path(self.work_dir))]]
         broadcast_object_list(found)
         for checkpoint in found[0]:
@@ -191,7 +192,7 @@ class ReliableRunner(Runner):
 
     # -------------------------------------------------------------------------------------- load
     def preflight(self, training: bool) -> None:
-        """Reads and checks all weights of a run, to refuse them before the data are loaded.
+        """Reads and checks all weights of a run, so that bad ones fail before the data are loaded.
 
         Args:
             training: Whether `train` will follow, with initial weights; otherwise `val` or `test`.
@@ -201,12 +202,12 @@ class ReliableRunner(Runner):
         """
         if training:
             self._init_model_weights()
-        if self._load_from and self._resume != 'auto':  # which may find another one
+        if self._load_from and self._resume != 'auto':  # which may find another checkpoint
             content = self._read(self._load_from, strict=not training or bool(self._resume))
             self._checked = self._load_from, content
 
     def _init_model_weights(self) -> None:
-        """As mmengine's, but once: `preflight` may have done it."""
+        """Initialises the weights as mmengine does, unless `preflight` has already done so."""
         if not self._has_initial_weights:
             super()._init_model_weights()
         self._has_initial_weights = True
@@ -236,7 +237,7 @@ class ReliableRunner(Runner):
         if self._resume and not isinstance(self.optim_wrapper, dict):
             check_optimizer(content['optimizer'], self.optim_wrapper, filename)
             keep_own_step(content['optimizer'], self.optim_wrapper)
-        # Hooks may change it: EMAHook exchanges the averaged weights with the others.
+        # Hooks may change it: EMAHook swaps the averaged weights with the others.
         self.call_hook('after_load_checkpoint', checkpoint=content)
         unwrapped(self.model).load_state_dict(content['state_dict'], strict=False)
         self._has_loaded = True
@@ -281,7 +282,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def replace(partial: Path, path: Path) -> None:
-    """Replaces a file by one that was just written, so that a crash leaves one or the other."""
+    """Replaces a file with a new one, so that a crash leaves one or the other."""
     with partial.open('rb') as file:
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -295,8 +296,8 @@ def replace(partial: Path, path: Path) -> None:
 def checkpoints_of(work_dir: Path) -> list[Path]:
     """The checkpoints from which a run can be resumed, newest first.
 
-    These are the one that `last_checkpoint` names, looked for in this folder first in case it was
-    moved, and then all others by number.
+    The first is the one that `last_checkpoint` names; this folder is searched first, in case it was
+    moved. All others follow by number.
     """
     named: list[Path] = []
     marker = work_dir / LAST_CHECKPOINT

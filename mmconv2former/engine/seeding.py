@@ -1,9 +1,9 @@
 """Random numbers that depend only on the run's seed and the position in the run.
 
-mmengine seeds once, when a run starts. A resumed run then draws other random numbers than an
+mmengine seeds once, when a run starts. A resumed run then draws different random numbers than an
 uninterrupted one, and its data workers repeat the augmentations of the first epoch. Here each
-sample and each iteration has its own seed, derived from the run's seed and its position, whatever
-happened before and however many data workers there are.
+sample and each iteration has its own seed, derived from the run's seed and its position. It depends
+neither on what happened before nor on the number of data workers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_dist_info
 from torch.utils.data import DataLoader, Sampler
 
-# First number of the key of a seed, so that no two uses share a seed.
+# First number of the key of a seed; it keeps the seeds of different uses apart.
 SAMPLES, ITERATIONS = 0, 1
 
 
@@ -55,14 +55,14 @@ class SampleIndex(int):
 class PositionedSampler(Sampler):
     """Wraps a sampler: gives each index a seed derived from its position in the run.
 
-    Other attributes (`set_epoch`, `dataset`, ...) are those of the sampler.
+    Other attributes (`set_epoch`, `dataset`, ...) come from the sampler.
 
     Args:
         sampler: A sampler of this process.
         seed: Seed of the run, the same in all processes.
     """
 
-    sampler: Any  # torch's `Sampler` has no length, `seed` or `epoch`; those of libraries have
+    sampler: Any  # `Sampler` of torch has no length, `seed` or `epoch`; those of the libraries do
 
     def __init__(self, sampler: Sampler, seed: int) -> None:
         self.sampler = sampler
@@ -73,8 +73,8 @@ class PositionedSampler(Sampler):
 
         Args:
             seed: Seed of the run.
-            skip: Indices of this process that the run has used: since the start of an infinite
-                sampler, since the start of the epoch of others.
+            skip: Indices of this process that the run has used: since the start for an infinite
+                sampler, since the start of the epoch for others.
         """
         self.run_seed = seed
         self.skip = skip
@@ -85,7 +85,7 @@ class PositionedSampler(Sampler):
 
     @property
     def is_infinite(self) -> bool:
-        """Whether the sampler never ends, as in a run of iterations."""
+        """Whether the sampler never ends, as in an iteration-based run."""
         return type(self.sampler) is InfiniteSampler
 
     def __iter__(self) -> Iterator[SampleIndex]:
@@ -109,12 +109,12 @@ def give_positions(dataloader: DataLoader, seed: int) -> None:
     """Wraps the sampler of a data loader in a `PositionedSampler`, unless it is iterable-style."""
     batch_sampler: Any = dataloader.batch_sampler
     if isinstance(getattr(batch_sampler, 'sampler', None), Sampler):
-        # A data loader refuses a new sampler, but it iterates over its batch sampler only.
+        # A data loader refuses a new sampler, but it only iterates over its batch sampler.
         batch_sampler.sampler = PositionedSampler(batch_sampler.sampler, seed)
 
 
 class ResumedBatches:
-    """Endless batches of a data loader from a position on, without loading those before it.
+    """Endless batches of a data loader from a position on, without loading earlier batches.
 
     Replaces the iterator of mmengine's `IterBasedTrainLoop`, which in the original releases loads
     all batches before the position and discards them.
@@ -141,7 +141,7 @@ class ResumedBatches:
         self.iterator = iter(dataloader)
 
     def skip_iter(self, num_iters: int) -> None:
-        """Does nothing: newer mmengine asks to skip to the position, where this already is."""
+        """Does nothing: newer mmengine asks to skip to the position, which is already set."""
 
     def __iter__(self) -> ResumedBatches:
         return self

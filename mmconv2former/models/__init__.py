@@ -1,1 +1,1 @@
-"""The networks: backbones, heads and what they are built from."""
+"""The networks: backbones, heads and their building blocks."""

@@ -7,12 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 FIXED_STRIDES = (
-    'Its strides are fixed and nothing is dilated: let the head take them as they are '
+    'Its strides are fixed and nothing is dilated: adapt the head instead '
     '(docs/use_in_your_config.md shows it for DeepLabV3+)'
 )
 ADVICE = {
     **dict.fromkeys(('dilations', 'strides', 'dilation', 'output_stride'), FIXED_STRIDES),
-    'pretrained': "Name the weights by init_cfg=dict(type='Pretrained', checkpoint=FILE); a "
+    'pretrained': "Name the weights with init_cfg=dict(type='Pretrained', checkpoint=FILE); a "
     "segmentor's own pretrained must be None",
 }
 REPLACE_ALL = (
@@ -41,7 +41,7 @@ def with_arguments_of(base: type) -> Callable[[Init], Init]:
 
 
 def parse_arch(arch: str | Mapping, archs: Mapping[str, Row], letters: Mapping[str, str]) -> Row:
-    """A row of a table of variants: by name, by letters that stand for a name, or from a dict."""
+    """A row of a table of variants: by name, by the letters of a name, or from a dict."""
     if isinstance(arch, str) and letters.get(arch.lower(), arch.lower()) in archs:
         return archs[letters.get(arch.lower(), arch.lower())]
     if isinstance(arch, Mapping):
@@ -84,7 +84,7 @@ def parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tupl
 def refuse_foreign(name: str, arguments: Collection[str]) -> None:
     """Raises TypeError if a class called `name` got arguments that it does not have.
 
-    They are mostly those of the backbone that a config had before.
+    They mostly come from the backbone that the config had before.
     """
     if arguments:
         advice = {ADVICE[argument]: None for argument in arguments if argument in ADVICE}
@@ -94,7 +94,7 @@ def refuse_foreign(name: str, arguments: Collection[str]) -> None:
 
 
 def check_init_cfg(init_cfg: object) -> None:
-    """Raises ValueError for a config of the initialisation that mmengine would ignore."""
+    """Raises ValueError for an `init_cfg` that mmengine would ignore."""
     configs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
     if init_cfg is not None and not all(isinstance(cfg, dict) and 'type' in cfg for cfg in configs):
         raise ValueError(

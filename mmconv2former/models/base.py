@@ -1,6 +1,6 @@
 """What the hierarchical and the isotropic Conv2Former share.
 
-Pretrained weights, arguments, outputs, freezing, modes, checks of the input.
+Pretrained weights, arguments, outputs, freezing, modes and checks of the input.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from .fusion import FUSIONS
 class PretrainedModule(BaseModule):
     """mmengine's BaseModule, but weights of `init_cfg=dict(type='Pretrained', ...)` must fit.
 
-    mmengine loads with `strict=False`, so that a file of another model changes nothing and raises
-    no error. Here `mmconv2former.Pretrained` loads it; the dict holds its arguments. With several
-    base classes this one comes first.
+    mmengine loads with `strict=False`, so a file of another model changes nothing and raises no
+    error. Here `mmconv2former.Pretrained` loads it, with the arguments in the dict. With several
+    base classes this one must come first.
     """
 
     init_cfg: dict | list[dict] | None
@@ -57,7 +57,7 @@ class PretrainedModule(BaseModule):
         self.load_pretrained_weights()
 
     def load_pretrained_weights(self) -> None:
-        """Loads the checkpoints that `init_cfg` names, and applies nothing else of it.
+        """Loads the checkpoints that `init_cfg` names, and ignores the rest of it.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -78,8 +78,8 @@ def is_pretrained(init_cfg: Mapping) -> bool:
 class Conv2FormerBase(PretrainedModule):
     """A network of blocks between a stem and norms `norm{i}` of the outputs.
 
-    A subclass calls `_set_outputs`, builds its stem and stages (of `_block`), and then calls
-    `_finish`. The arguments are described at `Conv2Former`.
+    A subclass calls `_set_outputs`, builds its stem and its stages with `_block`, and then calls
+    `_finish`. `Conv2Former` describes the arguments.
     """
 
     smallest_input: int  # pixels of a side
@@ -143,7 +143,7 @@ class Conv2FormerBase(PretrainedModule):
         return Block(channels, kernel_size, drop_path_rate, **self._block_options)
 
     def _finish(self) -> None:
-        """Output norms, initial values and modes, when all stages are there."""
+        """Adds output norms and sets initial values and modes, after all stages are built."""
         for i, channels in zip(self.out_indices, self.channels):
             if self.out_norm:
                 norm = LayerNorm(channels, channels_first=not self.out_channels_last)
@@ -159,11 +159,11 @@ class Conv2FormerBase(PretrainedModule):
         raise NotImplementedError(f'{type(self).__name__} must say which modules are frozen')
 
     def _blocks(self) -> Iterable[nn.Module]:
-        """The blocks, or what replaced them."""
+        """The blocks, or the modules that replaced them."""
         raise NotImplementedError(f'{type(self).__name__} must say which blocks it has')
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The feature maps of an input that was checked."""
+        """The feature maps of a checked input."""
         raise NotImplementedError(f'{type(self).__name__} must say how it computes')
 
     # --------------------------------------------------------------------------------------- modes
@@ -175,7 +175,7 @@ class Conv2FormerBase(PretrainedModule):
         return [*self._stages_to_freeze(self.frozen_stages), *norms]
 
     def train(self, mode: bool = True) -> Conv2FormerBase:
-        """Sets the mode, except of frozen parts and, with `norm_eval`, of the stem's BatchNorms."""
+        """Sets the mode, except for frozen parts and, with `norm_eval`, the stem's BatchNorms."""
         super().train(mode)
         if mode:
             for module in self._frozen_modules():
@@ -189,7 +189,7 @@ class Conv2FormerBase(PretrainedModule):
     def switch_to_deploy(self) -> Conv2FormerBase:
         """Converts the network for inference, in place: see `mmconv2former.models.deploy`.
 
-        Load weights before; afterwards nothing can be trained or loaded. Calling it again has no
+        Load weights first; afterwards nothing can be trained or loaded. Calling it again has no
         effect.
 
         Returns:
@@ -209,12 +209,12 @@ class Conv2FormerBase(PretrainedModule):
         self._check_input(x)
         if is_captured():
             return self._forward(x)
-        # Blocks in wrappers are left out: these may not have their weights yet.
+        # Blocks in wrappers are left out, because they may not have their weights yet.
         with folded_together([b for b in self._blocks() if isinstance(b, Block)], x):
             return self._forward(x)
 
     def _check_input(self, x: Tensor) -> None:
-        if torch.jit.is_tracing():  # sizes are tensors there, a comparison would be frozen
+        if torch.jit.is_tracing():  # sizes are tensors there, and a comparison would be frozen
             return
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(

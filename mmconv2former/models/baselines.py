@@ -3,7 +3,7 @@
 Section 4 of arXiv 2211.11943 compares with ConvNeXt, Swin, HorNet, RepLKNet, DeiT, EfficientNet,
 FocalNet, CoAtNet and others. mmpretrain or timm builds them; `Baseline` returns what Conv2Former
 returns: feature maps of strides 4, 8, 16 and 32, and the depth of each parameter.
-docs/baselines.md says how to use it.
+docs/baselines.md shows how to use it.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ class Family:
     """What the sizes of a network have in common.
 
     Attributes:
-        source: Of the published numbers.
-        library: Which builds it, 'mmpretrain' or 'timm'.
+        source: Source of the published numbers.
+        library: Library that builds it, 'mmpretrain' or 'timm'.
         parameters: Regular expression that locates a parameter by its name in the library's
             network. Its groups: `stem`; `stage` and `block`; `before` and `after`, the stage that a
             downsampling precedes or follows. A network without stages has `block` alone.
         first_stage: Number of the first stage in these names.
-        modules_per_block: How many numbered modules of the library form a block.
-        blocks_per_stage: Of a network without stages: so many blocks count as one.
-        arguments: Of the library's network, for every task.
-        dense: Further ones for dense prediction; None if the input size is fixed.
-        classification: Further ones for classification.
-        taps: Of timm's networks: the stages or blocks whose outputs are taken.
+        modules_per_block: Number of numbered modules of the library that form a block.
+        blocks_per_stage: In a network without stages: number of blocks that count as a stage.
+        arguments: Arguments of the library's network, for every task.
+        dense: Further arguments for dense prediction; None if the input size is fixed.
+        classification: Further arguments for classification.
+        taps: For timm's networks: the stages or blocks whose outputs are taken.
         is_single_scale: Whether all of these have stride 16.
         classifier_only: A part of mmpretrain's network that dense prediction does not use.
-        no_weight_decay: Parts of parameter names that the published recipes do not decay, in
-            addition to norms, biases and everything else of one dimension.
+        no_weight_decay: Parts of names of parameters that the published recipes do not decay, in
+            addition to norms, biases and other one-dimensional parameters.
     """
 
     source: str
@@ -179,13 +179,14 @@ class Variant:
     """One network: how to build it, and its published numbers on ImageNet-1K.
 
     Attributes:
-        family: What it has in common with others.
+        family: What it has in common with the other sizes.
         arch: mmpretrain's name of the size, or timm's of the model.
-        channels: Of the four feature maps.
+        channels: Channels of the four feature maps.
         weights: The library's name of its ImageNet-1K weights, or a URL; None if it has none.
-        parameters: In millions, with the 1000-class head; None if published with another head only.
+        parameters: In millions, with the 1000-class head; None if only published with another head.
         flops: In billions of multiply-adds, at `size`.
-        top1: Per cent, trained on ImageNet-1K alone and tested at `size`; None if not published.
+        top1: Accuracy in per cent, trained on ImageNet-1K alone and tested at `size`; None if not
+            published.
         size: Side of the input in pixels.
         classifier_channels: Input channels of its last linear layer, if not `channels[-1]`.
     """
@@ -202,12 +203,12 @@ class Variant:
 
     @property
     def linear_channels(self) -> int:
-        """Input channels of the last linear layer of its classifier."""
+        """Input channels of the last linear layer of the classifier."""
         return self.classifier_channels or self.channels[-1]
 
 
 def doubled(channels: int) -> tuple[int, int, int, int]:
-    """Channels of four stages, each twice as wide as the one before."""
+    """Channels of four stages, each twice as wide as the previous one."""
     return channels, 2 * channels, 4 * channels, 8 * channels
 
 
@@ -304,8 +305,8 @@ def parse_stages(out_indices: int | Sequence[int]) -> tuple[int, ...]:
     """Stages, from 0, whose feature maps a baseline returns, in the given order.
 
     Raises:
-        TypeError, ValueError: They are not as `Conv2Former` takes them, or the last stage is not
-            among them: the library builds it always, and its parameters would get no gradient.
+        TypeError, ValueError: `Conv2Former` would not take them either, or the last stage is not
+            among them: the library always builds it, and its parameters would get no gradient.
     """
     stages = parse_out_indices(out_indices, len(STRIDES))
     if ALL_STAGES[-1] not in stages:
@@ -324,10 +325,10 @@ class Baseline(BaseModule):
     For dense prediction it returns a tuple of contiguous feature maps (N, channels[i], H / s,
     W / s) of strides s = strides[i], sizes rounded down or up as the network pads. Each map is
     normalised: by the library's own norm (ConvNeXt, Swin and HorNet: LayerNorm; RepLKNet:
-    BatchNorm; EfficientNet: the BatchNorm at the end of its blocks), else by a LayerNorm added here
-    (FocalNet, DeiT-3, ViT). DeiT-3 and ViT have one scale: mmseg's `Feature2Pyramid` makes four
-    from the outputs of the four quarters of their blocks, and position embeddings are interpolated
-    to the size of the input.
+    BatchNorm; EfficientNet: the BatchNorm at the end of its blocks), otherwise by a LayerNorm added
+    here (FocalNet, DeiT-3, ViT). DeiT-3 and ViT have one scale: mmseg's `Feature2Pyramid` makes
+    four from the outputs of the four quarters of their blocks, and position embeddings are
+    interpolated to the size of the input.
 
     For classification it is the published network up to its linear layer, and returns a tuple of
     one tensor (N, C, h, w), where h and w are 1 if the network pools by itself.
@@ -336,8 +337,9 @@ class Baseline(BaseModule):
 
     Args:
         name: A key of `BASELINES`.
-        drop_path_rate: Of the last block, in [0, 1); it grows linearly from 0 at the first block.
-        classification: See above.
+        drop_path_rate: Drop path of the last block, in [0, 1); it grows linearly from 0 at the
+            first block.
+        classification: Whether to build the classification network, see above.
         options: Further arguments of the library's network, such as mmpretrain's
             `dict(with_cp=True)`.
         init_cfg: None, or `dict(type='Pretrained', checkpoint=..., prefix=...)` with a file of the
@@ -347,8 +349,8 @@ class Baseline(BaseModule):
             the levels of their pyramid. Norms and pyramid levels of other maps are not built.
 
     Attributes:
-        channels: Of each returned feature map.
-        strides: Of each returned feature map; for dense prediction only.
+        channels: Channels of each returned feature map.
+        strides: Stride of each returned feature map; for dense prediction only.
 
     Raises:
         ValueError, TypeError: `name`, `drop_path_rate`, `out_indices` or `init_cfg` is not as
@@ -416,7 +418,7 @@ class Baseline(BaseModule):
             self._prepare_dense(variant)
 
     def _prepare_dense(self, variant: Variant) -> None:
-        """Adds norms and a pyramid; removes what no map depends on, as it would get no gradient."""
+        """Adds norms and a pyramid; removes unused parts, which would get no gradient."""
         family = variant.family
         if family.classifier_only is not None:
             parent, _, child = family.classifier_only.rpartition('.')
@@ -464,7 +466,7 @@ class Baseline(BaseModule):
             feature = maps if isinstance(maps, Tensor) else maps[-1]
             return (feature if feature.dim() == 4 else feature[..., None, None],)
         if self.pyramid is not None:
-            # Patches reach beyond the image's lower and right edge; crop what is outside.
+            # Patches extend beyond the image's lower and right edge; crop what is outside.
             height, width = x.shape[2:]
             maps = [
                 part(feature)[..., : -(-height // STRIDES[i]), : -(-width // STRIDES[i])]
@@ -478,7 +480,7 @@ class Baseline(BaseModule):
         return layer_depth(self._locate(param_name, prefix), self.depths)
 
     def get_stage_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """As `get_layer_depth`, for stage-wise decay: stem, stages one by one, all the rest."""
+        """Like `get_layer_depth`, for stage-wise decay: stem, each stage, everything else."""
         return stage_depth(self._locate(param_name, prefix), self.depths)
 
     def _locate(self, param_name: str, prefix: str) -> Location | None:
@@ -489,7 +491,7 @@ class Baseline(BaseModule):
 
 
 def import_library(module: str, name: str) -> ModuleType:
-    """Imports what builds a baseline.
+    """Imports the library that builds a baseline.
 
     Raises:
         ModuleNotFoundError: It is not installed; the message names the pip package.

@@ -97,8 +97,8 @@ class PointwiseConv(nn.Conv2d):
 class Modulation(nn.Module):
     """Convolutional modulation, equation 5 of the paper, (N, H, W, C) -> (N, H, W, C).
 
-    With x' = LayerNorm(x): A = DW_kxk(GELU(W1 x')), V = W2 x', result W3 (A * V). The ablations
-    fuse A and V in other ways (`mmconv2former.models.fusion`).
+    With x' = LayerNorm(x), A = DW_kxk(GELU(W1 x')) and V = W2 x', the result is W3 (A * V). The
+    ablations fuse A and V in other ways (`mmconv2former.models.fusion`).
     """
 
     att: Any  # nn.Sequential; type checkers cannot tell the layers of one
@@ -123,8 +123,8 @@ class Modulation(nn.Module):
 class FeedForward(nn.Module):
     """Feed-forward with a residual 3x3 depthwise convolution, (N, H, W, C) -> (N, H, W, C).
 
-    With h = GELU(W1 LayerNorm(x)): result W2 (h + GELU(DW_3x3(h))). The paper does not mention the
-    depthwise convolution; the published code and weights have it.
+    With h = GELU(W1 LayerNorm(x)), the result is W2 (h + GELU(DW_3x3(h))). The paper does not
+    mention the depthwise convolution; the published code and weights have it.
     """
 
     def __init__(self, channels: int, mlp_ratio: float) -> None:
@@ -153,7 +153,7 @@ class DropPath(nn.Module):
         return x if factors is None else x * factors.view(-1, *(1,) * (x.dim() - 1))
 
     def factors(self, branches: int, x: Tensor) -> Tensor | None:
-        """Factors (branches, N) of the branches of each image; None stands for 1."""
+        """Factors (branches, N) of the branches of each image; None means 1."""
         if not self.training or self.rate == 0.0:
             return None
         keep = 1.0 - self.rate
@@ -166,11 +166,11 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Modulation and feed-forward, each with layer scale and drop path around a residual.
 
-    `mmconv2former.ops.block` computes the same faster and in less memory as long as all layers are
-    plain; a block with a hooked, replaced or parametrized layer runs layer by layer.
+    As long as all layers are plain, `mmconv2former.ops.block` computes the same faster and in less
+    memory. A block with a hooked, replaced or parametrized layer runs layer by layer.
     """
 
-    # While a network runs: its thread, this block's parameters and what they were folded into.
+    # Set while a network runs: its thread, this block's parameters and their folded weights.
     prefolded: tuple[int, BlockParameters, FoldedWeights] | None = None
 
     def __init__(
@@ -213,7 +213,7 @@ class Block(nn.Module):
     def _fast_weights(self, x: Tensor) -> tuple[BlockParameters, FoldedWeights | None] | None:
         """Parameters for `compute_block`, and their folded form if the network has prepared it.
 
-        None if the layers must run one by one, or are faster that way.
+        The result is None if the layers must run one by one, or are faster that way.
         """
         if self.prefolded is not None and self.prefolded[0] == threading.get_ident():
             return self.prefolded[1:]
@@ -223,7 +223,7 @@ class Block(nn.Module):
         return parameters, None
 
     def plain_parameters(self) -> BlockParameters | None:
-        """The parameters if all layers are plain, so that nothing else matters; else None."""
+        """The parameters if all layers are plain, so that nothing else matters, otherwise None."""
         # Reads `_modules` and `_parameters`: attributes take longer, and this runs for each block
         # of each forward pass.
         children: Any = self._modules
@@ -286,7 +286,7 @@ def has_attachment(layer: nn.Module) -> bool:
 class Downsample(nn.Sequential):
     """LayerNorm and 2x2 convolution of stride 2: (N, H, W, C_in) -> (N, H / 2, W / 2, C_out).
 
-    An odd last row or column is left out, as in the published code.
+    An odd last row or column is dropped, as in the published code.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -301,12 +301,12 @@ class Downsample(nn.Sequential):
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:
-    """Rates of `depth` blocks, growing linearly from 0 at the first to `last` at the last."""
+    """Rates of `depth` blocks, which grow linearly from 0 at the first to `last` at the last."""
     return [last * j / max(1, depth - 1) for j in range(depth)]
 
 
 def init_layer(module: nn.Module) -> None:
-    """Truncated normal weights of deviation 0.02 and zero biases, as published."""
+    """Truncated normal weights with a deviation of 0.02, and zero biases, as published."""
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -62,8 +62,8 @@ class Conv2Former(Conv2FormerBase):
         arch: A name of `ARCHS`, its first letter, or a dict of `channels` and `depths` (one value
             for each stage; any number of stages; even channels in the first) and optionally
             `kernel_size`.
-        kernel_size: Odd size of the modulation's depthwise convolutions: None for the arch's own,
-            an int, or one int for each stage.
+        kernel_size: Odd size of the modulation's depthwise convolutions: None for the default of
+            the arch, an int, or one int for each stage.
         out_indices: Stages whose features are returned, in this order: an int or a sequence;
             negatives count from the last stage. Later stages are not built, so that no parameter
             is unused in training.
@@ -79,8 +79,8 @@ class Conv2Former(Conv2FormerBase):
         frozen_stages: -1 freezes nothing, 0 the stem, k the stem and the first k stages with their
             output norms. Frozen parts get no gradient and stay in eval mode.
         norm_eval: Whether the stem's BatchNorms stay in eval mode while training.
-        with_cp: Whether the backward pass recomputes each block (activation checkpointing): least
-            memory, more time.
+        with_cp: Whether the backward pass recomputes each block (activation checkpointing), which
+            needs the least memory and more time.
         recompute: What the backward pass recomputes inside a block: 'nothing' (most memory,
             fastest), 'elementwise' (GELU, Hadamard product, sums) or 'expansion' (these and the
             feed-forward's first convolution). Has no effect on blocks that run layer by layer: with
@@ -88,10 +88,10 @@ class Conv2Former(Conv2FormerBase):
         depthwise_conv: Registered type of the modulation's depthwise convolution, called with
             (N, H, W, C); see `mmconv2former.ops.DepthwiseConv`.
         out_channels_last: Whether feature maps on a GPU stay in `torch.channels_last` memory, which
-            saves half-precision convolutions behind them a copy. mmcv's RoIAlign, which misreads
-            it, is then guarded (`mmconv2former.compat`).
+            saves a copy in half-precision convolutions that follow. mmcv's RoIAlign, which
+            misreads such memory, is then guarded (`mmconv2former.compat`).
         init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
-            reads published files as they are and raises an error if one does not fit; further keys
+            reads published files unchanged and raises an error if one does not fit; further keys
             are arguments of `mmconv2former.checkpoint.loading.load_pretrained`, such as `prefix`
             and `adapt_kernel`.
 
@@ -102,7 +102,7 @@ class Conv2Former(Conv2FormerBase):
     Shapes:
         Input (N, in_channels, H, W), H and W at least the largest stride built (32 for four
         stages). Returns a tuple of contiguous (N, channels[i], H / strides[i], W / strides[i]);
-        sizes that are no multiples of the stride are rounded as the published convolutions do.
+        sizes that are not multiples of the stride are rounded as the published convolutions do.
 
     Raises:
         ValueError, TypeError: An argument or the shape of an input is not as described; the message
@@ -138,7 +138,7 @@ class Conv2Former(Conv2FormerBase):
         self.downsample_layers = nn.ModuleList([stem])
         for i in range(1, len(self.depths)):
             self.downsample_layers.append(Downsample(channels[i - 1], channels[i]))
-        # Over the arch's full depth, so that a network cut by `out_indices` is part of the whole.
+        # Rates for the arch's full depth, so that a network cut by `out_indices` has the same ones.
         rates = iter(drop_path_rates(self.drop_path_rate, sum(variant.depths)))
         self.stages = nn.ModuleList()
         for i, depth in enumerate(self.depths):
@@ -164,8 +164,9 @@ class Conv2Former(Conv2FormerBase):
         """Depth of a parameter for layer-wise learning-rate decay, as mmpretrain's backbones do.
 
         The stem is layer 0. Each stage forms `num_groups(depth)` layers of consecutive blocks; a
-        downsampling counts with the blocks behind it. What is not part of the published backbone,
-        such as the output norms and any name without `prefix`, is the last layer, with the heads.
+        downsampling counts with the blocks after it. Everything outside the published backbone,
+        such as the output norms and any name without `prefix`, is in the last layer, with the
+        heads.
 
         Args:
             param_name: Name of a parameter, in the backbone or in the model around it.

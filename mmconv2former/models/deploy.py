@@ -1,4 +1,4 @@
-"""A network converted for inference: what is affine is folded into the convolutions beside it.
+"""A network converted for inference: affine parts are folded into neighbouring convolutions.
 
 The results differ by rounding only. Nothing can be trained or loaded afterwards.
 """
@@ -23,7 +23,7 @@ from .fusion import FUSIONS
 
 
 def deploy(network: nn.Module) -> None:
-    """Replaces stem, blocks and downsamplings of a network by their forms for inference.
+    """Replaces stem, blocks and downsamplings of a network with their forms for inference.
 
     Raises:
         RuntimeError: A layer of a block was replaced, is parametrized or has hooks, which would be
@@ -42,7 +42,7 @@ def deploy(network: nn.Module) -> None:
 def check_block(name: str, block: Block) -> None:
     """Raises RuntimeError if folding would lose something that is attached to a block."""
     for layer_name, plain in PLAIN_LAYERS.items():
-        if layer_name == 'attn.att.2':  # the depthwise convolution is called as it is
+        if layer_name == 'attn.att.2':  # the depthwise convolution is called unchanged
             continue
         layer = block.get_submodule(layer_name)
         is_tanh = getattr(layer, 'approximate', 'none') != 'none'
@@ -56,10 +56,10 @@ def check_block(name: str, block: Block) -> None:
 class DeployedBlock(nn.Module):
     """A `Block` for inference, (N, H, W, C) -> (N, H, W, C).
 
-    The LayerNorms' scale and shift are in the convolutions behind them, the layer scales in those
-    before the residuals. On a CPU in float32, GELU, Hadamard product and residuals are in the
-    operators before them (`mmconv2former.ops.mkldnn_fusion`); elsewhere `mmconv2former.ops.block`
-    computes the block.
+    The LayerNorms' scale and shift are folded into the convolutions after them, the layer scales
+    into those before the residuals. On a CPU in float32, GELU, Hadamard product and residuals are
+    fused into the operators before them (`mmconv2former.ops.mkldnn_fusion`); elsewhere
+    `mmconv2former.ops.block` computes the block.
     """
 
     def __init__(self, block: Block) -> None:
@@ -95,18 +95,18 @@ class DeployedBlock(nn.Module):
         return self.fc2.plus(add(self.pos.gelu(h), h), x)
 
     def _by_function(self, x: Tensor) -> Tensor:
-        x = x.to(self.gate.weight.dtype)  # that of the residuals, as in a `Block`
+        x = x.to(self.gate.weight.dtype)  # dtype of the residuals, as in a `Block`
         dtype = autocast_dtype(x)
         steps = steps_for(x, (self.depthwise.weight, self.pos.weight))
         form = dtype, 'stock' if steps is block_stock else 'triton'
         if form not in self.folded:
-            with torch.inference_mode(False), torch.no_grad():  # for any mode that comes later
+            with torch.inference_mode(False), torch.no_grad():  # usable in any mode
                 self.folded[form] = self._cast(*form)
         with without_autocast(x):
             return run(run_block, steps, x, None, self.folded[form], self.eps, None)[0]
 
     def _cast(self, dtype: torch.dtype, implementation: str) -> FoldedWeights:
-        """The weights in a dtype, those of depthwise convolutions laid out for their kernels."""
+        """The weights in a dtype, with depthwise weights in the layout of their kernels."""
         pair = [torch.cat(parts) for parts in zip(self.gate.pair(), self.value.pair())]
         pair, proj, fc1, fc2 = (
             [tensor.to(dtype) for tensor in tensors]
@@ -119,7 +119,7 @@ class DeployedBlock(nn.Module):
         return FoldedWeights._make((*pair, *depthwise, *proj, *fc1, *pos, *fc2, None, None))
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
-        self.folded = {}  # values, dtype or device change
+        self.folded = {}  # values, dtype or device may change
         return super()._apply(function, recurse)
 
     def __getstate__(self) -> dict:
@@ -127,7 +127,7 @@ class DeployedBlock(nn.Module):
 
 
 def deployed_downsample(downsample: Downsample) -> nn.Module:
-    """A `Downsample` whose LayerNorm only normalises; shift and scale are in the convolution."""
+    """A `Downsample` whose LayerNorm only normalises; the convolution has its scale and shift."""
     layers: list[Any] = list(downsample)
     norm, conv = layers
     with torch.no_grad():
@@ -140,10 +140,10 @@ def deployed_downsample(downsample: Downsample) -> nn.Module:
 
 
 def deployed_stem(stem: Stem) -> nn.Module:
-    """A `Stem` with its second BatchNorm in the convolution behind it.
+    """A `Stem` with its second BatchNorm folded into the convolution after it.
 
-    The first one stays: the convolution behind it pads with zeros, while a folded shift would also
-    apply to the padding.
+    The first BatchNorm stays: the convolution after it pads with zeros, while a folded shift would
+    also apply to the padding.
     """
     layers: list[Any] = list(stem)
     *first, norm, conv = layers
@@ -177,7 +177,7 @@ def with_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor,
 
 
 def with_scale(scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (C_out, C_in) and bias of a 1x1 convolution with the layer scale behind it."""
+    """Weight (C_out, C_in) and bias of a 1x1 convolution with the layer scale after it."""
     return scale[:, None] * weight, scale * bias
 
 

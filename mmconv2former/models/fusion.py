@@ -2,7 +2,7 @@
 
 Source: arXiv 2211.11943, section 4.1 ("fusion strategy"). A is the output of the large depthwise
 convolution, V the linear projection, both (..., C). The paper names the alternatives without
-formulas: axis and constants are our choice. Both normalisations run over the channels of one
+formulas; axis and constants are our choice. Both normalisations run over the channels of one
 position, so that the result does not depend on the image's size and padding.
 """
 
@@ -48,7 +48,7 @@ def linear(a: Tensor, v: Tensor) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """In half precision `EPS` would vanish, or its reciprocal overflow."""
+    """Widens half precision, in which `EPS` would vanish or its reciprocal overflow."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -25,8 +25,9 @@ class InstanceTTAModel(DetTTAModel):
     predicted with it.
 
     Args:
-        tta_cfg: `nms` (as for `mmcv.ops.batched_nms`) and `max_per_img`, the most instances kept.
-        **kwargs: As for mmdet's `DetTTAModel`, such as `module`, the detector.
+        tta_cfg: `nms` (as for `mmcv.ops.batched_nms`) and `max_per_img`, the maximum number of
+            instances.
+        **kwargs: Arguments of mmdet's `DetTTAModel`, such as `module`, the detector.
 
     Source: mmdet's `DetTTAModel` for boxes.
     """
@@ -40,7 +41,7 @@ class InstanceTTAModel(DetTTAModel):
             [sample.metainfo for sample in data_samples],
         )
         labels = torch.cat([view.labels for view in views])
-        if len(labels) == 0:  # mmcv's suppression does not take that
+        if len(labels) == 0:  # mmcv's suppression fails without boxes
             return data_samples[0]
         kept_bboxes, kept = batched_nms(bboxes, scores, labels, self.tta_cfg['nms'])
         kept = kept[: self.tta_cfg['max_per_img']]

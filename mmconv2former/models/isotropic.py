@@ -1,8 +1,8 @@
 """The isotropic Conv2Former: blocks of one width at one resolution, as in a vision transformer.
 
 Paper: arXiv 2211.11943, section 4.1 ("isotropic models"), by ConvNeXt's protocol (arXiv 2201.03545,
-section 3.3): 18 blocks behind a 16x16 patch embedding. The paper gives parameter counts, not
-widths: those of `ISOTROPIC_ARCHS` are our choice, as counts allow no other multiple of 32. No
+section 3.3): 18 blocks after a 16x16 patch embedding. The paper gives parameter counts but no
+widths. Those in `ISOTROPIC_ARCHS` are our choice: no other multiple of 32 fits the counts. No
 weights were published, so parameter names are ours.
 """
 
@@ -63,8 +63,8 @@ def patch_embedding_of(kind: str, in_channels: int, out_channels: int) -> nn.Mod
 class Conv2FormerIsotropic(Conv2FormerBase):
     """Isotropic Conv2Former: every feature map has stride 16 and the same channels.
 
-    For dense prediction take the outputs of several blocks, as from a plain vision transformer, and
-    make a pyramid of them with `mmseg.Feature2Pyramid` (docs/classification.md).
+    For dense prediction, take the outputs of several blocks, as for a plain vision transformer, and
+    build a pyramid from them with `mmseg.Feature2Pyramid` (docs/classification.md).
 
     Args:
         arch: 'small' or 'is', 'base' or 'ib', or a dict of `channels` (a multiple of 4) and

@@ -1,6 +1,6 @@
 """Depth of a parameter for learning-rate decay, by its stage and block: one rule for all backbones.
 
-As mmpretrain's and mmdet's ConvNeXt, generalised to stages of any depth.
+It is the rule for ConvNeXt in mmpretrain and mmdet, generalised to stages of any depth.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 class Location(NamedTuple):
     """Where a parameter is: its stage, -1 for the stem, and its block in the stage.
 
-    A downsampling counts with the first block behind it.
+    A downsampling counts with the first block after it.
     """
 
     stage: int
@@ -28,8 +28,8 @@ def layer_depth(location: Location | None, depths: Sequence[int]) -> tuple[int, 
     The stem is layer 0. Each stage forms `num_groups(depth)` layers of consecutive blocks.
 
     Args:
-        location: None for what is outside the stages, such as output norms and heads: it is in the
-            last layer.
+        location: None for parameters outside the stages, such as output norms and heads, which
+            are in the last layer.
         depths: Blocks of each stage.
     """
     groups = [num_groups(depth) for depth in depths]
@@ -43,13 +43,13 @@ def layer_depth(location: Location | None, depths: Sequence[int]) -> tuple[int, 
 
 
 def stage_depth(location: Location | None, depths: Sequence[int]) -> tuple[int, int]:
-    """As `layer_depth`, but each stage is one layer."""
+    """Like `layer_depth`, but each stage is one layer."""
     num_layers = 1 + len(depths) + 1
     return (num_layers - 1 if location is None else location.stage + 1), num_layers
 
 
 def num_groups(depth: int) -> int:
-    """Layers that a stage of `depth` blocks counts for.
+    """Number of layers that a stage of `depth` blocks counts as.
 
     Our choice: groups of at least three blocks, at most nine, so that the rates published for
     ConvNeXt (three blocks a group; 3 groups of its 9, 9 of its 27 blocks) keep their meaning at

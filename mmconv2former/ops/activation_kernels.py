@@ -39,7 +39,7 @@ def places(positions, C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
         position, and a mask of those that exist.
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    first = start // C  # position, from which the others are counted in 32 bits
+    first = start // C  # first position; the others are 32-bit offsets from it
     # Tells the compiler that the rest is a multiple of the largest power of 2 in C and BLOCK.
     rest = tl.multiple_of((start % C).to(tl.int32), min(C & -C, BLOCK))
     offset = rest + tl.arange(0, BLOCK)

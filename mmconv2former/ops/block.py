@@ -5,8 +5,8 @@ With x' = LayerNorm(x) without scale and shift, a block computes
     x = x + factor_1 * W3 (DW(GELU(W1 x')) * W2 x')         modulation; W1 and W2 in one convolution
     x = x + factor_2 * W5 (h + GELU(DW_3x3(h))), h = GELU(W4 x')        feed-forward
 
-where the LayerNorms' scale and shift are folded into W1, W2 and W4, the layer scales into W3 and W5
-(`folding`), and the factors are those of drop path. Autograd would save the input of every
+The LayerNorms' scale and shift are folded into W1, W2 and W4, the layer scales into W3 and W5
+(`folding`). The factors are those of drop path. Autograd would save the input of every
 operation; this function recomputes what `RECOMPUTE` says (activation recomputation).
 
 The steps are torch's operators (`block_stock`, for any device) or kernels that read and write each
@@ -39,7 +39,7 @@ from .triton_support import MOST_CHANNELS, load, run_triton
 
 # What the backward pass recomputes instead of reading what the forward pass saved.
 RECOMPUTE = ('nothing', 'elementwise', 'expansion')
-PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # counting with the last must see what runs
+PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # FakeTensor: counts must see what runs
 
 
 class Saved(NamedTuple):
@@ -63,8 +63,9 @@ class Saved(NamedTuple):
 def is_supported(parameters: BlockParameters) -> bool:
     """Whether `compute_block` takes these parameters here; stock layers take any.
 
-    Not while a graph is captured, in transforms of `torch.func`, nor for parameters of several
-    dtypes, that are not contiguous or not plain tensors (sharded or quantized ones).
+    It does not while a graph is captured, in transforms of `torch.func`, or for parameters that
+    have several dtypes, are not contiguous or are not plain tensors (such as sharded or quantized
+    ones).
     """
     if is_captured() or is_transformed():
         return False
@@ -91,7 +92,7 @@ def steps_for(x: Tensor, weights: Sequence[Tensor]) -> Any:
 
 
 def run(function: Callable[..., Any], steps: Any, x: Tensor, *args: Any) -> Any:
-    """function(x, *args, steps); with stock steps if a kernel fails to compile."""
+    """Calls function(x, *args, steps), with stock steps if a kernel fails to compile."""
     if steps is block_stock:
         return function(x, *args, steps)
     return run_triton(
@@ -110,11 +111,11 @@ def fold_blocks(
 
 @contextmanager
 def folded_together(blocks: Sequence[Any], x: Tensor) -> Iterator[None]:
-    """Folds the weights of all blocks for one pass by a few launches, if kernels compute them.
+    """Folds the weights of all blocks for one pass with a few launches, if kernels compute them.
 
     Args:
-        blocks: Modules with `plain_parameters()` and `prefolded`, which is set to this thread
-            (others may run the same network on other streams), the parameters and the weights.
+        blocks: Modules with `plain_parameters()` and `prefolded`, which is set to this thread, the
+            parameters and the weights. (Other threads may run the network on other streams.)
         x: The network's input, for the device and the dtype of convolutions.
     """
     found = [(block, block.plain_parameters()) for block in blocks]
@@ -152,8 +153,8 @@ def run_block(
     Args:
         x: Input, in the dtype of the residual stream.
         factors: (2, N), the branches' factors for each image, or None for 1.
-        weights: The block's.
-        eps: Of its LayerNorms.
+        weights: The weights of the block.
+        eps: Epsilon of its LayerNorms.
         recompute: One of `RECOMPUTE`, or None to save nothing at all.
         steps: `block_stock` or `block_triton`.
     """
@@ -212,8 +213,8 @@ def run_block_backward(
 ) -> tuple[Tensor, BlockParameters]:
     """Gradients of `run_block` for x and the parameters.
 
-    In float16 the gradients of a branch are divided by its unit until the branch begins, which
-    keeps them from vanishing.
+    In float16 the gradients within a branch are divided by its unit, which keeps them from
+    vanishing.
     """
     s, w, p = saved, weights, parameters
     dtype = s.gate_value.dtype
@@ -288,8 +289,8 @@ def compute_block(
     """`run_block` in autocast's dtype, differentiable once.
 
     Args:
-        parameters: The block's.
-        folded: Its weights if they are already folded.
+        parameters: The parameters of the block.
+        folded: Its weights, if they are already folded.
         x, factors, eps, recompute: See `run_block`.
     """
     dtype = autocast_dtype(x)
@@ -310,7 +311,7 @@ def folded_in(
     parameters: BlockParameters,
     steps: Any,
 ) -> FoldedWeights:
-    """The weights of a block in a dtype, folded here unless they are at hand."""
+    """The weights of a block in a dtype, folded here unless they already are."""
     if folded is None or folded.gate_value_weight.dtype != dtype:
         (folded,) = run(fold_blocks, steps, x, [parameters], dtype)
     return folded
@@ -334,7 +335,8 @@ class BlockFunction(torch.autograd.Function):
         p = BlockParameters(*parameters)
         weights = folded_in(dtype, folded, x, p, steps)
         out, saved = run(run_block, steps, x, factors, weights, eps, recompute)
-        # On a CPU the weights would cost as much memory as the parameters: they are folded again.
+        # On a CPU the weights would take as much memory as the parameters, so they are folded
+        # again.
         is_saved = dtype != p.fc1_weight.dtype or steps is not block_stock
         ctx.save_for_backward(factors, *saved, *(weights if is_saved else ()), *parameters)
         ctx.steps = steps

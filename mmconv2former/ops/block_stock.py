@@ -1,8 +1,8 @@
-"""The steps of a block by torch's own operators, for any device.
+"""The steps of a block with torch's own operators, for any device.
 
-`block_triton` has the same functions by kernels. Tensors are contiguous (N, H, W, C), except gate
-and value, the halves of one (N, H, W, 2 C). `dtype` is that of convolutions (autocast's, if it is
-on); the residual stream keeps its own. Sums over positions are in float32 at least.
+`block_triton` has the same functions as kernels. Tensors are contiguous (N, H, W, C), except gate
+and value, the halves of one (N, H, W, 2 C). `dtype` is the dtype of convolutions (autocast's, if it
+is on); the residual stream keeps its own. Sums over positions are at least in float32.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def add_normalize(
 
     Args:
         x: Residual stream (N, H, W, C).
-        branch: What to add to it, or None.
-        factor: Of the branch for each image (N,), None for 1.
-        eps: Of the LayerNorm.
-        dtype: Of its result; None to leave it out.
+        branch: Tensor to add to it, or None.
+        factor: Factor (N,) of the branch for each image; None for 1.
+        eps: Epsilon of the LayerNorm.
+        dtype: Dtype of its result; None to skip it.
         keep: Whether the backward pass needs the reciprocal standard deviations.
 
     Returns:
@@ -65,12 +65,12 @@ def add_normalize_backward(
     Args:
         grad: Gradient of the first result.
         norm: Gradient of the second result, and the second and third result; None without a norm.
-        factor: Of the branch.
-        dtype: Of the branch's gradient; None to leave it out.
+        factor: Factor of the branch.
+        dtype: Dtype of the branch's gradient; None to skip it.
 
     Returns:
-        Gradients for x and the branch, and what `pointwise_weight_gradients` needs to know of the
-        sums of the latter. The last two may be None.
+        Gradients for x and the branch, and the sums of the latter as `pointwise_weight_gradients`
+        needs them. The last two may be None.
     """
     if norm is not None:
         wide = torch.promote_types(grad.dtype, torch.float32)
@@ -95,7 +95,7 @@ def gelu(x: Tensor) -> Tensor:
 def depthwise_times(
     x: Tensor, weight: Tensor, bias: Tensor, value: Tensor, keep: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """The depthwise convolution a of x, if it is to be kept, and a * value."""
+    """The depthwise convolution a of x (None unless it is kept), and a * value."""
     a = depthwise_conv(x, weight, bias, choose(x, weight))
     return (a, a * value) if keep else (None, a.mul_(value))
 
@@ -110,8 +110,8 @@ def modulation_gradients(
         grad: Gradient of the product.
         a, value: Its operands.
         gate: The input of GELU, whose result the depthwise convolution turned into a.
-        grad_value: Where the gradient for the value goes.
-        active, weighted: GELU(gate) and a * value, None to compute them again.
+        grad_value: Output tensor for the gradient of the value.
+        active, weighted: GELU(gate) and a * value; None to recompute them.
 
     Returns:
         The gradient for a, `active` and `weighted`.
@@ -125,7 +125,7 @@ def modulation_gradients(
 def depthwise_plus_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, keep: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """The depthwise convolution z of x, if it is to be kept, and x + GELU(z)."""
+    """The depthwise convolution z of x (None unless it is kept), and x + GELU(z)."""
     z = depthwise_conv(x, weight, bias, choose(x, weight))
     return z if keep else None, F.gelu(z).add_(x)
 
@@ -136,7 +136,7 @@ def feed_forward_gradients(
     """The gradient of GELU(hidden) + GELU(mixed) for mixed.
 
     Returns:
-        The gradient, active = GELU(hidden) and the sum, total. Both are computed again if None.
+        The gradient, active = GELU(hidden) and the sum, total. The last two are recomputed if None.
     """
     active = F.gelu(hidden) if active is None else active
     total = F.gelu(mixed).add_(active) if total is None else total
@@ -154,7 +154,7 @@ def depthwise_gelu_gradient(
         weight: Its weight.
         before: The input of GELU.
         other: Another gradient of GELU(before), or None.
-        out: Where the result goes; None for a new tensor.
+        out: Output tensor; None for a new one.
     """
     needs = (True, False, False)
     inner = depthwise_conv_backward(grad, before, weight, needs, choose(grad, weight))[0]
@@ -178,6 +178,6 @@ def pointwise_weight_gradients(
     Args:
         grad: Gradient of the result (N, H, W, C_out).
         x: (N, H, W, C_in).
-        sums: Sums of the gradient over positions, in the form of the step that returned them.
+        sums: Sums of the gradient over positions, as returned by the step that computed them.
     """
     return pointwise.pointwise_weight_gradients(grad, x)

@@ -1,4 +1,4 @@
-"""The steps of a block by Triton kernels: the same functions as in `block_stock`, documented there.
+"""The steps of a block as Triton kernels: the same functions as in `block_stock`, documented there.
 
 A step reads and writes each tensor once.
 """
@@ -30,7 +30,7 @@ from .norm_triton import (
 
 __all__ = ['add_normalize', 'add_normalize_backward', 'fold', 'unfold']  # steps, too
 
-BLOCK = 1024  # elements of a program that works element by element
+BLOCK = 1024  # elements per program of element-wise kernels
 
 
 # ------------------------------------------------------------------------------------ modulation
@@ -142,6 +142,6 @@ def pointwise_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 def pointwise_weight_gradients(
     grad: Tensor, x: Tensor, sums: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """As in `block_stock`, but the bias's gradient stays in shares, which `unfold` adds."""
+    """As in `block_stock`, but the gradient of the bias stays in shares, which `unfold` adds."""
     sums = column_sums(grad) if sums is None else sums
     return torch.mm(grad.view(-1, grad.shape[-1]).t(), x.view(-1, x.shape[-1])), sums

@@ -8,7 +8,7 @@ which implementation runs:
 | triton | CUDA, ROCm | `mmconv2former.ops.depthwise_triton`; on a CPU in Triton's interpreter |
 | native | CUDA, ROCm | torch's own kernels on (N, C, H, W), with copies from and to (N, H, W, C) |
 | cudnn | CUDA, ROCm | cuDNN (MIOpen), in `torch.channels_last` |
-| matmul | CPU | the stock operator, but the weight gradient by matrix products |
+| matmul | CPU | the stock operator, but the weight gradient with matrix products |
 | stock | anywhere | the stock operator in `torch.channels_last` |
 
 The environment variable `MMCONV2FORMER_DEPTHWISE` (auto or a name) overrides the choice if the
@@ -96,12 +96,12 @@ class DepthwiseConv(nn.Conv2d):
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Depthwise convolution with stride 1 and 'same' zero padding.
 
-    Under autocast it computes in autocast's dtype. GPUs sum in float32, and every run gives the
-    same weight gradient.
+    Under autocast it computes in autocast's dtype. GPUs sum in float32, and the weight gradient is
+    the same in every run.
 
     Args:
         x: Input (N, H, W, C), fastest if contiguous and C a multiple of 8.
-        weight: (C, 1, K, K), K odd, as `nn.Conv2d(C, C, K, groups=C)` has it.
+        weight: (C, 1, K, K), K odd, as in `nn.Conv2d(C, C, K, groups=C)`.
         bias: (C,) or None.
 
     Returns:
@@ -167,9 +167,9 @@ def choose(x: Tensor, weight: Tensor, is_trained: bool | None = None) -> str:
 
 
 def choose_kernel(x: Tensor, weight: Tensor, is_trained: bool | None = None) -> str:
-    """As `choose`, for operators that go straight to the device."""
+    """Like `choose`, for operators that go straight to the device."""
     implementation = device_choice(weight, autocast_dtype(x))
-    if implementation == 'auto':  # a CPU, where the size of the input counts
+    if implementation == 'auto':  # a CPU, where the size of the input matters
         is_trained = weight.requires_grad if is_trained is None else is_trained
         is_fast = is_trained and is_cpu_float32(x) and depthwise_matmul.is_faster(x, weight)
         return 'matmul' if is_fast else 'stock'
@@ -201,7 +201,7 @@ def runs_triton(x: Tensor) -> bool:
 
 
 def implementations(x: Tensor, weight: Tensor) -> list[str]:
-    """All that can run on an input and a weight."""
+    """All implementations that can run on an input and a weight."""
     if x.device.type == 'cuda':
         has_triton = triton_problem(x.device, x.dtype, weight.shape[-1]) is None
         return [*(['triton'] if has_triton else []), 'native', 'cudnn']
@@ -217,7 +217,7 @@ def device_choice(weight: Tensor, dtype: torch.dtype) -> str:
 def choice_for(
     setting: str, device: torch.device, dtype: torch.dtype, kernel_size: int, has_failed: bool
 ) -> str:
-    """`device_choice`, by what it depends on; `has_failed` if a kernel did not compile."""
+    """`device_choice`, cached by what it depends on; `has_failed` if a kernel did not compile."""
     if setting not in SETTINGS:
         raise ValueError(f'{VARIABLE} must be one of {", ".join(SETTINGS)}, got {setting!r}')
     if device.type == 'cpu' and setting != 'triton':
@@ -260,7 +260,7 @@ def prepare_weight(weight: Tensor, dtype: torch.dtype, implementation: str) -> T
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x, contiguous and at a multiple of 16 bytes, as compiled kernels expect it."""
+    """x, contiguous and aligned to 16 bytes, as compiled kernels expect it."""
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
@@ -292,7 +292,7 @@ def depthwise_conv(
 
 
 def conv_by_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution by Triton kernels."""
+    """The convolution with Triton kernels."""
     weight = prepare_weight(weight, x.dtype, 'triton')
     bias = None if bias is None else bias.contiguous()
     return triton_kernels().depthwise_forward(aligned(x), weight, bias)
@@ -311,7 +311,7 @@ def depthwise_conv_backward(
         grad: Gradient of the output (N, H, W, C).
         x: Input (N, H, W, C).
         weight: (C, 1, K, K), of the dtype of x, best as `prepare_weight` returned it.
-        needs: Which of the three are needed; the others are None.
+        needs: Which of the three gradients are needed; the others are None.
         implementation: One of `implementations`; None for that of `choose`.
 
     Returns:
@@ -336,7 +336,7 @@ def depthwise_conv_backward(
     )  # fmt: skip
     if by_matmul:
         grad_weight = depthwise_matmul.weight_gradient(x, grad, weight.shape[-1])
-        # For the bias's gradient oneDNN would compute that of the weight as well.
+        # For the gradient of the bias, oneDNN would also compute that of the weight.
         grad_bias = grad.sum((0, 2, 3)) if needs_bias else None
     elif needs_weight:  # strides of sizes of 1 as parameters have them, for DDP's buckets
         grad_weight = grad_weight.flatten(1).view(weight.shape)
@@ -346,7 +346,7 @@ def depthwise_conv_backward(
 def backward_by_triton(
     grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[Any, Any, Any]:
-    """The gradients by Triton kernels; see `depthwise_conv_backward`."""
+    """The gradients with Triton kernels; see `depthwise_conv_backward`."""
     needs_x, needs_weight, needs_bias = needs
     kernels, grad = triton_kernels(), aligned(grad)
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -378,14 +378,14 @@ class DepthwiseConvFunction(torch.autograd.Function):
             cast = x.to(dtype)
             ctx.save_for_backward(x, weight, bias, cast, prepared)
             out = depthwise_conv(cast, prepared, bias, implementation)
-        return out.data  # no view, so that it may be modified in place
+        return out.data  # not a view, so that it may be modified in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, cast, prepared = ctx.saved_tensors
         implementation = ctx.implementation
         with without_autocast(x):
-            if torch.is_grad_enabled():  # gradients of gradients: by operators that have them
+            if torch.is_grad_enabled():  # gradients of gradients: with operators that have them
                 implementation, cast, prepared = 'stock', x.to(cast.dtype), weight.to(cast.dtype)
             grads = depthwise_conv_backward(
                 grad.to(cast.dtype), cast, prepared, ctx.needs_input_grad[:3], implementation
@@ -421,7 +421,7 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
     def operator_backward(
         grad: Tensor, x: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor, ...]:
-        """Its gradients as one operator; those not needed are empty."""
+        """The gradients of the convolution as one operator; gradients not needed are empty."""
         grads = depthwise_conv_backward(grad, x, weight, needs, choose_kernel(x, weight))
         # Operators cannot return None, and must return the dtypes of their fake versions.
         return tuple(x.new_empty(0) if value is None else value.to(x.dtype) for value in grads)
@@ -432,7 +432,7 @@ if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
         return tuple(x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs))
 
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        """Saves what the gradients need."""
+        """Saves the tensors that the gradients need."""
         x, weight, bias = inputs
         ctx.save_for_backward(x, weight)
         ctx.needs = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]

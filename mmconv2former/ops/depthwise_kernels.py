@@ -19,7 +19,7 @@ capitals; since C is one of them, the compiler knows how loads are aligned.
 """
 
 # mypy: ignore-errors
-# Triton's functions have tuples that grow and arguments without Python types.
+# Triton functions have tuples that grow and arguments without Python types.
 
 import triton
 import triton.language as tl
@@ -32,7 +32,7 @@ def widen(values, ACC: tl.constexpr, PACKED: tl.constexpr):
     """Values in the dtype of the sums.
 
     A bfloat16 is the upper half of a float32. For two values the compiler needs three instructions,
-    this two.
+    this code two.
     """
     if PACKED:
         return tl.inline_asm_elementwise(
@@ -53,7 +53,7 @@ def depthwise_forward_kernel(
 ):  # fmt: skip
     """x (N, H, W, C); weight (K, K, C), STEP elements from one (i, j) to the next; bias (C,).
 
-    With the convolution z, which is also stored in `kept` if HAS_KEPT, EPILOGUE selects what y is:
+    z is the convolution, which is also stored in `kept` if HAS_KEPT. EPILOGUE selects y:
 
     - 'none': z
     - 'times': z * other
@@ -100,7 +100,7 @@ def depthwise_forward_kernel(
                 h = h0 + i0 - P + r
                 loaded = tl.load(row, mask=inside & (h >= 0) & (h < H), other=0)
                 values = widen(loaded, ACC, PACKED)
-                row += WC  # cheaper, and in fewer registers, than a product for each row
+                row += WC  # cheaper, and with fewer registers, than a product for each row
                 updated = ()
                 for t in tl.static_range(ROWS):
                     if r - t >= 0 and r - t < TAPS:
@@ -188,7 +188,7 @@ def depthwise_weight_gradient_kernel(
                 g = h + P - i0
                 loaded = tl.load(grad_row, mask=inside & (g >= 0) & (g < H), other=0)
                 window = window + (widen(loaded, ACC, PACKED),)
-                if HAS_BIAS:  # the gradient of row h itself, where this program has it
+                if HAS_BIAS:  # the gradient of row h itself, if this program has it
                     bias_sum += window[TAPS - 1 - P % TAPS] * (h < h_end).to(ACC)
                 for q in tl.static_range(COLUMNS):
                     shift = (j0 + q - P) * C

@@ -1,9 +1,9 @@
-"""The weight gradient of a depthwise convolution by matrix products, for large kernels on a CPU.
+"""The weight gradient of a depthwise convolution with matrix products, for large kernels on a CPU.
 
-There the stock weight gradient is the most expensive operation of training. Here, for each channel
-and each column of the kernel, the rows of the padded input, shifted by that column, are multiplied
-by the rows of the output's gradient. The sums that are needed lie on the diagonals of these matrix
-products. The rest is wasted, but this is still faster where `is_faster` says so.
+On a CPU the stock weight gradient is the most expensive operation of training. Here, for each
+channel and each column of the kernel, the rows of the padded input, shifted by that column, are
+multiplied by the rows of the output's gradient. The needed sums are on the diagonals of these
+matrix products. The rest is wasted, but this is still faster where `is_faster` says so.
 """
 
 from __future__ import annotations

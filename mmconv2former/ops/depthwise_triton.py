@@ -36,7 +36,7 @@ class Blocks:
         block: Elements along f of a forward program.
         columns: Columns of the kernel of a weight gradient program.
         gradient_block: Elements along f of a weight gradient program.
-        num_warps: Of all programs.
+        num_warps: Warps of every program.
     """
 
     taps: int
@@ -49,7 +49,7 @@ class Blocks:
 
 @functools.cache
 def blocks_for(kernel_size: int) -> Blocks:
-    """The division of the work for a kernel size, the same for all inputs and so in one kernel.
+    """The division of the work for a kernel size, the same for all inputs, so one kernel is enough.
 
     `rows`, `block` and `num_warps` are the fastest measured on an H100 (bfloat16, kernels 3, 7 and
     11); the rest follows from the registers that `tools/kernel_resources.py` reports.
@@ -61,7 +61,7 @@ def blocks_for(kernel_size: int) -> Blocks:
 
 
 def split_evenly(total: int, most: int) -> int:
-    """The size of equal parts, as few as possible, of at most `most` each."""
+    """The size of the fewest equal parts of at most `most` each."""
     return math.ceil(total / math.ceil(total / most))
 
 
@@ -84,7 +84,7 @@ def forward_launcher(
     Args:
         device: Index of the GPU, -1 for the interpreter.
         step: Elements from one weight of a channel to the next.
-        keep: Whether the convolution is stored besides the result.
+        keep: Whether the convolution is stored in addition to the result.
         steps: Elements from one position to the next of y, other and before; None without them.
         dtype, bias_dtype, channels, kernel_size, flip, blocks, epilogue: See `depthwise_forward`.
     """
@@ -145,11 +145,11 @@ def depthwise_forward(
         weight: (C, 1, K, K) of the dtype of x, as `lay_out` returns it.
         bias: (C,) of any dtype, or None.
         flip: Whether to reverse the weights, which computes the input gradient.
-        blocks: The division of the work; None for that of `blocks_for`.
+        blocks: The division of the work; None for `blocks_for`.
         epilogue: What to compute from the convolution z: 'none' z, 'times' z * other,
             'plus_gelu' x + GELU(z), 'gelu_backward' (z + other) * GELU'(before).
-        y: Where the result goes; None for a new tensor.
-        kept: Where z goes, contiguous, or None.
+        y: Output tensor; None for a new one.
+        kept: Contiguous output tensor for z, or None.
         other, before: (N, H, W, C), as the epilogue needs them. These and y may be parts of
             contiguous tensors with more channels.
     """
@@ -180,7 +180,7 @@ def depthwise_weight_gradient(
         x: Contiguous input (N, H, W, C), on the current device.
         grad: Contiguous gradient of the output (N, H, W, C).
         kernel_size: K.
-        dtype: Of the results.
+        dtype: Dtype of the results.
         has_bias: Whether the gradient of the bias is needed.
         blocks: The division of the work; None for that of `blocks_for`.
 
@@ -218,7 +218,7 @@ def depthwise_weight_gradient(
 
 
 def lay_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight (C, 1, K, K) in `dtype` and in memory as (K, K, C); itself if it is so already."""
+    """A weight (C, 1, K, K) in `dtype`, stored as (K, K, C); the same tensor if it already is."""
     channels, _, kernel_size, _ = weight.shape
     to_channel, _, to_row, to_column = weight.stride()
     is_right = to_channel == 1 and to_row == kernel_size * to_column and weight.dtype == dtype
@@ -229,7 +229,7 @@ def lay_out(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def lay_out_together(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """`lay_out` of many weights by two launches for each kernel size."""
+    """`lay_out` of many weights with two launches for each kernel size."""
     if any(weight.shape[0] % 8 for weight in weights):  # the parts would not be aligned
         return [lay_out(weight, dtype) for weight in weights]
     results: dict[int, Tensor] = {}

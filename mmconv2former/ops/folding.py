@@ -6,7 +6,7 @@ before it:
     folded weight = scale_out * weight * scale_in
     folded bias = scale_out * (bias + weight @ shift_in)
 
-By stock operators here, by kernels in `folding_triton`.
+Stock operators do it here, kernels in `folding_triton`.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ INNER_2 = BlockParameters._fields[11:17]
 class FoldedWeights(NamedTuple):
     """The weights that a block computes with, in the dtype of its convolutions.
 
-    1x1 kernels are (C_out, C_in), depthwise ones as `depthwise.prepare_weight` returns them, whose
-    biases may keep the dtype of the parameters. `unit_1` and `unit_2` are None except in float16,
-    where an initial layer scale of 1e-6 would make the folded weights vanish: there the layer scale
-    is divided by its largest value, the unit, and the branch is multiplied by the unit instead.
+    1x1 kernels are (C_out, C_in). Depthwise kernels are as `depthwise.prepare_weight` returns them;
+    their biases may keep the dtype of the parameters. `unit_1` and `unit_2` are None except in
+    float16, where an initial layer scale of 1e-6 would make the folded weights vanish. There the
+    layer scale is divided by its largest value, the unit, and the branch is multiplied by the unit.
     """
 
     gate_value_weight: Tensor  # (2 C, C), both branches of the modulation
@@ -122,9 +122,9 @@ Gradients = tuple[Tensor, Tensor]  # of a folded weight and bias
 def unfold(
     gate_value: Gradients, proj: Gradients, fc1: Gradients, fc2: Gradients, p: BlockParameters
 ) -> dict[str, Tensor]:
-    """Gradients of the parameters p that are folded, by name, from those of folded ones.
+    """Gradients of the folded parameters p, by name, from the gradients of the folded weights.
 
-    The latter, as `pointwise_weight_gradients` of a step returned them, are overwritten.
+    The latter, as returned by `pointwise_weight_gradients` of a step, are overwritten.
     """
     weight = torch.cat([p.gate_weight, p.value_weight])
     gate_value_weight, norm_1_weight, norm_1_bias = unfold_columns(

@@ -1,7 +1,7 @@
 """Triton kernels that fold the affine parts around a 1x1 convolution into it, and unfold gradients.
 
 For weight (rows, columns) and bias (rows,), with `scale_in`, `shift_in` (columns,) of the LayerNorm
-before it and `scale_out` (rows,) of the layer scale behind it:
+before it and `scale_out` (rows,) of the layer scale after it:
 
     folded weight = scale_out * weight * scale_in
     folded bias = scale_out * (bias + weight @ shift_in)
@@ -68,7 +68,7 @@ def unfold_rows(
     N: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients for weight, bias and the scale behind them, from those of the folded ones.
+    """Gradients for weight, bias and the scale after them, from those of the folded ones.
 
     grad, weight, grad_weight (N, COLUMNS); the others (N,). A program owns ROWS rows.
     """
@@ -146,11 +146,11 @@ def unfold_kernel(
     C: tl.constexpr, E: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, SHARE_ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all that is folded in a block, from those of the folded weights and biases.
+    """Gradients of everything folded in a block, from those of the folded weights and biases.
 
-    The arguments are the gradients of the folded ones, the parameters, their gradients, and for
-    those of the LayerNorms `partial` (SHARES, 4 C): scale and shift of the first, then of the
-    second.
+    The arguments are the gradients of the folded tensors, the parameters, their gradients, and
+    `partial` (SHARES, 4 C) for the gradients of the LayerNorms: scale and shift of the first, then
+    of the second.
     """
     ROW_BLOCKS: tl.constexpr = (C + ROWS - 1) // ROWS
     COLUMN_BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS

@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     """Where the folded weights of blocks are in one tensor.
 
     Fields:
-        tasks: Of `fold_kernel`, on the device.
+        tasks: Tasks of `fold_kernel`, on the device.
         segments: Padded number of elements, and shape, of each segment. Blocks of one shape form a
             group, which has a segment for the weights and one for the biases of each convolution;
             their first axis is the block.
@@ -69,13 +69,13 @@ captured: list[Tensor] = []  # tasks that CUDA graphs read, of at most 0.5 MB ea
 
 
 def plan_for(blocks: Sequence[BlockParameters], is_capturing: bool) -> Plan | None:
-    """The plan of blocks, made if it is new; None if that is impossible, while capturing."""
+    """The plan of blocks, made if necessary; None if a capture makes that impossible."""
     key: tuple[Any, ...] = (
         blocks[0].scale_1.device, *(p.fc2_weight.shape for p in blocks),
         *[parameter.data_ptr() for parameters in blocks for parameter in parameters],
     )  # fmt: skip
     plan = plans.get(key)
-    if plan is None and not is_capturing:  # else nothing may be copied from the host
+    if plan is None and not is_capturing:  # a capture forbids copies from the host
         if len(plans) >= MOST_PLANS:
             del plans[next(iter(plans))]  # the oldest
         plan = plans[key] = make_plan(blocks)
@@ -127,7 +127,7 @@ def make_plan(blocks: Sequence[BlockParameters]) -> Plan:
 def groups(
     blocks: Sequence[BlockParameters],
 ) -> Iterator[tuple[tuple[int, int], list[BlockParameters]]]:
-    """Channels and hidden channels, and the blocks in succession that have these."""
+    """Channels and hidden channels, and the consecutive blocks that have them."""
     for shape, group in itertools.groupby(blocks, lambda p: tuple(p.fc2_weight.shape[:2])):
         yield shape, list(group)
 
@@ -190,7 +190,7 @@ def fold(blocks: Sequence[BlockParameters], dtype: torch.dtype) -> list[FoldedWe
 
 
 def fold_without_plan(parameters: BlockParameters, dtype: torch.dtype) -> FoldedWeights:
-    """`fold` of one block by stock operators, with many launches."""
+    """`fold` of one block with stock operators, which takes many launches."""
     folded = folding.fold_block(parameters, dtype)
     return folded._replace(
         depthwise_weight=lay_out(folded.depthwise_weight, dtype),

@@ -21,8 +21,8 @@ class Launcher:
     """A kernel with its constants, ready to run on one GPU.
 
     Triton's own launch binds and inspects all arguments each time, which takes several times as
-    long as an operator of torch. This compiles the kernel once and then calls it directly. Pointers
-    must be multiples of 16 bytes, except those that a kernel's decorator names.
+    long as a torch operator. This class compiles the kernel once and then calls it directly.
+    Pointers must be multiples of 16 bytes, except those that a kernel's decorator names.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], num_warps: int = 4) -> None:
@@ -38,10 +38,10 @@ class Launcher:
 
         Args:
             tensors: Tensors of the dtypes with which it will be called.
-            sizes: Any integers, as many as it takes.
+            sizes: Any integers, as many as the kernel takes.
 
         Raises:
-            CompilationError: It failed.
+            CompilationError: The compilation failed.
         """
         with compiling:  # two threads must not load one kernel
             if self.run is not None:
@@ -70,7 +70,7 @@ class Launcher:
 
         Args:
             programs: Size of the grid.
-            tensors: The kernel's first arguments, None for those that it does not read.
+            tensors: The kernel's first arguments; None for those that it does not read.
             sizes: The arguments that follow, of 32 bits.
 
         Raises:
@@ -106,6 +106,6 @@ def is_packed(device: int, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def limits(device: int) -> tuple[int, int]:
-    """Multiprocessors of a GPU, and registers of each."""
+    """Number of multiprocessors of a GPU, and registers of each."""
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, getattr(properties, 'regs_per_multiprocessor', 65536)

@@ -1,4 +1,4 @@
-"""The two views of one memory: (N, H, W, C) for layers on the last axis, (N, C, H, W) for torch."""
+"""Two views of one memory: (N, H, W, C) for layers on the last axis, (N, C, H, W) for torch."""
 
 from __future__ import annotations
 

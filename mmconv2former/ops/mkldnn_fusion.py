@@ -1,9 +1,9 @@
 """Convolutions fused with the operation that follows, for inference on a CPU in float32.
 
-oneDNN applies GELU, a product or a sum before it writes the result of a convolution, where stock
-operators write it and read it again; and it takes weights that are laid out beforehand. These
-operators are the ones that `torch.compile` uses on CPUs. On other devices, and if gradients or a
-graph are needed, stock operators compute the same.
+oneDNN applies GELU, a product or a sum before it writes the result of a convolution; stock
+operators write the result and read it again. oneDNN also takes weights that are laid out
+beforehand. These are the operators that `torch.compile` uses on CPUs. On other devices, and if
+gradients or a graph are needed, stock operators compute the same.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class FusedConv(nn.Module):
         return to_channels_last(operator(x, other, *self._pack(x), operation, 1.0, None, [], None))
 
     def _pack(self, x: Tensor) -> tuple:
-        """Weight, bias, padding, stride, dilation, groups, as oneDNN takes them.
+        """Weight, bias, padding, stride, dilation and groups, as oneDNN takes them.
 
         The weight is laid out for the first size of x (N, C_in, H, W), but works for any.
         """

@@ -2,7 +2,7 @@
 
 Under mixed precision the norms outside blocks read the residual stream in float32. What follows
 needs half precision (a convolution) or (N, C, H, W) (the necks of detectors). The kernels write
-that at once, where each would be another pass with torch's operators.
+that directly; with torch's operators each would be another pass.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def layer_norm(
         x: Input (N, H, W, C).
         weight, bias: (C,), or both None.
         eps: Added to the variance.
-        dtype: Of the result if a kernel computes it; torch's operator chooses its own.
+        dtype: Dtype of the result if a kernel computes it; torch's operator chooses its own.
         channels_first: Whether a kernel writes the result as contiguous (N, C, H, W).
 
     Returns:
@@ -52,7 +52,7 @@ def layer_norm(
 
 
 class LayerNormFunction(torch.autograd.Function):
-    """`layer_norm` by kernels; saves only its input."""
+    """`layer_norm` with kernels; saves only its input."""
 
     @staticmethod
     def forward(
@@ -68,13 +68,13 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.eps = eps
         kernel = load('norm_triton').layer_norm
         y = run_triton(kernel, stock_layer_norm, x, weight, bias, eps, dtype, channels_first)
-        return y.data  # no view, so that it may be modified in place
+        return y.data  # not a view, so that it may be modified in place
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         with without_autocast(x):
-            if torch.is_grad_enabled():  # gradients of gradients: by operators that have them
+            if torch.is_grad_enabled():  # gradients of gradients: with operators that have them
                 grads = stock_gradients(x, grad, weight, ctx.eps)
             else:
                 kernel = load('norm_triton').layer_norm_gradients
@@ -85,7 +85,7 @@ class LayerNormFunction(torch.autograd.Function):
 def stock_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, channels_first: bool
 ) -> Tensor:
-    """LayerNorm by torch operators."""
+    """LayerNorm with torch operators."""
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).to(dtype)
 
 

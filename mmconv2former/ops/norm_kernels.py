@@ -1,7 +1,7 @@
-"""Triton kernels for the residual stream: addition, LayerNorm without affine part, their gradients.
+"""Triton kernels for the residual stream: addition, LayerNorm without affine part, and gradients.
 
 Tensors are contiguous (positions, C); a program owns ROWS whole positions at a time. The residual
-stream keeps its own dtype, results for a branch are in that of the branch. Arithmetic is in
+stream keeps its own dtype; results for a branch have the branch's dtype. Arithmetic is in
 float32 (in float64 for float64 tensors).
 """
 

@@ -1,8 +1,8 @@
 """Launches the kernels of `norm_kernels`: residual additions, LayerNorms, sums over positions.
 
 `add_normalize` and `add_normalize_backward` are steps of a block, documented in `block_stock`.
-Kernels sum over positions while the tensors are at hand, in shares that `finish_sums` adds in a
-fixed order, so that every run gives the same results.
+The kernels also sum over positions while they read the tensors. `finish_sums` adds these shares in
+a fixed order, so every run gives the same results.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def positions_of(x: Tensor) -> int:
 
 @functools.cache
 def programs_at_once(device: int) -> int:
-    """About as many as keep a GPU busy."""
+    """About the number of programs that keep a GPU busy."""
     return 4 * limits(device)[0] if device >= 0 else 3
 
 
@@ -227,7 +227,7 @@ SUMS_BLOCK = 32  # columns of a program of `add_shares_kernel`
 def share_adder(
     device: int, dtype: torch.dtype, columns: tuple[int, ...]
 ) -> tuple[Launcher, list[int]]:
-    """The kernel, and the sizes of its results: of each tensor, and of the padding behind it."""
+    """The kernel, and the sizes of its results: of each tensor, and of the padding after it."""
     constants = dict(ROWS=64, BLOCK=SUMS_BLOCK, ACC=sums_dtype(dtype))
     padded = (*columns, *(0,) * (4 - len(columns)))
     constants.update({f'N{index}': number for index, number in enumerate(padded)})

@@ -1,7 +1,7 @@
-"""1x1 convolutions of (N, H, W, C), by the faster of two equal operators.
+"""1x1 convolutions of (N, H, W, C), with the faster of two equivalent operators.
 
-Either a matrix product on the last axis or torch's convolution. On a CPU in float32 the first is
-MKL's, which uses half the speed of AMD's processors, the second oneDNN's, which uses all of it
+These are a matrix product on the last axis and torch's convolution. On a CPU in float32, MKL
+computes the first at half the speed of AMD processors, and oneDNN the second at full speed
 (docs/performance.md).
 """
 
@@ -16,7 +16,7 @@ from .memory_format import to_channels_first, to_channels_last
 
 
 def is_convolution(x: Tensor) -> bool:
-    """Whether torch's convolution computes it: on a CPU in float32, unless a graph is captured."""
+    """Whether torch's convolution is used: on a CPU in float32, unless a graph is captured."""
     if is_captured() or x.dim() != 4:
         return False
     return is_cpu_float32(x) and torch.backends.mkldnn.is_available()
@@ -36,7 +36,7 @@ def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def pointwise_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of `pointwise_conv` for x, from that of its output (N, H, W, C_out)."""
+    """Gradient of `pointwise_conv` for x, from the gradient of its output (N, H, W, C_out)."""
     if not is_convolution(grad):
         return grad @ weight
     like_x = grad.new_empty(*grad.shape[:3], weight.shape[1])  # only its shape matters
@@ -45,7 +45,7 @@ def pointwise_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def pointwise_weight_gradients(grad: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of `pointwise_conv` for weight and bias, that of the bias in float32 at least."""
+    """Gradients of `pointwise_conv` for weight and bias; the bias at least in float32."""
     if is_convolution(x):
         like_weight = grad.new_empty(grad.shape[-1], x.shape[-1])
         _, of_weight, of_bias = convolution_backward(grad, x, like_weight, (False, True, True))

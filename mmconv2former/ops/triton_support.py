@@ -13,8 +13,8 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-MOST_CHANNELS = 8192  # of kernels whose programs hold all channels of a position
-LOWEST_CAPABILITY = (8, 0)  # of NVIDIA's GPUs that Triton supports
+MOST_CHANNELS = 8192  # limit for kernels whose programs hold all channels of a position
+LOWEST_CAPABILITY = (8, 0)  # of NVIDIA GPUs that Triton supports
 LOWEST_VERSION = (3, 3)  # comes with torch 2.7
 
 failures: list[str] = []  # the first failure to compile, after which Triton is not used
@@ -65,7 +65,7 @@ def triton_version() -> str | None:
 
 
 def is_interpreted() -> bool:
-    """Whether the kernels run on a CPU, by the interpreter: it must be set before the import."""
+    """Whether the kernels run on a CPU, in the interpreter, which is set before the import."""
     if installation_problem() is not None:
         return False
     language, runtime = (importlib.import_module(f'triton.{n}') for n in ('language', 'runtime'))

@@ -93,12 +93,12 @@ FAULTS = {
     'a ResNet': (
         lambda path, _: torch.save(of_resnet(['']), path),
         'names missing',
-        'is no Conv2Former',
+        'is not a Conv2Former',
     ),
     'a detector with a ResNet': (
         lambda path, _: torch.save(of_resnet(['backbone.', 'neck.']), path),
         'names missing',
-        'is no Conv2Former',
+        'is not a Conv2Former',
     ),
     'weights of a deeper network of the same widths': (
         lambda path, _: of_other_network(path, depths=(1, 1, 3, 1))(path.parent),

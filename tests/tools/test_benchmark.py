@@ -339,7 +339,9 @@ def test_report_survives_failures(tmp_path, monkeypatch):
     write_report(tmp_path, quick, 0)
     notes = json.loads((tmp_path / 'report.json').read_text())['notes']
     assert len(notes) == 5
-    assert all(note.endswith('TimeoutError: skipped, the 0 seconds are used up') for note in notes)
+    assert all(
+        note.endswith('TimeoutError: skipped, the time limit of 0 s is reached') for note in notes
+    )
     with pytest.raises(SystemExit, match='unknown model resnet'):
         write_report(tmp_path / 'new', replace(quick, models=('resnet',)), 1)
     assert not (tmp_path / 'new').exists()

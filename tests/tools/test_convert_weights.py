@@ -235,8 +235,8 @@ REFUSED = {
     'another network': (
         lambda path: torch.save({'layer1.0.conv1.weight': torch.ones(1)}, path),
         [],
-        'file.pth is no Conv2Former: it has no stages.0.0.attn.att.2.weight; its names begin with '
-        "['layer1']",
+        'file.pth is not a Conv2Former: it has no stages.0.0.attn.att.2.weight; its names begin '
+        "with ['layer1']",
     ),
     'a name missing': (
         lambda path: save_without('stages.1.0.attn.v.weight', path),

@@ -255,6 +255,6 @@ def test_what_does_not_fit_into_the_budget_is_left_out(clock, monkeypatch):
     cases = dict.fromkeys('abc', lambda: Case(torch.nn.Linear(1, 1), step, lambda batch: batch))
     costs = measure_costs(cases, lambda size: torch.ones(1), TINY, 9, budget, [(2, 2)])
     assert [len(cost.wall) for cost in costs.values()] == [3, 3, 0]  # of 9 rounds
-    assert costs['c'].error == 'TimeoutError: skipped, the time is used up'
+    assert costs['c'].error == 'TimeoutError: skipped, the time limit is reached'
     assert costs['c'].bytes_kept is None
     assert costs['a'].new_sizes == []

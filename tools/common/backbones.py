@@ -1,8 +1,8 @@
 """`--backbone NAME`: a recipe with one of the paper's baselines instead of Conv2Former.
 
-This is the one place that knows what a recipe needs for another backbone. The configs in
-configs/comparison are its results written down, for OpenMMLab's own tools, which have no such flag;
-a test compares them.
+Only this file knows what a recipe needs for another backbone. The configs in configs/comparison
+have the same result in writing, for OpenMMLab's own tools, which have no such flag; a test compares
+them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from mmconv2former.models.baselines import ALL_STAGES, find_baseline, parse_stag
 
 # Settings that any classification head of mmpretrain has.
 CLASSIFIER_SETTINGS = ('num_classes', 'loss', 'topk', 'cal_acc')
-# Heads that read feature maps where there is no neck.
+# Heads that read feature maps if there is no neck.
 HEADS = ('decode_head', 'auxiliary_head', 'panoptic_head')
 
 
 def set_backbone(config: Config, name: str) -> None:
-    """Replaces the backbone of a recipe by a baseline and adapts what reads its feature maps.
+    """Replaces the backbone of a recipe with a baseline and adapts the parts that read its maps.
 
     Schedule, augmentation, drop path and heads stay. If the recipe starts from pretrained weights,
     the baseline's are expected in `pretrain/NAME.pth`. A classifier gets global average pooling and
@@ -77,8 +77,8 @@ def readers_of(model: ConfigDict) -> list[ConfigDict]:
 def set_channels(reader: ConfigDict, channels: Sequence[int]) -> None:
     """Sets the input channels of a neck or head.
 
-    It reads all feature maps if it had several numbers; else, in mmseg's heads, those that
-    `in_index` names, or the last one.
+    It reads all feature maps if it had several numbers. Otherwise it reads the last one or, in
+    mmseg's heads, those that `in_index` names.
     """
     reads_all = isinstance(reader.get('in_channels'), (list, tuple))
     index = reader.get('in_index', range(len(channels)) if reads_all else -1)

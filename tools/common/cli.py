@@ -1,4 +1,4 @@
-"""What tools that read a config share: arguments, loading it, checks before a long run."""
+"""Shared by tools that read a config: arguments, loading, checks before a long run."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ from mmconv2former.engine.finite import NonFiniteError
 from mmconv2former.engine.runner import CheckpointNotSaved, ReliableRunner
 from mmconv2former.models.baselines import BASELINES
 
-# What mmengine builds if a config has no visualizer.
+# The default of mmengine if a config has no visualizer.
 DEFAULT_VISUALIZER = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
-# Their messages say what is wrong with a file or setting of the user, and what to do.
+# Their messages say what is wrong with the user's file or setting, and what to do.
 ERRORS_OF_USERS = (
     CheckpointError, CheckpointNotSaved, ConfigError, DataError, NonFiniteError, VaryingSizeError
 )  # fmt: skip
@@ -57,7 +57,7 @@ FAILED_WORKER = re.compile(r'Caught \w+ in DataLoader worker process \d+\.')
 
 
 class OptionsAction(DictAction):
-    """mmengine's KEY=VALUE, with one line for what is not of this form."""
+    """mmengine's KEY=VALUE, with a one-line error for anything else."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
         try:
@@ -71,7 +71,9 @@ class OptionsAction(DictAction):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that train.py and test.py share."""
     add_config_arguments(parser)
-    parser.add_argument('--work-dir', help='for logs and checkpoints (default: work_dirs/CONFIG)')
+    parser.add_argument(
+        '--work-dir', help='folder for logs and checkpoints (default: work_dirs/CONFIG)'
+    )
     add_data_root_argument(parser)
     parser.add_argument(
         '--launcher',
@@ -84,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_root_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--data-root', help="folder with the data, instead of the config's")
+    parser.add_argument('--data-root', help='folder with the data, instead of that of the config')
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,7 +123,7 @@ def add_trust_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def guard_checkpoints(args: argparse.Namespace) -> None:
-    """From here on checkpoints are read as data only, unless the user trusts them."""
+    """From now on, checkpoints are read as data only, unless the user trusts them."""
     if args.trust_checkpoints:
         os.environ[TRUST_VARIABLE] = '1'
     if trusts_checkpoints():
@@ -137,11 +139,11 @@ def guard_checkpoints(args: argparse.Namespace) -> None:
 def run_errors(traceback: bool) -> Iterator[None]:
     """Ends the tool with one line if the user's config or files caused an error.
 
-    Errors in a part of the config that is being built count; those of a running network keep their
-    traceback.
+    This includes errors while a part of the config is being built. Errors of a running network keep
+    their traceback.
 
     Args:
-        traceback: Whether all errors keep it.
+        traceback: Whether all errors keep their traceback.
     """
     try:
         yield
@@ -153,7 +155,7 @@ def run_errors(traceback: bool) -> Iterator[None]:
 
 
 def explain_error(error: Exception) -> str | None:
-    """One line about an error that the user can fix; None for others."""
+    """One line about an error that the user can fix; None for other errors."""
     text = str(error)
     if isinstance(error, DataError) and error.__cause__ is not None:
         return text + advice(error.__cause__)
@@ -172,7 +174,7 @@ def explain_error(error: Exception) -> str | None:
 
 
 def load_config(args: argparse.Namespace, needed: Sequence[str] = ()) -> Config:
-    """The config of the command line, ready for mmengine's runner.
+    """The config from the command line, ready for mmengine's runner.
 
     Args:
         args: What `add_arguments` defines.
@@ -213,15 +215,15 @@ def build_runner(config: Config) -> Runner:
 
 
 def preflight(runner: Runner, modes: Sequence[str]) -> None:
-    """Finds what is wrong with a run before the training data are read.
+    """Finds errors in a run before the training data are read.
 
-    Everything that mmengine builds late is built here if it needs no training data: the optimizer,
-    evaluators, the validation data. Training dataset, its loader and the schedulers follow when the
-    run starts. Runners other than ours are left as they are.
+    mmengine builds many parts late. Those that need no training data are built here: the optimizer,
+    evaluators, the validation data. The training dataset, its loader and the schedulers follow when
+    the run starts. Other runners than ours are left unchanged.
 
     Args:
         runner: A new runner.
-        modes: Those of `train`, `val` and `test` that will run.
+        modes: The modes among `train`, `val` and `test` that will run.
         strict: See `ReliableRunner.preflight`, which reads the checkpoint.
 
     Raises:
@@ -240,7 +242,7 @@ def preflight(runner: Runner, modes: Sequence[str]) -> None:
         runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
     runner.preflight(training='train' in modes)
     if 'val' in modes:
-        _ = runner.val_loop  # built at its first use
+        _ = runner.val_loop  # built at first use
 
 
 def use_gloo(config: Config) -> None:
@@ -256,7 +258,7 @@ def use_gloo(config: Config) -> None:
         'model_wrapper_cfg',
         dict(
             type='MMDistributedDataParallel',
-            device_ids=None,  # else mmengine passes the local rank
+            device_ids=None,  # otherwise mmengine passes the local rank
             broadcast_buffers=False,  # as mmengine does by default
             find_unused_parameters=config.get('find_unused_parameters', False),
         ),
@@ -298,7 +300,7 @@ def check_work_dir(config: Config) -> None:
     """Checks that a run can write logs and checkpoints.
 
     Raises:
-        SystemExit: It cannot; the message says why.
+        SystemExit: The work dir is not writable; the message says why.
     """
     try:
         os.makedirs(config.work_dir, exist_ok=True)
@@ -315,7 +317,7 @@ def check_files(config: Config, dataloaders: list[str]) -> None:
 
     Args:
         config: A whole config.
-        dataloaders: Names of those to be used, such as `['train_dataloader']`.
+        dataloaders: Names of the data loaders that will be used, such as `['train_dataloader']`.
 
     Raises:
         SystemExit: Files are missing; the message lists them and says what to do.
@@ -331,7 +333,7 @@ def check_files(config: Config, dataloaders: list[str]) -> None:
         raise SystemExit(
             'error: data are missing:\n  '
             + '\n  '.join(dict.fromkeys(missing))
-            + '\nPut them there, or name their folder with --data-root DIR (README, section Data).'
+            + '\nPut them there, or name their folder with --data-root DIR (docs/data.md).'
         )
 
 
@@ -339,7 +341,7 @@ def dataset_paths(settings: ConfigDict, scope: str) -> Iterator[str]:
     """Annotation files and image folders of all datasets in the settings of a data loader.
 
     Args:
-        settings: Of a data loader, or of a part of one.
+        settings: Settings of a data loader, or of a part of one.
         scope: The config's default scope.
     """
     if not downloads(settings, scope):

@@ -1,9 +1,9 @@
-"""Reads configs and explains what is wrong with them, in one line.
+"""Reads configs and explains errors in them, in one line.
 
-mmengine ignores unknown names at the top of a config, and `--cfg-options` that set nothing:
-`check_config` and `merge_options` refuse those that look like a typing error. Everything else is
-refused by the constructor that gets it, at the latest in `common.cli.preflight`;
-`explain_build_error` adds the nearest name that is allowed.
+mmengine ignores unknown names at the top of a config, and `--cfg-options` that set nothing.
+`check_config` and `merge_options` refuse those that look like a typing error. The constructors
+refuse everything else, at the latest in `common.cli.preflight`; `explain_build_error` adds the
+nearest allowed name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ KNOWN_AT_TOP = {
     *('train_pipeline', 'val_pipeline', 'test_pipeline'),
 }
 READERS = ('_file2dict', '_parse_lazy_import')  # of mmengine's Config, one call for each file
-# Settings of a data loader that mmengine builds or takes out before torch sees the others.
+# Settings of a data loader that mmengine builds or removes before torch sees the others.
 NOT_FOR_TORCH = {
     *('dataset', 'sampler', 'batch_sampler', 'collate_fn', 'worker_init_fn'),
     *('num_batch_per_epoch', 'disable_subprocess_warning'),
@@ -51,16 +51,16 @@ class ConfigError(ValueError):
 
 
 def read_config(path: str) -> Config:
-    """Reads a config and those it is based on.
+    """Reads a config and its bases.
 
     Raises:
-        ConfigError: One of them cannot be read, or this is no config of mmengine.
+        ConfigError: A file cannot be read, or is not a config of mmengine.
     """
     if not os.path.isfile(path):
         raise ConfigError('it is a folder' if os.path.isdir(path) else 'it does not exist')
     try:
         config = Config.fromfile(path)
-    except Exception as error:  # configs are programs: anything may go wrong
+    except Exception as error:  # configs are programs, which can raise any error
         raise ConfigError(explain_read_error(error, path)) from error
     if 'MODEL' in config:
         raise ConfigError('it is a detectron2 config (MODEL); a config of mmengine is needed')
@@ -71,12 +71,14 @@ def read_config(path: str) -> Config:
         )
     if not isinstance(config.get('model'), dict):
         found = ', '.join(sorted(config)[:6]) or 'nothing'
-        raise ConfigError(f'it has no dict `model`, so it is no config of mmengine; it has {found}')
+        raise ConfigError(
+            f'it has no dict `model`, so it is not a config of mmengine; it has {found}'
+        )
     return config
 
 
 def explain_read_error(error: Exception, path: str) -> str:
-    """The file and the line of an error while a config was read, with the reason."""
+    """The file, the line and the reason of an error while a config was read."""
     frames = list(walk_tb(error.__traceback__))
     read = [f.f_locals['filename'] for f, _ in frames if f.f_code.co_name in READERS]
     file = os.path.abspath(read[-1] if read else path)
@@ -99,7 +101,7 @@ def merge_options(config: Config, options: Mapping[str, Any]) -> None:
     """Merges `--cfg-options` into a config.
 
     Raises:
-        ConfigError: There is no such place, or a name in it looks like a typing error.
+        ConfigError: The path does not exist, or a name in it looks like a typing error.
     """
     for path in sorted(options, key=lambda path: not path.endswith('._delete_')):
         check_option(config, path, options[path])
@@ -113,8 +115,8 @@ def check_option(config: Config, path: str, value: Any) -> None:
     """Follows a path such as `a.0.b` to its first new name.
 
     Raises:
-        ConfigError: That looks like one of the names beside it. In a dict with a type this is left
-            to the constructor. Or a word would replace such a dict.
+        ConfigError: The name looks like one of its siblings (in a dict with a type, the constructor
+            checks this), or a word would replace a dict with a type.
     """
     part: Any = config
     for key in path.split('.'):
@@ -133,11 +135,11 @@ def check_option(config: Config, path: str, value: Any) -> None:
 
 
 def check_config(config: Config, needed: Sequence[str] = ()) -> None:
-    """Refuses what mmengine would ignore, or report far from its cause.
+    """Refuses errors that mmengine would ignore, or report far from their cause.
 
     Args:
         config: A whole config.
-        needed: Keys that it must have at its top.
+        needed: Keys that it must have at the top level.
 
     Raises:
         ConfigError: A key is missing or looks misspelt, or the default scope is not installed.
@@ -166,7 +168,7 @@ def check_loader(name: str, settings: Mapping) -> None:
 
 
 def refuse_typo(place: str, name: str, allowed: Collection[str]) -> None:
-    """Raises ConfigError if a name is one slip of the keyboard away from an allowed one."""
+    """Raises ConfigError if a name is one typing error away from an allowed one."""
     for other in sorted(allowed):
         if is_slip(name, other):
             raise ConfigError(f'{place} is unknown; did you mean {other!r}?')
@@ -182,7 +184,7 @@ def is_slip(written: str, meant: str) -> bool:
 
 
 def explain_build_error(error: Exception) -> str | None:
-    """What could not be built, why, and the nearest name; None if nothing was being built."""
+    """Describes what could not be built, and why; None if nothing was being built."""
     building = innermost_build(error)
     if building is None:
         return None
@@ -193,11 +195,11 @@ def explain_build_error(error: Exception) -> str | None:
 
 
 def advice(error: BaseException, cls: type | None = None) -> str:
-    """The nearest name for an unknown type or argument, else the arguments there are.
+    """The nearest name for an unknown type or argument, otherwise the arguments that exist.
 
     Args:
-        error: What was raised.
-        cls: What was being built, if not by mmengine.
+        error: The exception.
+        cls: The class that was being built, if not by mmengine.
     """
     building = innermost_build(error) or {}
     if building.get('obj_cls', error) is None:
@@ -215,9 +217,9 @@ def advice(error: BaseException, cls: type | None = None) -> str:
 
 
 def innermost_build(error: BaseException) -> dict[str, Any] | None:
-    """Variables of the function of mmengine that was building something when an error was raised.
+    """Variables of the function in mmengine that was building something when an error was raised.
 
-    `obj_type` is the type as written, `obj_cls` the class, None if there is none.
+    `obj_type` is the type as written, `obj_cls` the class, or None.
     """
     frames = [frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code in BUILDERS]
     return frames[-1].f_locals if frames else None

@@ -1,6 +1,6 @@
-"""Counts what a network costs on any machine: multiply-adds, bytes kept for backward, traffic.
+"""Counts the cost of a network without a GPU: multiply-adds, bytes kept for backward, traffic.
 
-Fake and meta tensors, which have no values, make the counts quick at any size.
+Fake and meta tensors, which have no values, make counting fast at any size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mmconv2former.ops import block, depthwise, triton_support
 def attention_flops(
     queries: Sequence[int], keys: Sequence[int], values: Sequence[int], *_: Any, **__: Any
 ) -> int:
-    """Of both matrix products, from shapes (..., length, channels); twice the multiply-adds."""
+    """Twice the multiply-adds of both matrix products, from shapes (..., length, channels)."""
     return 2 * math.prod(queries[:-1]) * keys[-2] * (queries[-1] + values[-1])
 
 
@@ -48,11 +48,11 @@ def count_bytes_kept(
     """Bytes that autograd keeps between forward and backward, each storage once.
 
     Args:
-        model: Its parameters do not count.
-        batch: Input of the forward pass, a tensor or a tree of them; it does not count.
+        model: The model; its parameters are not counted.
+        batch: Input of the forward pass, a tensor or a tree of tensors; it is not counted.
         forward: The forward pass; the model itself by default.
     """
-    kept = {}  # with the storage itself, so that no other one gets its address
+    kept = {}  # with the storage itself, so that its address is not reused
 
     def pack(tensor: Tensor) -> Tensor:
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
@@ -67,7 +67,7 @@ def count_bytes_kept(
 
 
 # ----------------------------------------------------------------------------------------- traffic
-# Operators that only reserve memory or describe a tensor in another way.
+# Operators that only allocate memory or return a view.
 FREE = {
     'aten::detach', 'aten::_unsafe_view', 'aten::empty', 'aten::empty_like', 'aten::new_empty',
     'aten::empty_strided', 'aten::new_empty_strided', 'aten::lift_fresh', 'aten::promote_types',
@@ -125,7 +125,7 @@ def count_traffic(step: Callable[[], object]) -> tuple[int, int]:
     """Operators and kernels that a GPU would launch in a step, and the bytes they read and write.
 
     Args:
-        step: Works on fake tensors. It runs twice, because weights are cast in the first step only.
+        step: A step on fake tensors. It runs twice, because weights are only cast in the first one.
     """
     for _ in range(2):
         counter = TrafficCounter()

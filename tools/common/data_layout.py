@@ -1,4 +1,4 @@
-"""Facts about the official data sets: categories, counts, archives and where they go."""
+"""The official datasets: categories, counts, archives and where to unpack them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ UNUSED_COCO_IDS = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_IDS = dict(zip(COCO_NAMES, (id_ for id_ in range(1, 91) if id_ not in UNUSED_COCO_IDS)))
 COCO_SPLITS = {'train': 'train2017', 'val': 'val2017'}
 COCO_IMAGES = {'train': 118_287, 'val': 5_000}
-COCO_OBJECTS = {'train': 860_001, 'val': 36_781}  # annotations, crowd regions among them
+COCO_OBJECTS = {'train': 860_001, 'val': 36_781}  # annotations, including crowd regions
 
 ADE_SPLITS = {'train': 'training', 'val': 'validation'}
 ADE_IMAGES = {'train': 20_210, 'val': 2_000}
-ADE_CLASSES = 150  # labels 1 to 150 in the files, 0 for all else
+ADE_CLASSES = 150  # labels 1 to 150 in the files, 0 for everything else
 
 DEFAULT_ROOT = {'coco': 'data/coco', 'ade': 'data/ade/ADEChallengeData2016'}
 HOW_TO_GET = {

@@ -1,4 +1,4 @@
-"""The sizes of images in a recipe, changed together."""
+"""Changes all image sizes of a recipe together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-# Of pipeline steps: an int, (width, height), or a list of those.
+# Sizes in pipeline steps: an int, (width, height), or a list of these.
 SIZE_ARGUMENTS = ('scale', 'scales', 'crop_size')
 
 
@@ -14,7 +14,7 @@ def scale_images(config: Config, side: int) -> None:
     """Scales images and crops, in training, evaluation and test-time augmentation.
 
     Args:
-        config: A recipe, which is changed.
+        config: A recipe, changed in place.
         side: The new short side of the images that are evaluated, or of the crops if the recipe has
             crops of one size; all other sizes change in proportion.
     """

@@ -1,4 +1,4 @@
-"""Load a model from a config and a checkpoint, and draw its predictions.
+"""Loads a model from a config and a checkpoint, and draws its predictions.
 
 Shared by `predict.py`, `visualize.py`, `export.py` and `test.py`.
 """
@@ -43,7 +43,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 
 
 def read_config(args: argparse.Namespace) -> Config:
-    """The config of the command line, without pretrained weights, which the checkpoint replaces.
+    """The config from the command line, without pretrained weights, which the checkpoint replaces.
 
     Raises:
         SystemExit: The config or an option is not usable.
@@ -54,7 +54,7 @@ def read_config(args: argparse.Namespace) -> Config:
 
 
 def drop_pretrained(config: Config) -> None:
-    """Removes pretrained weights from a model whose weights all come from a checkpoint."""
+    """Removes pretrained weights from the config of a model that a checkpoint fills completely."""
     for part in ('backbone', 'head'):
         if 'init_cfg' in (config.model.get(part) or {}):
             config.model[part].init_cfg = None
@@ -64,7 +64,7 @@ def one_of(options: Mapping[str, Any], config: Config) -> Any:
     """The option for the config's library.
 
     Args:
-        options: By default scope, such as 'mmdet'.
+        options: Options by default scope, such as 'mmdet'.
         config: A whole config.
 
     Raises:
@@ -101,7 +101,7 @@ def load_whole_model(config: Config, checkpoint: str) -> BaseModel:
 
 
 def dataset_settings(config: Config, split: str = 'test') -> ConfigDict:
-    """The settings of a split's dataset, without the datasets around it such as RepeatDataset."""
+    """The settings of a split's dataset, without wrappers such as RepeatDataset."""
     settings = config[f'{split}_dataloader'].dataset
     while 'dataset' in settings:
         settings = settings.dataset
@@ -117,7 +117,7 @@ def to_deploy(model: nn.Module) -> None:
 
 # ---------------------------------------------------------------------------------------- drawings
 def build_visualizer(config: Config, dataset_meta: Mapping[str, Any]) -> Visualizer:
-    """The config's visualizer, or that of its library, which draws but writes nothing.
+    """The config's visualizer or, by default, its library's, which draws but writes nothing.
 
     Args:
         config: A whole config.
@@ -137,10 +137,10 @@ def draw(
     score_thr: float | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """Draws a prediction, the truth, or both side by side, as the host library does.
+    """Draws a prediction, the ground truth, or both side by side, as the host library does.
 
     Args:
-        visualizer: That of the host library.
+        visualizer: The visualizer of the host library.
         image: uint8 (H, W, 3), RGB.
         sample: A data sample of the host library.
         name: The title of a window that shows it.
@@ -149,7 +149,7 @@ def draw(
             `out_file`.
 
     Returns:
-        uint8 (H, W, 3), RGB: what was drawn last, so set `draw_gt` or `draw_pred` to False.
+        uint8 (H, W, 3), RGB. It has what was drawn last, so set `draw_gt` or `draw_pred` to False.
     """
     if score_thr is not None and 'pred_instances' in sample:
         options['pred_score_thr'] = score_thr

@@ -117,20 +117,20 @@ def repeat(function: Callable[[], object], calls: int) -> None:
 
 
 def warm_up(function: Callable[[], object], device: str) -> tuple[float, int]:
-    """Seconds of a call after the first, and how many fit into 20 ms: from 3 to 100."""
+    """Seconds of a call after the first, and how many fit into 20 ms, from 3 to 100."""
     function()  # compiles and plans
     once = timed(function, device)
     return once, max(3, min(100, int(0.02 / once)))
 
 
 def launch_seconds(function: Callable[[], object], device: str) -> float:
-    """Mean wall time of a call. For a tiny input it is what a launch costs the host."""
+    """Mean wall time of a call. For a tiny input this is the cost of a launch on the host."""
     _, calls = warm_up(function, device)
     return timed(partial(repeat, function, calls), device) / calls
 
 
 def device_seconds(function: Callable[[], object], device: str) -> float:
-    """Mean time of a call on the device alone: on a GPU without the time that launches take."""
+    """Mean time of a call on the device alone, on a GPU without the time of launches."""
     if device != 'cuda':
         return launch_seconds(function, device)
     once, calls = warm_up(function, device)
@@ -153,7 +153,7 @@ class Ceilings:
     products: dict[str, float]  # operations of matrix products per second, by dtype
 
     def seconds(self, moved: float, operations: float) -> float:
-        """The least time for moving so many bytes and doing so many float32 operations."""
+        """The minimum time for moving these bytes and doing these float32 operations."""
         return max(moved / self.copy, operations / self.products['float32'])
 
     def __str__(self) -> str:
@@ -162,7 +162,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: str) -> Ceilings:
-    """Rates of a large copy and of large matrix products; float32 without TF32."""
+    """Rates of a large copy and of large matrix products, with float32 instead of TF32."""
     numbers, side = (2**28, 8192) if device == 'cuda' else (2**22, 512)
     source = torch.ones(numbers, device=device)
     target = torch.empty_like(source)
@@ -178,15 +178,15 @@ def measure_ceilings(device: str) -> Ceilings:
 # --------------------------------------------------------------------------- what the device does
 @dataclass
 class Activity:
-    """What a device did in one call; times in seconds."""
+    """Activity of a device in one call; times in seconds."""
 
-    busy: float  # while it ran anything
+    busy: float  # time in which it ran anything
     launches: int  # kernels, copies and fills
     depthwise: float  # the part of busy that is depthwise convolutions
 
 
 def trace(function: Callable[[], object], device: str) -> Activity:
-    """What the device does in a call, by torch's profiler."""
+    """Activity of the device in a call, from torch's profiler."""
     activities = [ProfilerActivity.CPU]
     if device == 'cuda':
         activities.append(ProfilerActivity.CUDA)
@@ -247,7 +247,7 @@ def end_of(event: Event) -> float:
 
 
 def is_depthwise(operator: Event) -> bool:
-    """By its name, or as a convolution by its shapes: input (N, C, ...) and kernel (C, 1, ...)."""
+    """Checks its name, or the shapes of a convolution: input (N, C, ...), kernel (C, 1, ...)."""
     name = operator['name']
     if 'convolution' not in name:
         return 'depthwise' in name
@@ -277,7 +277,7 @@ class Case:
 
 @dataclass
 class Cost:
-    """What a step costs, or why that is unknown."""
+    """The cost of a step, or why it is unknown."""
 
     wall: list[float] = field(default_factory=list)  # seconds of each round
     activity: Activity | None = None
@@ -292,7 +292,7 @@ class Cost:
         return statistics.median(self.wall) if self.wall else None
 
 
-LEAST_ROUNDS = 3  # even when the time is used up
+LEAST_ROUNDS = 3  # even if the time limit is reached
 
 
 def measure_costs(
@@ -306,12 +306,12 @@ def measure_costs(
     """Costs of cases that run in turn, after a warm-up.
 
     Args:
-        builders: Make the cases. A case that cannot be built or run gets an `error`.
-        make_batch: Makes a batch of a given size, for all cases.
+        builders: Functions that make the cases. A case that cannot be built or run gets an `error`.
+        make_batch: Function that makes a batch of a given size, for all cases.
         setting: The size of the timed batches, and the device.
         rounds: How often each case is timed; fewer when the budget is used up, but at least
             `LEAST_ROUNDS`.
-        budget: Cases that do not fit into it get an `error`; new sizes are left out.
+        budget: Time limit. Cases that exceed it get an `error`; new sizes are left out.
         new_sizes: Sizes at which the first and the second call are timed.
     """
     costs = {name: Cost() for name in builders}
@@ -320,7 +320,7 @@ def measure_costs(
     for name, build in builders.items():
         with noting_errors(costs[name]):
             if not budget.left:
-                raise TimeoutError('skipped, the time is used up')
+                raise TimeoutError('skipped, the time limit is reached')
             case = build()
             case.step(batch)
             cases[name] = case
@@ -344,7 +344,7 @@ def measure_costs(
 
 @contextmanager
 def noting_errors(cost: Cost) -> Iterator[None]:
-    """An error in one case does not stop the others."""
+    """Records an error in one case, so that the others continue."""
     try:
         yield
     except Exception as error:

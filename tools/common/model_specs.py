@@ -6,11 +6,11 @@ A specification is a name, with options after a colon:
     plain_{n,t,s,b,l}          the published code's operators, in NCHW or with channels_last=True
     convnext_tiny  swin_tiny  hornet_tiny  ...     any of docs/baselines.md, with four outputs
 
-and for any of them how inference is run:
+Any of them accepts one of these options for inference:
 
     cuda_graphs=True           as a CUDA graph (--device cuda)
-    compile=True               by torch.compile
-    aoti=True                  compiled ahead of time, by torch.export and AOTInductor
+    compile=True               with torch.compile
+    aoti=True                  compiled ahead of time, with torch.export and AOTInductor
     half=True                  weights and images in --dtype, without autocast
 """
 
@@ -79,7 +79,7 @@ def trains(spec: str) -> bool:
 
 
 def build(spec: str) -> nn.Module:
-    """The network of a specification, without the ways to run it."""
+    """The network of a specification, without the options for inference."""
     name, options = parse(spec)
     options = {key: value for key, value in options.items() if key not in WAYS}
     size = name[-1]
@@ -189,7 +189,7 @@ def models_table(costs: Mapping[str, Cost], setting: Setting) -> str:
 # ---------------------------------------------------------------------------------------- counting
 @contextmanager
 def without_values(spec: str, setting: Setting) -> Iterator[tuple[nn.Module, Tensor]]:
-    """A model and images as fake tensors, which make counts quick at any size."""
+    """A model and images as fake tensors, which make counting fast at any size."""
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
         model = copy.deepcopy(build(spec).to(setting.device))

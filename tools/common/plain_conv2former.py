@@ -1,8 +1,8 @@
-"""Conv2Former a second time, straight from the published equations, to check the package against.
+"""A second Conv2Former, written from the published equations, to check the package against.
 
 Deliberately plain: functions of a state dict with the published names, tensors (N, C, H, W)
-throughout, LayerNorm, GELU and BatchNorm in elementary operations, convolutions by `conv2d` alone.
-`PublishedConv2Former` is the same network with the operators of the published code.
+throughout, LayerNorm, GELU and BatchNorm in elementary operations, and all convolutions by
+`conv2d`. `PublishedConv2Former` is the same network with the operators of the published code.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def stem(x: Tensor, p: StateDict, training: bool, ops: Operators = ELEMENTARY) -
 
 
 def fuse(a: Tensor, v: Tensor, fusion: str) -> Tensor:
-    """The paper's alternatives, by their formulas; extremes and sums over the channels."""
+    """The paper's alternatives as formulas, with extremes and sums over the channels."""
     if fusion == 'hadamard':
         return a * v
     if fusion == 'sum':
@@ -137,7 +137,7 @@ def plain_conv2former(
 def plain_isotropic(
     x: Tensor, p: StateDict, depth: int, out_indices: Sequence[int], training: bool = False
 ) -> list[Tensor]:
-    """Outputs of the blocks asked for, with a plain or a convolutional patch embedding."""
+    """Outputs of the requested blocks, with a plain or a convolutional patch embedding."""
     name = 'patch_embed'
     if f'{name}.weight' in p:
         x = conv(x, p, name, stride=16)

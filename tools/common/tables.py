@@ -1,4 +1,4 @@
-"""Tables in Markdown, and their places in pages."""
+"""Tables in Markdown, and where they go on a page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def with_table(page: str, name: str, table: str) -> str:
-    """The text of a page with what stands at the mark `name` replaced; unchanged without a mark."""
+    """The text of a page with the table at the mark `name` replaced; unchanged without a mark."""
     pattern = rf'(<!-- table {re.escape(name)} -->\n).*?(<!-- end -->)'
     return re.sub(pattern, lambda found: found[1] + table + found[2], page, flags=re.S)
 
