@@ -5,8 +5,8 @@ PYTHON_IN_VENV := .venv/bin/python
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile
 # The tests of the package itself, without tests of tools only. The last test fills a disk, which then
 # has no room for the coverage file either.
-COVERED_BY := tests/ops $(patsubst %,tests/test_%.py,backbone cls_head baselines compile convert_weights deploy \
-    fusion instance_tta isotropic layer_decay lean product registry runner weights) \
+COVERED_BY := tests/models tests/ops tests/checkpoint tests/engine tests/test_registry.py \
+    tests/tools/test_convert_weights.py \
     $(patsubst %,tests/reliability/test_%.py,bad_checkpoints bad_data fuzz numbers) \
     --deselect tests/tools/test_convert_weights.py::test_full_disk_leaves_nothing
 

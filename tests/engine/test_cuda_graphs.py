@@ -444,7 +444,7 @@ def test_training_of_a_recipe(simulated, sample, tmp_path, monkeypatch):
 def test_option_of_an_evaluation(simulated, sample, tmp_path, monkeypatch, capsys):
     """Images of one size, of varying sizes, and test-time augmentation."""
     for_graphs_only(inference, monkeypatch)
-    monkeypatch.setattr(load_tool('test'), 'get_device', lambda: 'cuda')
+    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cuda')  # for the tool alone
     config = write_tiny_config(tmp_path / 'tiny.py')
     arguments = with_data([config, 'none', '--cuda-graphs'], sample, tmp_path)
     arguments.append('test_dataloader.dataset.indices=3')
@@ -454,6 +454,6 @@ def test_option_of_an_evaluation(simulated, sample, tmp_path, monkeypatch, capsy
     varying = [f'{resize}.type=RandomResize', f'{resize}.ratio_range=(1.0,3.0)']
     whole = ['model.test_cfg._delete_=True', 'model.test_cfg.mode=whole']
     refusal = refusal_of('test', *arguments, *varying, *whole)
-    assert refusal.startswith('error: --cuda-graphs: CUDA graphs need inputs of one size: captured')
+    assert refusal.startswith('error: CUDA graphs need inputs of one size: captured')
     assert refusal_of('test', *arguments[:3], '--tta') == '2'  # argparse's exit
     assert '--cuda-graphs needs images of one size, and --tta' in capsys.readouterr().err

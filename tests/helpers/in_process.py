@@ -105,6 +105,8 @@ model = dict(
 
 
 def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), init_cfg=None, more=''):
+    if init_cfg is not None:
+        init_cfg = dict(init_cfg, _delete_=True)  # mmengine merges no dict into None
     path.write_text(TINY.format(kernel=kernel, depths=depths, init_cfg=init_cfg) + more)
     return path
 

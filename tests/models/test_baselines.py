@@ -328,10 +328,16 @@ def test_weights_of_another_network_are_refused(tiny, tmp_path):
     [
         (dict(name='slak_tiny'), r"one of convnext_tiny, .*coatnet_3, got 'slak_tiny'"),
         (dict(name='coatnet_0'), 'coatnet_0 is for classification only'),
-        (dict(name='swin_tiny', drop_path_rate=1), 'drop_path_rate must be below 1, got 1'),
+        (
+            dict(name='swin_tiny', drop_path_rate=1),
+            'must be at least 0 and below 1, got 1',
+        ),
         (dict(name='swin_tiny', init_cfg=dict(type='Normal')), "type 'Pretrained', got .*Normal"),
         (dict(name='swin_tiny', out_indices=(1, 4)), 'out_indices must be from -4 to 3, got 4'),
-        (dict(name='swin_tiny', out_indices=(3, -1)), r'not name a stage twice, got \(3, -1\)'),
+        (
+            dict(name='swin_tiny', out_indices=(3, -1)),
+            r'at least one stage and none twice, got \(3, -1\)',
+        ),
         (dict(name='swin_tiny', out_indices=(0, 1)), r'include the last stage, 3, .* \(0, 1\)'),
     ],
 )

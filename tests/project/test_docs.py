@@ -49,7 +49,9 @@ RUN_BY = {
     'tools/test.py': 'tools/test_train_and_test.py::test_evaluates_draws_and_dumps',
     'tools/visualize.py': 'tools/test_visualize.py::test_receptive_fields_of_several_networks',
     'tools/benchmark.py': 'tools/test_benchmark.py::test_command',
-    'tools/benchmark_recipe.py': 'tools/test_benchmark.py::test_whole_recipes_and_their_data',
+    'tools/benchmark_recipe.py': (
+        'tools/test_benchmark_recipe.py::test_whole_recipes_and_their_data'
+    ),
     'tools/kernel_resources.py': 'ops/test_kernel_resources.py::test_no_kernel_spills',
     'tools/demo.py': 'tools/test_train_and_test.py::test_demo_in_small',
     'tools/export.py': 'tools/test_export.py::test_onnx',

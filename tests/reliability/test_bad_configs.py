@@ -136,8 +136,8 @@ OPTIONS = {  # of the command line
     'param_scheduler.first.begin=1': '--cfg-options param_scheduler.first.begin: ',
     'param_scheduler.0=5': '--cfg-options param_scheduler.0: ',
     'model.type.name=1': '--cfg-options model.type.name: TypeError: ',
-    'model.backbone.arch': "--cfg-options takes KEY=VALUE with closed brackets, got ['model",
-    'a=[(1,2]': '--cfg-options takes KEY=VALUE with closed brackets, got',
+    'model.backbone.arch': "takes KEY=VALUE with closed brackets, got 'model.backbone.arch'",
+    'a=[(1,2]': "--cfg-options takes KEY=VALUE with closed brackets, got 'a=[(1,2]'",
     'model.backbone=small': 'model.backbone is a dict with a type; set its keys',
     # The constructors refuse these.
     'model..decode_head=1': "unexpected keyword argument ''",

@@ -227,10 +227,10 @@ def loader_of(task, root, phase, workers=0, full_size=False):
     if task == 'detection':
         dataset['ann_file'] = train.ann_file
     settings.dataset.update(dataset)
-    if full_size and task == 'detection' and phase == 'train':
-        settings.dataset.pipeline[3].transforms[0][0].scales = [(480, 1333)]
-    elif full_size and task == 'detection':
-        settings.dataset.pipeline[1].scale = (1333, 800)
+    if full_size and task == 'detection':
+        for step in settings.dataset.pipeline:
+            if step['type'] == 'Resize':
+                step['scale'] = (1333, 480 if phase == 'train' else 800)
     settings.update(num_workers=workers, timeout=60 if workers else 0)  # seconds: none may hang
     init_default_scope(config.default_scope)
     return ReliableRunner.build_dataloader(settings, seed=0)

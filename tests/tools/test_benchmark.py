@@ -310,7 +310,7 @@ def test_report(run, tmp_path, monkeypatch):
     text = (tmp_path / 'out/report.md').read_text()
     assert [line[3:].lower() for line in text.splitlines() if line.startswith('## ')] == parts
     assert text.count('\n2x3x32x32, float32, cpu\n') == 2
-    assert text.strip() in output.replace('\n\n\n', '\n\n')
+    assert set(text.splitlines()) <= set(output.splitlines())  # among what mmengine logs
 
 
 def test_report_survives_failures(tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_unreadable_inputs_are_listed_and_the_others_predicted(models, folder, t
         lines,
         [
             'a.jpg: AssertionError: failed to load image',
-            'cut off.jpg: the file is cut off or broken: image file is truncated',
+            'cut off.jpg: the file is truncated or broken: image file is truncated',
             'film.mp4: OpenCV finds no frames in it',
         ],
         strict=True,

@@ -345,7 +345,8 @@ def test_subset_refuses(sample, tmp_path):
 
 
 NO_WEIGHTS = ['--cfg-options', 'model.backbone.init_cfg=None']
-REFUSALS = {  # train.py with CONFIG, or test.py with CONFIG and none
+RECIPE = 'configs/detection/mask_rcnn_conv2former_t.py'
+REFUSALS = {  # train.py with RECIPE, or test.py with RECIPE and none
     'data': ('train', ['--data-root', '/nowhere', *NO_WEIGHTS],
              '/nowhere/annotations/instances_train2017.json (train_dataloader)'),
     'data to evaluate': ('test', ['--data-root', '/nowhere', *NO_WEIGHTS],
@@ -370,7 +371,7 @@ def test_refuses_with_one_message(case, sample, tmp_path):
     options = [sample / 'coco' if option == 'SAMPLE' else option for option in options]
     checkpoint = ['none'] if tool == 'test' else []
     options = ['--work-dir', tmp_path, *options]
-    assert message in run_tool(tool, CONFIG, *checkpoint, *options, succeeds=False)
+    assert message in run_tool(tool, RECIPE, *checkpoint, *options, succeeds=False)
 
 
 def test_missing_files_are_named(sample, tmp_path):

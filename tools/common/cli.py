@@ -57,15 +57,23 @@ FAILED_WORKER = re.compile(r'Caught \w+ in DataLoader worker process \d+\.')
 
 
 class OptionsAction(DictAction):
-    """mmengine's KEY=VALUE, with a one-line error for anything else."""
+    """mmengine's KEY=VALUE, with a one-line error that names what is not of this form."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().__call__(parser, *args, **kwargs)
-        except (ValueError, AssertionError):
-            raise SystemExit(
-                f'error: --cfg-options takes KEY=VALUE with closed brackets, got {args[1]}'
-            ) from None
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        for value in values:
+            try:
+                super().__call__(parser, argparse.Namespace(), [value], option)
+            except (ValueError, AssertionError):
+                raise SystemExit(
+                    f'error: --cfg-options takes KEY=VALUE with closed brackets, got {value!r}'
+                ) from None
+        super().__call__(parser, namespace, values, option)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
