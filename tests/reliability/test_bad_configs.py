@@ -110,8 +110,8 @@ SETTINGS = {  # lines of a config that are refused as their part is built, and t
         "cannot build {'interval': 1}: KeyError: '`cfg` or `default_args` must contain",
     ),
     'an unknown key of the visualizer': (
-        'visualizer = dict(alhpa=0.5)\n',
-        "unexpected keyword argument 'alhpa'; did you mean 'alpha'?",
+        'visualizer = dict(alphx=0.5)\n',
+        "unexpected keyword argument 'alphx'; did you mean 'alpha'?",
     ),
     'an unknown setting of randomness': ('randomness = dict(seeed=1)\n', "argument 'seeed'"),
     'an unknown size of the backbone': (
