@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
         name='mmengine',
     ) from error
 
+from .compat import mmcv_ops
 from .engine.cuda_graphs import CudaGraphsHook, use_cuda_graphs
 from .engine.layer_decay import LayerDecayOptimWrapperConstructor
 from .engine.runner import ReliableRunner
@@ -22,6 +23,8 @@ from .models.baselines import Baseline
 from .models.conv2former import Conv2Former
 from .models.isotropic import Conv2FormerIsotropic
 from .version import __version__
+
+mmcv_ops.install()
 
 __all__ = [
     'Baseline',

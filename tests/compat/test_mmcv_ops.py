@@ -1,0 +1,249 @@
+"""The stand-in for mmcv's compiled operators against these, or against plain loops and formulas."""
+
+import importlib.machinery
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip('torchvision')
+pytest.importorskip('mmcv.ops')  # the network alone needs no mmcv (docs/compatibility.md)
+
+from helpers.mmcv_ops_cases import REFERENCE, boxes, cases, operators, random, with_gradients
+
+from mmconv2former.compat import mmcv_ops
+from mmconv2former.compat.mmcv_ops import StandIn
+
+CASES = dict(cases())
+STAND_IN = StandIn('stand_in')
+IS_COMPILED = (
+    importlib.machinery.PathFinder.find_spec('mmcv._ext', sys.modules['mmcv'].__path__) is not None
+)
+
+
+@pytest.fixture(scope='module')
+def reference():
+    arrays = {}
+    for key, value in np.load(REFERENCE).items():
+        arrays.setdefault(key.rpartition('/')[0], []).append(torch.from_numpy(value))
+    return arrays
+
+
+def assert_close(found, expected):
+    assert len(found) == len(expected)
+    for value, wanted in zip(found, expected):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_equals_the_stored_results_of_compiled_operators(name, reference):
+    with operators(STAND_IN):
+        assert_close(CASES[name](), reference[name])
+
+
+def test_every_case_has_a_stored_result(reference):
+    assert set(reference) == set(CASES)
+
+
+@pytest.mark.skipif(
+    not IS_COMPILED, reason='mmcv has no compiled operators (make compatibility has)'
+)
+@pytest.mark.parametrize('name', CASES)
+def test_equals_the_compiled_operators(name):
+    expected = CASES[name]()
+    with operators(STAND_IN):
+        assert_close(CASES[name](), expected)
+
+
+# --------------------------------------------------- operators that mmcv does not compile for CPUs
+def test_roi_pool():
+    from mmcv.ops import roi_pool
+
+    x = random(2, 3, 12, 16, seed=0)
+    rois = torch.cat([torch.tensor([[0.0], [1], [1], [0]]), boxes(4, 50, seed=1)], 1)
+    rois[3, 1:] = torch.tensor([200, 200, 210, 210])  # outside
+
+    def loops(x):
+        output = []
+        for image, *corners in rois.tolist():
+            x_1, y_1 = (value * 0.3 for value in corners[:2])
+            x_2, y_2 = ((value + 1) * 0.3 for value in corners[2:])
+            for h in range(3):
+                for w in range(2):
+                    top, bottom = y_1 + (y_2 - y_1) * h / 3, y_1 + (y_2 - y_1) * (h + 1) / 3
+                    left, right = x_1 + (x_2 - x_1) * w / 2, x_1 + (x_2 - x_1) * (w + 1) / 2
+                    rows = slice(int(np.floor(top)), int(np.ceil(bottom)))
+                    columns = slice(int(np.floor(left)), int(np.ceil(right)))
+                    part = x[int(image), :, rows, columns].flatten(1)
+                    output.append(part.max(1).values if part.numel() else 0 * x[0, :, 0, 0])
+        return torch.stack(output).view(4, 3, 2, 3).permute(0, 3, 1, 2)
+
+    with operators(STAND_IN):
+        found = with_gradients(lambda x: roi_pool(x, rois, (3, 2), 0.3), x)
+    assert_close(found, with_gradients(loops, x))
+
+
+def focal_loss(x, target, gamma, alpha, weight):
+    p = x.sigmoid()
+    one_hot = F.one_hot(target, x.shape[1] + 1)[:, :-1]
+    at = p * one_hot + (1 - p) * (1 - one_hot)
+    factor = alpha * one_hot + (1 - alpha) * (1 - one_hot)
+    loss = (
+        factor
+        * (1 - at) ** gamma
+        * F.binary_cross_entropy_with_logits(x, one_hot.to(x), reduction='none')
+    )
+    return loss if weight is None else loss * weight[target.clamp(max=3)][:, None]
+
+
+@pytest.mark.parametrize('weight', [None, torch.tensor([0.5, 1.0, 2.0, 4.0])])
+@pytest.mark.parametrize('reduction', ['none', 'mean', 'sum'])
+def test_focal_losses(reduction, weight):
+    from mmcv.ops import sigmoid_focal_loss, softmax_focal_loss
+
+    x = random(10, 4, seed=0)
+    target = torch.arange(10) % 5  # 4 is background
+
+    def reduce(loss):
+        return {'none': loss, 'mean': loss.sum() / len(x), 'sum': loss.sum()}[reduction]
+
+    with operators(STAND_IN):
+        found = with_gradients(
+            lambda x: sigmoid_focal_loss(x, target, 1.5, 0.3, weight, reduction), x
+        )
+    assert_close(
+        found, with_gradients(lambda x: reduce(focal_loss(x, target, 1.5, 0.3, weight)), x)
+    )
+    if reduction == 'none':  # mmcv's own backward pass of softmax_focal_loss takes sums only
+        return
+    target = target % 4
+
+    def softmax_loss(x):
+        p = x.softmax(1).gather(1, target[:, None])[:, 0]
+        loss = -0.3 * (1 - p) ** 1.5 * p.log()
+        return reduce(loss if weight is None else loss * weight[target])
+
+    with operators(STAND_IN):
+        found = with_gradients(
+            lambda x: softmax_focal_loss(x, target, 1.5, 0.3, weight, reduction), x
+        )
+    assert_close(found, with_gradients(softmax_loss, x))
+
+
+def test_multi_scale_deformable_attention():
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+
+    shapes = torch.tensor([[4, 5], [2, 3]])
+    value = random(2, 26, 2, 3, seed=0)
+    locations = random(2, 7, 2, 2, 4, 2, seed=1).sigmoid() * 1.2 - 0.1  # some outside
+    weights = random(2, 7, 2, 2, 4, seed=2).sigmoid()
+
+    def loops(value, locations, weights):
+        output = value.new_zeros(2, 7, 2, 3)
+        for level, (start, (height, width)) in enumerate(zip((0, 20), shapes.tolist())):
+            levels = value[:, start : start + height * width].view(2, height, width, 2, 3)
+            for n, q, h, p in np.ndindex(2, 7, 2, 4):
+                x, y = locations[n, q, h, level, p] * torch.tensor([width, height]) - 0.5
+                for row in (y.floor(), y.floor() + 1):
+                    for column in (x.floor(), x.floor() + 1):
+                        if 0 <= row < height and 0 <= column < width:
+                            share = (1 - (y - row).abs()) * (1 - (x - column).abs())
+                            sample = levels[n, int(row), int(column), h]
+                            output[n, q, h] += weights[n, q, h, level, p] * share * sample
+        return output.flatten(2)
+
+    def function(value, locations, weights):
+        starts = torch.tensor([0, 20])
+        return MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
+
+    with operators(STAND_IN):
+        found = with_gradients(function, value, locations, weights)
+    assert_close(found, with_gradients(loops, value, locations, weights))
+
+
+# -------------------------------------------------------------------------------- dtypes and layout
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('mode', ['avg', 'max'])
+def test_half_precision_and_channels_last(dtype, mode):
+    """Close to float32, and layouts are read as they are: mmcv's own RoIAlign misreads them."""
+    from mmcv.ops import nms, roi_align
+
+    x = random(2, 3, 12, 16, seed=0).to(dtype)
+    rois = torch.cat([torch.tensor([[0.0], [1]]), boxes(2, 30, seed=1)], 1)
+    found = boxes(20, 40, seed=2)
+    with operators(STAND_IN):
+        expected = with_gradients(lambda x: roi_align(x, rois, 3, 0.3, 2, mode, True), x.float())
+        last = x.contiguous(memory_format=torch.channels_last)
+        half = with_gradients(
+            lambda x: roi_align(x, rois.to(dtype).float(), 3, 0.3, 2, mode, True).float(), last
+        )
+        for value, wanted in zip(half, expected):
+            # Positions of maxima are kept in the half precision of the features.
+            torch.testing.assert_close(value.float(), wanted, rtol=0.1, atol=0.1)
+        scores = torch.linspace(0, 1, 20)
+        assert len(nms(found.to(dtype), scores.to(dtype), 0.5)[1])
+
+
+# ------------------------------------------------------------------------------------- installation
+def test_other_operators_say_how_to_get_them():
+    with pytest.raises(
+        NotImplementedError, match=r'box_iou_rotated has no replacement. Install an mmcv'
+    ):
+        STAND_IN.box_iou_rotated()
+
+
+def run(code):
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    return subprocess.run(command, capture_output=True, text=True, check=True)
+
+
+WITHOUT = """
+import sys, types
+from importlib.machinery import PathFinder
+original = PathFinder.find_spec
+PathFinder.find_spec = classmethod(
+    lambda cls, name, path=None, target=None:
+    {spec} if name == 'mmcv._ext' else original(name, path, target)
+)
+import mmconv2former
+from mmcv import ops
+from mmcv.ops.nms import ext_module
+print(type(ext_module).__name__)
+"""
+BROKEN = "__import__('importlib.util').util.spec_from_file_location('mmcv._ext', '{path}')"
+
+
+def test_takes_the_place_of_missing_operators():
+    result = run(WITHOUT.format(spec=None))
+    assert result.stdout == 'StandIn\n'
+    assert result.stderr.startswith(
+        'mmcv has no compiled operators. Using torchvision and PyTorch for: nms'
+    )
+
+
+def test_takes_the_place_of_operators_that_do_not_load(tmp_path):
+    """As those compiled for another torch."""
+    path = tmp_path / '_ext.so'
+    path.write_bytes(b'')
+    result = run(WITHOUT.format(spec=BROKEN.format(path=path)))
+    assert result.stdout == 'StandIn\n'
+    assert result.stderr.startswith("mmcv's compiled operators do not load (")
+
+
+@pytest.mark.skipif(
+    not IS_COMPILED, reason='mmcv has no compiled operators (make compatibility has)'
+)
+def test_compiled_operators_are_used():
+    result = run('import mmconv2former; import mmcv._ext; print(mmcv._ext.__file__)')
+    assert result.stdout.endswith('.so\n')
+    assert 'mmcv' not in result.stderr
+
+
+def test_installing_again_has_no_effect():
+    before = len(sys.meta_path)
+    mmcv_ops.install()
+    mmcv_ops.install()
+    assert len(sys.meta_path) <= before + 1
