@@ -1,6 +1,8 @@
 # The commands of this project; each one sets up .venv first if necessary.
 
 PYTHON_IN_VENV := .venv/bin/python
+# Threads of OpenMP spin while they wait, which slows everything down beside another busy process.
+export OMP_WAIT_POLICY ?= passive
 # Tests start many processes: two at a time with one thread each are faster than one with many.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile
 # The tests of the package itself, without tests of tools only. The last test fills a disk, which then
