@@ -462,7 +462,7 @@ def deform_conv_backward_parameters(
 
 
 def unmodulated(input: Tensor, weight: Tensor, offset: Tensor) -> tuple[Tensor, ...]:
-    """Input, weight, offset, mask and bias as torchvision takes them, without the last two."""
+    """Input, weight, offset, an empty mask and a bias of zeros, as torchvision takes them."""
     x, w, o = single(input, weight, offset)
     return x, w, o, x.new_zeros(len(x), 0, 1, 1), x.new_zeros(len(w))
 

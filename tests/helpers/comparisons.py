@@ -54,7 +54,7 @@ def leaves(model):
 
 
 def plain_outputs(model, x, state, fusion='hadamard'):
-    """What the plain implementation computes from a state dict in the place of the model."""
+    """Outputs of the plain implementation for a state dict, instead of the model."""
     if hasattr(model, 'blocks'):
         return plain_isotropic(x, state, len(model.blocks), model.out_indices, model.training)
     outputs = plain_conv2former(x, state, model.depths, model.training, fusion)

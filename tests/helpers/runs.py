@@ -27,7 +27,7 @@ class Interrupt(Hook):
 
 
 def run(config, interrupt_at=(), resume=False):
-    """Trains, with interruptions, after each of which the run is resumed."""
+    """Trains a run that is interrupted at each given moment and then resumed."""
     for moment in [*interrupt_at, None]:
         config.resume = 'auto' if resume else False
         config.experiment_name += '_'  # mmengine's loggers and visualizers go by their names

@@ -52,12 +52,12 @@ def run_tool(name, *args, succeeds=True):
     return output
 
 
-def assert_drawn_beside(drawing, picture):
+def assert_drawn_beside(drawing, image):
     """A drawing has truth and prediction side by side, and something is drawn on both."""
-    picture, drawing = cv2.imread(str(picture)), cv2.imread(str(drawing))
-    height, width = picture.shape[:2]
+    image, drawing = cv2.imread(str(image)), cv2.imread(str(drawing))
+    height, width = image.shape[:2]
     assert drawing.shape == (height, 2 * width, 3)
-    # The picture as a JPEG, as the drawing is.
-    stored = cv2.imdecode(cv2.imencode('.jpg', picture)[1], cv2.IMREAD_COLOR)
+    # Compressed as the drawing is.
+    stored = cv2.imdecode(cv2.imencode('.jpg', image)[1], cv2.IMREAD_COLOR)
     for half in (drawing[:, :width], drawing[:, width:]):
         assert np.abs(half.astype(float) - stored).mean() > 1

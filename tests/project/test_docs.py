@@ -397,7 +397,7 @@ def test_python_runs(page, block, guarded, project, monkeypatch):
 
 # ------------------------------------------------------------------------------------------ links
 def targets(page):
-    """Links and pictures of a page."""
+    """Links and images of a page."""
     for token in MarkdownIt().enable('table').parse(page.read_text()):
         for child in token.children or []:
             target = child.attrGet('href') or child.attrGet('src')
