@@ -81,6 +81,7 @@ setup(
             'hypothesis',
             'markdown-it-py',
             'pytest',
+            'pytest-timeout',
             'pytest-xdist',
             'ruff',
             'safetensors',

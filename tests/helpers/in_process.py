@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from mmengine.registry import DefaultScope
 from mmengine.runner import CheckpointLoader
-from mmengine.utils import ManagerMixin
+from mmengine.utils import ManagerMixin, manager
 
 from helpers import ROOT
 from helpers.tiny import FOUR_ITERATIONS, SMALL_SEGMENTATION, WITHOUT_WORKERS
@@ -53,6 +53,9 @@ def isolated():
         for cls in managers():
             cls._instance_dict.clear()
             cls._instance_dict.update(instances.get(cls, {}))
+        # mmengine keeps its lock if it fails to build a visualizer: other threads would wait forever.
+        while manager._lock._is_owned():
+            manager._lock.release()
 
 
 @contextmanager
