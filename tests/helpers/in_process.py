@@ -53,7 +53,7 @@ def isolated():
         for cls in managers():
             cls._instance_dict.clear()
             cls._instance_dict.update(instances.get(cls, {}))
-        # mmengine keeps its lock if it fails to build a visualizer: other threads would wait forever.
+        # mmengine keeps its lock if it fails to build a visualizer: other threads would hang.
         while manager._lock._is_owned():
             manager._lock.release()
 
