@@ -7,6 +7,7 @@ import copy
 import itertools
 import threading
 import warnings
+from collections import defaultdict
 
 import pytest
 import torch
@@ -30,8 +31,8 @@ def exact_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
 
 
-def build(**options):
-    torch.manual_seed(0)
+def build(seed=0, **options):
+    torch.manual_seed(seed)
     return randomized(Conv2Former(ARCH, **options))
 
 
@@ -68,23 +69,30 @@ def test_network_in_float32(setting, recompute, with_cp, monkeypatch):
 @pytest.mark.parametrize('setting', IMPLEMENTATIONS)
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_network_in_half_precision(setting, dtype, monkeypatch):
-    """As close to float64 as stock operators under the same autocast, within a factor of two."""
+    """As close to float64 as stock operators under the same autocast, within a factor of two.
+
+    Means over several networks: some gradients of one are sums of a dozen rounded values.
+    """
     monkeypatch.setattr(depthwise, 'setting', setting)
-    model = build().cuda()
-    x = torch.randn(2, 3, 96, 75, device='cuda')
-    outputs, grads = exact(model, x)
-    state = leaves(model)
-    with torch.autocast('cuda', dtype):
-        stock = plain_conv2former(x, state, model.depths, model.training)
-        found = model(x)
-    loss_of([output.double() for output in stock]).backward()
-    found_grads = gradients(found, model)
-    for value, plain, reference in zip(found, stock, outputs):
-        allowed = 2 * relative_error(plain.double(), reference) + 2e-3
-        assert relative_error(value.double(), reference) < allowed
-    for name, reference in grads.items():
-        allowed = 2 * relative_error(state[name].grad.double(), reference) + 2e-3
-        assert relative_error(found_grads[name].double(), reference) < allowed, name
+    errors, of_stock = defaultdict(float), defaultdict(float)
+    seeds = range(4)
+    for seed in seeds:
+        model = build(seed).cuda()
+        x = torch.randn(2, 3, 96, 75, device='cuda')
+        outputs, grads = exact(model, x)
+        exact_values = dict(enumerate(outputs)) | grads
+        state = leaves(model)
+        with torch.autocast('cuda', dtype):
+            stock = plain_conv2former(x, state, model.depths, model.training)
+            found = model(x)
+        loss_of([output.double() for output in stock]).backward()
+        values = dict(enumerate(found)) | gradients(found, model)
+        for name, reference in exact_values.items():
+            plain = state[name].grad if name in grads else stock[name]
+            errors[name] += relative_error(values[name].double(), reference) / len(seeds)
+            of_stock[name] += relative_error(plain.double(), reference) / len(seeds)
+    for name, error in errors.items():
+        assert error < 2 * of_stock[name] + 2e-3, name
 
 
 def test_deployed_form():

@@ -26,7 +26,8 @@ class TimeBudgetHook(Hook):
     passed and then falls linearly. The loop validates after the last iteration as usual.
 
     Args:
-        seconds: Training time from the first iteration on, without the validation.
+        seconds: Training time after the first iteration, which may compile kernels for a minute, and
+            without the validation.
         warmup: Number of iterations.
 
     Raises:
@@ -51,20 +52,20 @@ class TimeBudgetHook(Hook):
 
         Args:
             iteration: Counted from 0.
-            passed: Seconds since the first iteration began.
+            passed: Seconds since the first iteration ended.
         """
         return max(0.0, min(1.0, (iteration + 1) / self.warmup, 2 * (1 - passed / self.seconds)))
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        if self.start is None:
-            self.start = time.monotonic()
-        factor = self.factor(runner.iter, time.monotonic() - self.start)
+        passed = 0.0 if self.start is None else time.monotonic() - self.start
+        factor = self.factor(runner.iter, passed)
         for group, rate in zip(runner.optim_wrapper.param_groups, self.rates):
             group['lr'] = rate * factor
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
-        assert self.start is not None
-        if time.monotonic() - self.start >= self.seconds:
+        if self.start is None:
+            self.start = time.monotonic()
+        elif time.monotonic() - self.start >= self.seconds:
             runner.train_loop._max_iters = runner.iter + 1  # this was the last one
