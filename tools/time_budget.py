@@ -26,8 +26,8 @@ class TimeBudgetHook(Hook):
     passed and then falls linearly. The loop validates after the last iteration as usual.
 
     Args:
-        seconds: Training time after the first iteration, which may compile kernels for a minute, and
-            without the validation.
+        seconds: Training time without the first iteration, which may compile kernels for a minute,
+            and without the validation.
         warmup: Number of iterations.
 
     Raises:
