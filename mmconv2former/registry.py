@@ -49,7 +49,11 @@ HOOKS = Registry(
     'hook',
     parent=ROOT_HOOKS,
     scope='mmconv2former',
-    locations=['mmconv2former.engine.hooks', 'mmconv2former.engine.finite'],
+    locations=[
+        'mmconv2former.engine.hooks',
+        'mmconv2former.engine.finite',
+        'mmconv2former.engine.dry_run',
+    ],
 )
 DATASETS = Registry(
     'dataset',

@@ -120,7 +120,7 @@ def augment_at_test_time(config: Config) -> None:
     config.test_dataloader.dataset.pipeline = config.tta_pipeline
 
 
-class DrawPredictions(Hook):
+class PredictionVisualizationHook(Hook):
     """Draws the prediction and the ground truth of every image with the library's visualizer.
 
     The libraries' own hooks write to different folders under different names; mmpretrain's draws
@@ -166,7 +166,7 @@ class DrawPredictions(Hook):
         return absolute.name
 
 
-def draw_predictions(config: Config, args: argparse.Namespace) -> DrawPredictions:
+def draw_predictions(config: Config, args: argparse.Namespace) -> PredictionVisualizationHook:
     """The hook that draws instead of the config's own.
 
     A config without a visualizer gets the library's; mmengine's default draws no predictions.
@@ -183,7 +183,7 @@ def draw_predictions(config: Config, args: argparse.Namespace) -> DrawPrediction
         options['score_thr'] = settings.score_thr
     if not args.show_dir:
         config.visualizer.vis_backends = None  # they would save the drawings
-    return DrawPredictions(args.show_dir, options)
+    return PredictionVisualizationHook(args.show_dir, options)
 
 
 if __name__ == '__main__':

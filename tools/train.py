@@ -65,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--tensorboard', action='store_true', help='also log for TensorBoard (in WORK_DIR/TIME)'
     )
+    parser.add_argument(
+        '--no-dry-run',
+        action='store_true',
+        help='do not try evaluation, drawing and saving on two images before training',
+    )
     args = parser.parse_args(separate_config(sys.argv[1:] if argv is None else argv))
     config = load_config(args, ('train_dataloader', 'train_cfg', 'optim_wrapper'))
 
@@ -85,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.resume = 'auto' if args.resume == 'auto' else True
         if args.resume != 'auto':
             config.load_from = args.resume
+    if args.no_dry_run:
+        config.default_hooks = {**(config.get('default_hooks') or {}), 'dry_run': None}
     check_files(config, ['train_dataloader', 'val_dataloader'])
     check_work_dir(config)
     compile_settings = config.pop('compile', False)

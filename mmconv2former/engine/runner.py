@@ -28,6 +28,7 @@ from ..checkpoint.loading import check_model, check_optimizer, check_resumable
 from ..checkpoint.reading import CheckpointError, load_from_checked_file
 from ..registry import RUNNERS, register
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
+from .drawing import is_drawing, spare_metrics
 from .finite import check_weights, images_on_error
 from .seeding import PositionedSampler, ResumedBatches, give_positions
 
@@ -109,12 +110,21 @@ class ReliableRunner(Runner):
             'log_length': 'LogLengthHook',
             'batch_images': 'BatchImagesHook',
             'finite_loss': 'FiniteLossHook',
+            'dry_run': 'DryRunHook',
         }
         for name, type_ in ours.items():
             hooks.setdefault(name, dict(type=f'mmconv2former.{type_}'))
             if hooks[name] is None:  # turned off, as mmengine allows
                 del hooks[name]
         super().register_default_hooks(hooks)
+
+    def register_hook(self, hook: Any, priority: Any = None) -> None:
+        """Registers a hook as mmengine does; one that draws cannot end an evaluation."""
+        known = list(self._hooks)
+        super().register_hook(hook, priority)
+        for new in self._hooks:
+            if new not in known and is_drawing(new):
+                spare_metrics(new)
 
     # --------------------------------------------------------------------------------------- run
     def train(self) -> nn.Module:

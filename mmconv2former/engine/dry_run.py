@@ -1,0 +1,288 @@
+"""Runs once, before the first iteration, what a training run needs only hours later.
+
+Evaluation, drawing and saving fail for reasons that training does not meet: annotations without a
+field, a metric of another name, a palette that is too short, a full disk.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import all_gather_object, is_main_process
+from mmengine.evaluator import DumpResults
+from mmengine.evaluator.metric import _to_cpu
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
+from PIL import Image
+from torch import nn
+from torch.amp import autocast
+
+from ..checkpoint.loading import check_model, check_optimizer, check_resumable
+from ..checkpoint.reading import load_from_checked_file
+from ..registry import HOOKS, register
+from .drawing import is_drawing
+from .runner import unwrapped
+
+FILE = '.dry_run.pth'  # in the work dir
+SEARCHED = 500  # validation images whose size is looked up
+ADVICE = 'Training would fail there later. Correct it, or skip the dry run: --no-dry-run'
+
+
+class DryRunError(RuntimeError):
+    """A part of the run that is needed later fails; the message names it."""
+
+
+@register(HOOKS)
+class DryRunHook(Hook):
+    """Tries everything that a training run needs later, on two validation images.
+
+    - The first and the last sample of the training data.
+    - Two validation images of different sizes, if there are, in batches of `val_dataloader`:
+      predictions, metrics, and the metrics that `save_best` and other hooks ask for.
+    - The drawing of a prediction, if drawing is on. Nothing is stored.
+    - A checkpoint in the work dir, which is read back and removed.
+
+    Detectors keep boxes of any score meanwhile, so that there is something to evaluate. Weights and
+    random numbers stay as they are. With several processes all try, and all end if one fails.
+
+    Raises:
+        DryRunError: Something fails (when training starts).
+        DataError, CheckpointError: A sample, or the checkpoint, cannot be used.
+    """
+
+    priority = 'LOW'  # before a validation that an interruption skipped
+
+    def before_train(self, runner: Any) -> None:
+        start = time.monotonic()
+        found: list[str] = []
+        with unchanged_random_numbers(), quiet(runner.logger):
+            attempt('training data', lambda: try_dataset(runner.train_dataloader.dataset))
+            found.append('samples')
+            if runner.val_loop is not None:
+                batches = attempt('validation data', lambda: validation_batches(runner.val_loop))
+                found += attempt('validation', lambda: try_validation(runner, batches))
+            if any(isinstance(hook, CheckpointHook) for hook in runner.hooks):
+                found.append(attempt('checkpoint', lambda: try_checkpoint(runner)))
+        seconds = time.monotonic() - start
+        runner.logger.info(f'Dry run passed in {seconds:.1f} s: {", ".join(found)}.')
+
+
+def attempt(name: str, function: Callable[[], Any]) -> Any:
+    """Calls a function in all processes; raises in all of them if it fails in one."""
+    result, error, message = None, None, None
+    try:
+        result = function()
+    except Exception as caught:  # of any library
+        words = ' '.join(str(caught).split())
+        error, message = caught, f'dry run, {name}: {type(caught).__name__}: {words}. {ADVICE}'
+    messages = [text for text in all_gather_object(message) if text is not None]
+    if error is not None and type(error).__module__.startswith('mmconv2former.'):
+        raise error  # names the file or setting already
+    if messages:
+        raise DryRunError(messages[0]) from error
+    return result
+
+
+# ------------------------------------------------------------------------------------------- data
+def try_dataset(dataset: Any) -> None:
+    """Loads the first and the last sample."""
+    for index in {0, len(dataset) - 1}:
+        _ = dataset[index]
+
+
+def validation_batches(loop: Any) -> list[Any]:
+    """Two images in batches as the loader makes them."""
+    loader = loop.dataloader
+    indices = two_images(loader.dataset)
+    step = max(1, getattr(loader, 'batch_size', None) or 1)
+    return [
+        loader.collate_fn([loader.dataset[index] for index in indices[start : start + step]])
+        for start in range(0, len(indices), step)
+    ]
+
+
+def two_images(dataset: Any) -> list[int]:
+    """The first image and the next one of another size; the last if the first ones are alike."""
+    last = len(dataset) - 1
+    if last == 0 or not hasattr(dataset, 'get_data_info'):
+        return sorted({0, last})
+    first = image_size(dataset.get_data_info(0))
+    for index in range(1, min(last, SEARCHED)):
+        if image_size(dataset.get_data_info(index)) != first:
+            return [0, index]
+    return [0, last]
+
+
+def image_size(info: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Width and height from the annotations or the file's header; None if neither has them."""
+    if {'width', 'height'} <= info.keys():
+        return info['width'], info['height']
+    try:
+        with Image.open(info['img_path']) as image:
+            return image.size
+    except (KeyError, OSError, Image.DecompressionBombError):
+        return None  # left to the pipeline
+
+
+# -------------------------------------------------------------------------------------- validation
+def try_validation(runner: Any, batches: Sequence[Any]) -> list[str]:
+    """Predicts, evaluates and draws; returns what it did."""
+    loop, model = runner.val_loop, runner.model
+    metrics = loop.evaluator.metrics
+    predictions, drawn = 0, 0
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), any_score(model), compiled_later():
+            for batch in batches:
+                with autocast(next(model.parameters()).device.type, enabled=loop.fp16):
+                    outputs = model.val_step(batch)
+                predictions += len(outputs)
+                loop.evaluator.process(data_samples=outputs, data_batch=batch)
+                drawn += draw(runner, batch, outputs)
+        scores = dict(pair for metric in metrics for pair in evaluate(metric).items())
+    finally:
+        model.train(was_training)
+        for metric in metrics:
+            metric.results.clear()
+    check_wanted(runner, scores)
+    done = [f'{predictions} predictions', f'{len(scores)} metrics']
+    return [*done, 'a drawing'] if drawn else done
+
+
+def evaluate(metric: Any) -> dict[str, Any]:
+    """The values of a metric for what it processed in this process alone."""
+    if isinstance(metric, DumpResults):
+        return {}
+    values = metric.compute_metrics(_to_cpu(metric.results))
+    return {f'{metric.prefix}/{key}' if metric.prefix else key: values[key] for key in values}
+
+
+def check_wanted(runner: Any, scores: Mapping[str, Any]) -> None:
+    """Checks that the metrics exist that hooks choose checkpoints by or stop by.
+
+    Raises:
+        DryRunError: One does not exist.
+    """
+    wanted = []
+    for hook in runner.hooks:
+        if isinstance(hook, CheckpointHook) and hook.save_best:
+            wanted += [('default_hooks.checkpoint.save_best', key) for key in hook.key_indicators]
+        if isinstance(hook, EarlyStoppingHook):
+            wanted.append(('EarlyStoppingHook.monitor', hook.monitor))
+    for setting, key in wanted:
+        if key != 'auto' and key not in scores:
+            raise DryRunError(
+                f'{setting}={key!r} is no metric of val_evaluator, which has {", ".join(scores)}'
+            )
+
+
+def draw(runner: Any, batch: Any, outputs: Any) -> bool:
+    """Draws as the config's hooks do, without storing; returns whether they draw."""
+    hooks = [
+        hook
+        for hook in runner.hooks
+        if is_drawing(hook) and (getattr(hook, 'draw', False) or getattr(hook, 'enable', False))
+    ]
+    for hook in hooks:
+        interval, backends = hook.interval, runner.visualizer._vis_backends
+        hook.interval, runner.visualizer._vis_backends = 1, {}
+        try:  # the method of the class, which raises; see `spare_metrics`
+            type(hook).after_val_iter(hook, runner, 0, batch, outputs)
+        finally:
+            hook.interval, runner.visualizer._vis_backends = interval, backends
+    return bool(hooks)
+
+
+@contextmanager
+def any_score(model: nn.Module) -> Iterator[None]:
+    """Makes detectors keep boxes of any score; an untrained one would predict none."""
+    changed: list[tuple[Any, float]] = []
+
+    def lower(settings: Any) -> None:
+        if isinstance(settings, dict):
+            if settings.get('score_thr'):
+                changed.append((settings, settings['score_thr']))
+                settings['score_thr'] = 0.0
+            for value in settings.values():
+                lower(value)
+
+    for module in model.modules():
+        lower(getattr(module, 'test_cfg', None))
+    try:
+        yield
+    finally:
+        for settings, threshold in changed:
+            settings['score_thr'] = threshold
+
+
+# -------------------------------------------------------------------------------------- checkpoint
+def try_checkpoint(runner: Any) -> str:
+    """Writes a checkpoint as the hook will, reads and removes it."""
+    hook = next(hook for hook in runner.hooks if isinstance(hook, CheckpointHook))
+    path = Path(runner.work_dir, FILE)
+    try:
+        runner.save_checkpoint(
+            runner.work_dir,
+            FILE,
+            save_optimizer=hook.save_optimizer,
+            save_param_scheduler=hook.save_param_scheduler,
+            by_epoch=hook.by_epoch,
+        )
+        if not is_main_process():
+            return 'a checkpoint'
+        content = load_from_checked_file(str(path), 'cpu')
+        check_model(unwrapped(runner.model), content, str(path), strict=True)
+        if hook.save_optimizer and hook.save_param_scheduler:
+            check_resumable(content, str(path))
+        if hook.save_optimizer and not isinstance(runner.optim_wrapper, dict):
+            check_optimizer(content['optimizer'], runner.optim_wrapper, str(path))
+        return f'a checkpoint of {path.stat().st_size / 2**20:.0f} MiB'
+    finally:
+        if is_main_process():
+            path.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------- context
+@contextmanager
+def unchanged_random_numbers() -> Iterator[None]:
+    """Restores the states of all random number generators."""
+    states = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextmanager
+def quiet(logger: logging.Logger) -> Iterator[None]:
+    """Hides tables of metrics, which mean nothing for two images."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def compiled_later() -> Iterator[None]:
+    """Runs a compiled network without compilation, which takes minutes, if torch can do that."""
+    set_stance = getattr(torch.compiler, 'set_stance', None)  # torch >= 2.6
+    if set_stance is None:
+        yield
+    else:
+        with set_stance('force_eager'):
+            yield

@@ -1,0 +1,180 @@
+"""The dry run before the first iteration: what it meets, and what it leaves unchanged."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.in_process import refusal_of, with_data, write_tiny_config
+from helpers.tiny import WITHOUT_WORKERS, tiny_config
+from helpers.tools import run_tool
+from PIL import Image
+
+from mmconv2former.engine.drawing import spare_metrics
+from mmconv2former.engine.dry_run import FILE, two_images, unchanged_random_numbers
+
+
+@pytest.fixture(scope='module')
+def detector(sample, tmp_path_factory):
+    path = tmp_path_factory.mktemp('detector') / 'tiny.py'
+    config = tiny_config('detection', sample, 'unused', length=1)
+    config.model.test_cfg.rcnn.score_thr = 0.5  # above what an untrained detector predicts
+    config.dump(path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def segmentor(tmp_path_factory):
+    return write_tiny_config(tmp_path_factory.mktemp('segmentor') / 'tiny.py')
+
+
+def segmentation_refusal(segmentor, sample, tmp_path, *options):
+    work_dir = tmp_path / 'work'
+    arguments = with_data(['train', segmentor], sample, work_dir, *WITHOUT_WORKERS, *options)
+    message = refusal_of(*arguments)
+    assert not list(work_dir.glob('**/*.pth')), 'an iteration was trained'
+    return message
+
+
+def changed_annotations(sample, folder, change):
+    """The sample with other annotations of its validation images."""
+    for name in ('train2017', 'val2017'):
+        (folder / name).symlink_to(sample / 'coco' / name)
+    shutil.copytree(sample / 'coco/annotations', folder / 'annotations')
+    path = folder / 'annotations/instances_val2017.json'
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def test_passes_in_one_line_and_stores_nothing(detector, tmp_path):
+    output = run_tool('train', detector, '--work-dir', tmp_path, '--cfg-options', 'log_level=INFO',
+                      'default_hooks.visualization.draw=True')  # fmt: skip
+    (line,) = [line for line in output.splitlines() if 'Dry run' in line]
+    assert '2 predictions, 12 metrics, a drawing, a checkpoint of' in line
+    assert not (tmp_path / FILE).exists()
+    assert output.count('Evaluating bbox') == 1  # the validation's own
+    assert not list(tmp_path.glob('*/vis_data/vis_image/*'))
+
+
+def test_is_skipped_on_request(detector, tmp_path):
+    output = run_tool('train', detector, '--work-dir', tmp_path, '--no-dry-run', '--cfg-options',
+                      'log_level=INFO')  # fmt: skip
+    assert 'Dry run' not in output
+    assert (tmp_path / 'epoch_1.pth').exists()
+
+
+@pytest.mark.parametrize(
+    ('change', 'said'),
+    [
+        (lambda content: [a.pop('iscrowd') for a in content['annotations']], "KeyError: 'iscrowd'"),
+        (lambda content: [a.pop('area') for a in content['annotations']], "KeyError: 'area'"),
+    ],
+)
+def test_annotations_without_a_field(detector, sample, tmp_path, change, said):
+    data = changed_annotations(sample, tmp_path, change)
+    annotations = f'val_evaluator.ann_file={data}/annotations/instances_val2017.json'
+    message = refusal_of('train', detector, '--data-root', data, '--work-dir', tmp_path / 'work',
+                         '--cfg-options', annotations)  # fmt: skip
+    assert said in message
+    assert 'error: ' in message
+    assert not list(tmp_path.glob('work/*.pth'))
+
+
+def test_metric_that_chooses_the_best_checkpoint(segmentor, sample, tmp_path):
+    options = 'val_evaluator.iou_metrics=[mFscore]', 'default_hooks.checkpoint.save_best=mIoU'
+    message = segmentation_refusal(segmentor, sample, tmp_path, *options)
+    assert "default_hooks.checkpoint.save_best='mIoU' is no metric of val_evaluator" in message
+    assert 'mFscore' in message
+
+
+def test_images_of_several_sizes_in_a_batch(detector, segmentor, sample, tmp_path):
+    """mmdet pads them, mmseg cannot. The third image is the first one of another size."""
+    options = 'val_dataloader.batch_size=2', 'val_dataloader.dataset.indices=None'
+    assert refusal_of('train', detector, '--work-dir', tmp_path / 'detector', '--cfg-options',
+                      options[0]) == ''  # fmt: skip
+    data = tmp_path / 'sample'
+    shutil.copytree(sample, data)
+    for kind in ('images', 'annotations'):
+        folder = data / 'ade/ADEChallengeData2016' / kind / 'validation'
+        path = sorted(folder.iterdir())[2]
+        with Image.open(path) as image:
+            image.resize((40, 64), Image.Resampling.NEAREST).save(path)
+    message = segmentation_refusal(segmentor, data, tmp_path, *options)
+    assert 'error: dry run, validation: AssertionError: The image size in a batch' in message
+
+
+def test_failing_drawing(segmentor, sample, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise IndexError('palette')
+
+    monkeypatch.setattr('mmseg.visualization.SegLocalVisualizer.add_datasample', fail)
+    options = ('default_hooks.visualization.draw=True',)
+    message = segmentation_refusal(segmentor, sample, tmp_path, *options)
+    assert 'error: dry run, validation: IndexError: palette. Training would fail' in message
+    assert '--no-dry-run' in message
+
+
+def test_metrics_survive_a_failing_drawing(segmentor, sample, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise IndexError('palette')
+
+    monkeypatch.setattr('mmseg.visualization.SegLocalVisualizer.add_datasample', fail)
+    arguments = ['test', segmentor, 'none', '--show-dir', 'drawings']
+    output = run_tool(*with_data(arguments, sample, tmp_path, *WITHOUT_WORKERS))
+    assert 'cannot draw: IndexError: palette' in output
+    assert output.count('cannot draw') == 1
+    (path,) = tmp_path.glob('*/*.json')
+    assert 'mIoU' in json.loads(path.read_text())
+
+
+def test_a_disk_without_room_for_a_checkpoint(detector, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('mmengine.runner.runner.save_checkpoint', fail)
+    message = refusal_of('train', detector, '--work-dir', tmp_path)
+    assert 'cannot save' in message
+    assert 'No space left on device' in message
+
+
+def test_random_numbers_are_unchanged():
+    state = torch.get_rng_state()
+    with unchanged_random_numbers():
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_failing_drawing_is_the_last():
+    calls = []
+
+    class FailingVisualizationHook:
+        def after_val_iter(self):
+            calls.append('val')
+            raise ValueError('no palette')
+
+        def after_test_iter(self):
+            calls.append('test')
+
+    hook = FailingVisualizationHook()
+    spare_metrics(hook)
+    hook.after_test_iter()
+    hook.after_val_iter()
+    hook.after_val_iter()
+    assert calls == ['test', 'val']
+    with pytest.raises(ValueError, match='no palette'):
+        type(hook).after_val_iter(hook)
+
+
+class Dataset(list):
+    def get_data_info(self, index):
+        return self[index]
+
+
+def test_two_images_of_different_sizes_are_chosen():
+    sizes = [dict(width=4, height=3)] * 5 + [dict(width=3, height=4)] * 2
+    assert two_images(Dataset(sizes)) == [0, 5]
+    assert two_images(Dataset(sizes[:4])) == [0, 3]
+    assert two_images(Dataset(sizes[:1])) == [0]
+    assert two_images(sizes) == [0, 6]
