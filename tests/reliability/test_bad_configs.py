@@ -118,6 +118,10 @@ SETTINGS = {  # lines of a config that are refused as their part is built, and t
         "model = dict(backbone=dict(arch='huge'))\n",
         'cannot build mmconv2former.Conv2Former: ValueError: arch must be one of nano',
     ),
+    'epochs of an infinite sampler': (
+        "train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=2)\n",
+        'train_cfg counts epochs, but train_dataloader.sampler InfiniteSampler has no end',
+    ),
     'a missing argument': (
         "model = dict(decode_head=dict(_delete_=True, type='FCNHead'))\n",
         'cannot build FCNHead: TypeError: ',
@@ -151,6 +155,8 @@ OPTIONS = {  # of the command line
     'train_dataloader.prefetch=2': "argument 'prefetch'; did you mean 'prefetch_factor'?",
     'train_cfg.max_iter=10': "argument 'max_iter'; did you mean 'max_iters'?",
     'val_evaluator.type=IoUMetrics': "did you mean 'IoUMetric'?",
+    'param_scheduler.1.by_epoch=True': 'but param_scheduler.1 (PolyLR) counts epochs',
+    'default_hooks.checkpoint.by_epoch=True': 'set default_hooks.checkpoint.by_epoch=False',
 }  # fmt: skip
 
 
@@ -313,7 +319,10 @@ def test_traceback_on_demand_and_while_training(sample, tmp_path, monkeypatch):
 
     monkeypatch.setattr('mmconv2former.models.conv2former.Conv2Former.forward', fail)
     with pytest.raises(RuntimeError, match='an error in the network'):
-        refusal_of(*arguments)
+        refusal_of(*arguments[:2], '--no-dry-run', *arguments[2:])
+    said = refusal_of(*arguments)
+    assert said.startswith('error: dry run, validation: RuntimeError: an error in the network. ')
+    assert said.endswith('(--traceback shows where)')
 
 
 # ------------------------------------------------------- options where a config leaves parts out

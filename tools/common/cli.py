@@ -48,8 +48,7 @@ from mmconv2former.models.baselines import BASELINES
 DEFAULT_VISUALIZER = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
 # Their messages say what is wrong with the user's file or setting, and what to do.
 ERRORS_OF_USERS = (
-    CheckpointError, CheckpointNotSaved, ConfigError, DataError, DryRunError,
-    NonFiniteError, VaryingSizeError,
+    CheckpointError, CheckpointNotSaved, ConfigError, DataError, NonFiniteError, VaryingSizeError
 )  # fmt: skip
 # How torch reports a data worker that the system killed, and one that raised an error.
 DEAD_WORKER = re.compile(
@@ -171,6 +170,8 @@ def explain_error(error: Exception) -> str | None:
         return text + advice(error.__cause__)
     if isinstance(error, ERRORS_OF_USERS):
         return text
+    if isinstance(error, DryRunError):
+        return f'{text} (--traceback shows where)'
     if DEAD_WORKER.match(text):
         return (
             f'{text}. Was there too little memory, or shared memory? Use fewer workers: '

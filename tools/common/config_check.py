@@ -152,6 +152,51 @@ def check_config(config: Config, needed: Sequence[str] = ()) -> None:
     scope = config.get('default_scope') or 'mmengine'
     if find_spec(scope) is None:
         raise ConfigError(f'default_scope is {scope!r}, but {scope} is not installed')
+    if 'train_cfg' in needed:
+        check_units(config)
+
+
+def check_units(config: Config) -> None:
+    """Refuses a training whose parts count epochs and iterations side by side.
+
+    mmengine takes such configs. An endless epoch never validates or saves; in a loop of iterations,
+    what counts epochs happens once, after the last iteration.
+
+    Raises:
+        ConfigError: A part does not fit the loop.
+    """
+    loop, parts = config.train_cfg, []
+    if type_name(loop) == 'EpochBasedTrainLoop' or loop.get('by_epoch'):
+        sampler = type_name(config.train_dataloader.get('sampler'))
+        batches = type_name(config.train_dataloader.get('batch_sampler'))
+        for key, name in (('sampler', sampler), ('batch_sampler', batches)):
+            if 'Infinite' in name:
+                raise ConfigError(
+                    f'train_cfg counts epochs, but train_dataloader.{key} {name} has no end: take '
+                    "DefaultSampler, or train_cfg=dict(type='IterBasedTrainLoop', max_iters=...)"
+                )
+        return
+    if type_name(loop) != 'IterBasedTrainLoop' and loop.get('by_epoch') is not False:
+        return  # a loop of another library
+    schedulers = config.get('param_scheduler') or []
+    for index, scheduler in enumerate(schedulers if isinstance(schedulers, list) else [schedulers]):
+        if isinstance(scheduler, dict) and not scheduler.get('convert_to_iter_based'):
+            parts.append((f'param_scheduler.{index}', scheduler))
+    checkpoint = (config.get('default_hooks') or {}).get('checkpoint')
+    if checkpoint is not None and checkpoint.get('interval', -1) > 0:
+        parts.append(('default_hooks.checkpoint', checkpoint))
+    for key, part in parts:
+        if part.get('by_epoch', True):
+            raise ConfigError(
+                f'train_cfg counts iterations, but {key} ({type_name(part)}) counts epochs: set '
+                f'{key}.by_epoch=False, and its numbers in iterations'
+            )
+
+
+def type_name(settings: Mapping | None) -> str:
+    """The name of a type that a config gives as a word or as a class."""
+    type_ = (settings or {}).get('type', '')
+    return getattr(type_, '__name__', str(type_)).rpartition('.')[2]
 
 
 def check_loader(name: str, settings: Mapping) -> None:
