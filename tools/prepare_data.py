@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if errors:
         if any('missing' in kind for kind in errors):
             print('\n' + HOW_TO_GET[args.dataset].format(root=root))
-        raise SystemExit(f'\n{root} is not ready: {len(errors)} kinds of errors, see above')
+        found = '1 kind' if len(errors) == 1 else f'{len(errors)} kinds'
+        raise SystemExit(f'\n{root} is not ready: {found} of errors, see above')
     print(f'{root} is ready')
 
 

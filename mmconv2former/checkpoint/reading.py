@@ -205,7 +205,7 @@ def state_dict_of(
 
     Returns:
         Names and tensors, with the versions of the modules. The prefix `module.` of data-parallel
-        training is removed.
+        training is removed, and `_orig_mod.` of `torch.compile` anywhere in a name.
 
     Raises:
         CheckpointError: There are no tensors, or no averaged weights.
@@ -226,7 +226,7 @@ def state_dict_of(
         )
     weights = found[0] if found else content
     tensors = {
-        name: value
+        name.replace('_orig_mod.', ''): value
         for name, value in dict.items(weights)
         if isinstance(name, str) and isinstance(value, Tensor)
     }

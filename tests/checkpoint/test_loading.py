@@ -86,14 +86,16 @@ def test_published_checkpoint_loads_completely(path):
 
 
 FORMS = ['plain', 'state_dict', 'model', 'module', 'detector', 'wrapped detector', 'prefix',
-         'safetensors']  # fmt: skip
+         'compiled', 'compiled in a detector', 'safetensors']  # fmt: skip
 
 
 @pytest.mark.parametrize('form', FORMS)
 def test_forms_give_the_same_output(form, tmp_path):
     source = randomized(small(out_norm=False)).eval()
-    prefixes = {'module': 'module.', 'detector': 'backbone.', 'prefix': 'encoder.'}
-    prefix = prefixes.get(form, 'module.backbone.' if form == 'wrapped detector' else '')
+    prefixes = {'module': 'module.', 'detector': 'backbone.', 'prefix': 'encoder.',
+                'wrapped detector': 'module.backbone.', 'compiled': '_orig_mod.module.',
+                'compiled in a detector': 'backbone._orig_mod.'}  # fmt: skip
+    prefix = prefixes.get(form, '')
     state = {prefix + name: value for name, value in source.state_dict().items()}
     if form == 'detector':  # as mmengine saves a detector
         history = HistoryBuffer([1.0, 2.0], [1, 1])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.cli import run_errors
+from common.cli import OptionsAction, run_errors
 from common.config_check import (
     KNOWN_AT_TOP,
     ConfigError,
@@ -142,6 +142,8 @@ OPTIONS = {  # of the command line
     'model.type.name=1': '--cfg-options model.type.name: TypeError: ',
     'model.backbone.arch': "takes KEY=VALUE with closed brackets, got 'model.backbone.arch'",
     'a=[(1,2]': "--cfg-options takes KEY=VALUE with closed brackets, got 'a=[(1,2]'",
+    'a=[dict(type=EMAHook]': 'takes KEY=VALUE with closed brackets',
+    'a=[dict(EMAHook)]': 'takes KEY=VALUE with closed brackets',
     'model.backbone=small': 'model.backbone is a dict with a type; set its keys',
     # The constructors refuse these.
     'model..decode_head=1': "unexpected keyword argument ''",
@@ -244,6 +246,20 @@ ALLOWED = [
     'runner_type=Runner',
     'train_dataloader.prefetch_factor=4',
 ]
+
+
+@pytest.mark.parametrize(
+    ('written', 'value'),
+    [
+        ("[dict(type='EMAHook',momentum=0.1)]", [dict(type='EMAHook', momentum=0.1)]),
+        ('dict(type=mmconv2former.Conv2Former, a=None)',
+         dict(type='mmconv2former.Conv2Former', a=None)),
+        ("{'a': [1, (2, -3.5)]}", {'a': [1, (2, -3.5)]}),
+        ('[(1,2),a]', [(1, 2), 'a']),
+    ],
+)  # fmt: skip
+def test_values_of_options(written, value):
+    assert OptionsAction._parse_iterable(written) == value
 
 
 def test_options_that_work_are_allowed():

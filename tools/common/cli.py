@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import sys
@@ -58,7 +59,13 @@ FAILED_WORKER = re.compile(r'Caught \w+ in DataLoader worker process \d+\.')
 
 
 class OptionsAction(DictAction):
-    """mmengine's KEY=VALUE, with a one-line error that names what is not of this form."""
+    """mmengine's KEY=VALUE, with dicts, and a one-line error for what is not of this form."""
+
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        if 'dict(' in val or '{' in val:
+            return python_value(ast.parse(val.strip(), mode='eval').body)
+        return DictAction._parse_iterable(val)
 
     def __call__(
         self,
@@ -70,11 +77,30 @@ class OptionsAction(DictAction):
         for value in values:
             try:
                 super().__call__(parser, argparse.Namespace(), [value], option)
-            except (ValueError, AssertionError):
+            except (ValueError, AssertionError, SyntaxError, RecursionError):
                 raise SystemExit(
                     f'error: --cfg-options takes KEY=VALUE with closed brackets, got {value!r}'
                 ) from None
         super().__call__(parser, namespace, values, option)
+
+
+def python_value(node: ast.expr) -> Any:
+    """The value of an expression of literals and `dict(...)`, with bare names as words.
+
+    Raises:
+        ValueError: The expression has anything else.
+    """
+    if isinstance(node, (ast.List, ast.Tuple)):
+        values = [python_value(item) for item in node.elts]
+        return tuple(values) if isinstance(node, ast.Tuple) else values
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        keys = [python_value(key) for key in node.keys if key is not None]
+        return dict(zip(keys, map(python_value, node.values)))
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == 'dict' and not node.args:
+        return {str(item.arg): python_value(item.value) for item in node.keywords}
+    if isinstance(node, (ast.Name, ast.Attribute)):
+        return ast.unparse(node)
+    return ast.literal_eval(node)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +138,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         action=OptionsAction,
         default={},
         metavar='KEY=VALUE',
-        help='change the config: a.b=1, a.0.b=x for an item of a list, "a=[(1,2),(3,4)]"',
+        help='change the config: a.b=1, a.0.b=x for an item of a list, "a=[(1,2),dict(b=3)]"',
     )
     parser.add_argument(
         '--traceback', action='store_true', help='show the traceback of an error in the config'
