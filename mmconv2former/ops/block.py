@@ -94,8 +94,8 @@ def steps_for(x: Tensor, weights: Sequence[Tensor], is_folded: bool = False) -> 
     Args:
         is_folded: Whether `folded_together` found that the kernels take these weights.
     """
-    has_changed = failures or is_captured() or is_transformed() or is_intercepted(x)
-    if is_folded and not has_changed:  # asks less than `choose`
+    if is_folded and not (failures or is_captured() or is_transformed() or is_intercepted(x)):
+        # Asks less than `choose`.
         reach = (is_in_reach(*x.shape[:3], *weight.shape[::3]) for weight in weights)
         if x.shape[3] <= MOST_CHANNELS and all(reach):
             return load('block_triton')

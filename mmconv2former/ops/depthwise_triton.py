@@ -161,7 +161,7 @@ def depthwise_forward(
         y: Output tensor; None for a new one.
         kept: Contiguous output tensor for z, or None.
         other, before: (N, H, W, C), as the epilogue needs them. These and y may be parts of
-            contiguous tensors with more channels.
+            contiguous tensors with more channels, and y may be one of the two.
     """
     batch, height, width, channels = x.shape
     blocks = blocks or blocks_for(weight.shape[-1])
