@@ -346,7 +346,7 @@ def test_a_new_size_compiles_nothing():
         pytest.skip('this GPU does not run Triton')
     kernels = depthwise.triton_kernels()
     kernels.forward_launcher.cache_clear()
-    kernels.weight_gradient_launchers.cache_clear()
+    kernels.shares_launcher.cache_clear()
     for size in [(5, 7), (16, 16), (33, 1), (1, 64)]:
         x = torch.randn(1, *size, 24, device='cuda', requires_grad=True)
         depthwise_conv2d(x, weight).sum().backward()
@@ -354,7 +354,7 @@ def test_a_new_size_compiles_nothing():
         torch.testing.assert_close(depthwise_conv2d(x, weight).permute(0, 3, 1, 2), reference,
                                    atol=1e-4, rtol=1e-4)  # fmt: skip
     assert kernels.forward_launcher.cache_info().misses == 2  # forward and input gradient
-    assert kernels.weight_gradient_launchers.cache_info().misses == 1
+    assert kernels.shares_launcher.cache_info().misses == 1
 
 
 @torch.no_grad()

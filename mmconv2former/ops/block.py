@@ -18,6 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from . import block_stock, depthwise
-from .depthwise import choose, device_choice
+from .depthwise import choose, device_choice, is_in_reach
 from .dispatch import (
     autocast_dtype,
     is_captured,
@@ -34,12 +35,13 @@ from .dispatch import (
     is_transformed,
     without_autocast,
 )
-from .folding import INNER_1, INNER_2, BlockParameters, FoldedWeights
-from .triton_support import MOST_CHANNELS, load, run_triton
+from .folding import BlockParameters, FoldedGradients, FoldedWeights
+from .triton_support import MOST_CHANNELS, failures, load, run_triton
 
 # What the backward pass recomputes instead of reading what the forward pass saved.
 RECOMPUTE = ('nothing', 'elementwise', 'expansion')
-PLAIN_TENSORS = (Tensor, nn.Parameter, FakeTensor)  # FakeTensor: counts must see what runs
+PLAIN_TENSORS = {Tensor, nn.Parameter, FakeTensor}  # FakeTensor: counts must see what runs
+DTYPE = attrgetter('dtype')
 
 
 class Saved(NamedTuple):
@@ -69,9 +71,11 @@ def is_supported(parameters: BlockParameters) -> bool:
     """
     if is_captured() or is_transformed():
         return False
-    dtype = parameters.scale_1.dtype
-    return all(
-        type(p) in PLAIN_TENSORS and p.dtype == dtype and p.is_contiguous() for p in parameters
+    # Without loops in Python, because this runs for each block of each forward pass.
+    return (
+        PLAIN_TENSORS.issuperset(map(type, parameters))
+        and len(set(map(DTYPE, parameters))) == 1
+        and all(map(Tensor.is_contiguous, parameters))
     )
 
 
@@ -84,8 +88,18 @@ def is_worth_it(x: Tensor, recompute: str) -> bool:
     return saves_less or not is_cpu_float32(x) or depthwise.setting == 'triton'
 
 
-def steps_for(x: Tensor, weights: Sequence[Tensor]) -> Any:
-    """The module whose steps compute a block of x (N, H, W, C) with these depthwise weights."""
+def steps_for(x: Tensor, weights: Sequence[Tensor], is_folded: bool = False) -> Any:
+    """The module whose steps compute a block of x (N, H, W, C) with these depthwise weights.
+
+    Args:
+        is_folded: Whether `folded_together` found that the kernels take these weights.
+    """
+    if is_folded and not (failures or is_captured() or is_transformed() or is_intercepted(x)):
+        # Asks less than `choose`.
+        reach = (is_in_reach(*x.shape[:3], *weight.shape[::3]) for weight in weights)
+        if x.shape[3] <= MOST_CHANNELS and all(reach):
+            return load('block_triton')
+        return block_stock
     if any(choose(x, weight) != 'triton' for weight in weights) or x.shape[3] > MOST_CHANNELS:
         return block_stock
     return load('block_triton')
@@ -182,7 +196,7 @@ def run_block(
     branch = steps.pointwise_conv(total, w.fc2_weight, w.fc2_bias)
     if recompute != 'nothing':
         active_2 = total = None
-    x, _, _ = steps.add_normalize(x, branch, factor_2, eps, None, keep=False)
+    x, _, _ = steps.add_normalize(x, branch, factor_2, eps, None, keep=False, in_place=True)
     if not keep:
         return x, None
     return x, Saved(
@@ -234,7 +248,7 @@ def run_block_backward(
     of_pos = steps.depthwise_weight_gradients(grad_mixed, active, w.pos_weight)
     del active
     grad_hidden = steps.depthwise_gelu_gradient(grad_mixed, w.pos_weight, hidden, grad_total, None)
-    del grad_mixed, grad_total, hidden
+    del grad_mixed, grad_total, hidden  # the second may be `grad_hidden` now
     of_fc1 = steps.pointwise_weight_gradients(grad_hidden, s.normed_2, None)
     grad_y = steps.pointwise_input_gradient(grad_hidden, w.fc1_weight)
     del grad_hidden
@@ -257,24 +271,10 @@ def run_block_backward(
     grad_y = steps.pointwise_input_gradient(grad_gate_value, w.gate_value_weight)
     rstd_1 = s.rstd_1 if w.unit_1 is None else s.rstd_1 * w.unit_1
     norm_1 = grad_y, s.normed_1, rstd_1
-    grad, _, _ = steps.add_normalize_backward(grad, norm_1, None, None)
+    grad, _, _ = steps.add_normalize_backward(grad, norm_1, None, None, in_place=True)
 
-    # parameters
-    grads = steps.unfold(of_gate_value, of_proj, of_fc1, of_fc2, p)
-    grads['depthwise_weight'], grads['depthwise_bias'] = of_depthwise
-    grads['pos_weight'], grads['pos_bias'] = of_pos
-    if w.unit_1 is not None and w.unit_2 is not None:
-        for names, unit in ((INNER_1, w.unit_1), (INNER_2, w.unit_2)):
-            for name in names:
-                grads[name] = grads[name].to(unit.dtype) * unit
-    return grad, BlockParameters(*(like(grads[name], value) for name, value in zip(p._fields, p)))
-
-
-def like(grad: Tensor, parameter: Tensor) -> Tensor:
-    """A gradient in the shape and dtype of its parameter."""
-    if grad.dtype != parameter.dtype:
-        grad = grad.to(parameter.dtype)
-    return grad if grad.dim() == parameter.dim() else grad.view(parameter.shape)
+    of_weights = FoldedGradients(of_gate_value, of_depthwise, of_proj, of_fc1, of_pos, of_fc2)
+    return grad, steps.unfold(of_weights, p, w)
 
 
 # ---------------------------------------------------------------------------------------- function
@@ -294,14 +294,15 @@ def compute_block(
         x, factors, eps, recompute: See `run_block`.
     """
     dtype = autocast_dtype(x)
-    steps = steps_for(x, (parameters.depthwise_weight, parameters.pos_weight))
+    weights = parameters.depthwise_weight, parameters.pos_weight
+    steps = steps_for(x, weights, folded is not None)
     with without_autocast(x):
         if torch.is_grad_enabled():
             return BlockFunction.apply(
                 x, factors, folded, dtype, eps, recompute, steps, *parameters
             )
-        weights = folded_in(dtype, folded, x, parameters, steps)
-        return run(run_block, steps, x, factors, weights, eps, None)[0]
+        folded = folded_in(dtype, folded, x, parameters, steps)
+        return run(run_block, steps, x, factors, folded, eps, None)[0]
 
 
 def folded_in(

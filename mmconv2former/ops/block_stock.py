@@ -29,6 +29,7 @@ def add_normalize(
     eps: float,
     dtype: torch.dtype | None,
     keep: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Any, Any]:
     """Residual addition and LayerNorm over the last axis, without scale and shift.
 
@@ -39,6 +40,7 @@ def add_normalize(
         eps: Epsilon of the LayerNorm.
         dtype: Dtype of its result; None to skip it.
         keep: Whether the backward pass needs the reciprocal standard deviations.
+        in_place: Whether the first result may overwrite x.
 
     Returns:
         x + factor * branch in the dtype of x, its LayerNorm, and the reciprocal standard deviation
@@ -59,6 +61,7 @@ def add_normalize_backward(
     norm: tuple[Tensor, Tensor, Tensor] | None,
     factor: Tensor | None,
     dtype: torch.dtype | None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Any, Any]:
     """Gradients of `add_normalize`.
 
@@ -67,6 +70,7 @@ def add_normalize_backward(
         norm: Gradient of the second result, and the second and third result; None without a norm.
         factor: Factor of the branch.
         dtype: Dtype of the branch's gradient; None to skip it.
+        in_place: Whether the first result may overwrite grad.
 
     Returns:
         Gradients for x and the branch, and the sums of the latter as `pointwise_weight_gradients`
@@ -107,7 +111,7 @@ def modulation_gradients(
     """Gradients of a * value.
 
     Args:
-        grad: Gradient of the product.
+        grad: Gradient of the product, which may be overwritten.
         a, value: Its operands.
         gate: The input of GELU, whose result the depthwise convolution turned into a.
         grad_value: Output tensor for the gradient of the value.
@@ -153,7 +157,7 @@ def depthwise_gelu_gradient(
         grad: Gradient of the convolution.
         weight: Its weight.
         before: The input of GELU.
-        other: Another gradient of GELU(before), or None.
+        other: Another gradient of GELU(before), which may be overwritten, or None.
         out: Output tensor; None for a new one.
     """
     needs = (True, False, False)

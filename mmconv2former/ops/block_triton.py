@@ -17,7 +17,7 @@ from .activation_kernels import (
     gelu_kernel,
     modulation_backward_kernel,
 )
-from .depthwise_triton import depthwise_forward, depthwise_weight_gradient
+from .depthwise_triton import depthwise_forward, weight_gradient_shares
 from .folding_triton import fold, unfold
 from .launch import Launcher, sums_dtype
 from .norm_triton import (
@@ -25,7 +25,6 @@ from .norm_triton import (
     add_normalize_backward,
     column_sums,
     positions_of,
-    wide,
 )
 
 __all__ = ['add_normalize', 'add_normalize_backward', 'fold', 'unfold']  # steps, too
@@ -70,7 +69,6 @@ def modulation_gradients(
     grad: Tensor, a: Tensor, gate: Tensor, value: Tensor, grad_value: Tensor,
     active: Tensor | None, weighted: Tensor | None,
 ) -> tuple[Tensor, Any, Any]:  # fmt: skip
-    grad_a = torch.empty_like(a)
     is_saved = active is not None
     if not is_saved:
         active, weighted = torch.empty_like(a), torch.empty_like(a)
@@ -79,10 +77,10 @@ def modulation_gradients(
         a.get_device(), a.dtype, a.shape[-1], value.stride(2), not is_saved
     )
     launcher(
-        -(-a.numel() // BLOCK), (grad, a, gate, value, grad_a, grad_value, *outputs),
+        -(-a.numel() // BLOCK), (grad, a, gate, value, grad, grad_value, *outputs),
         (positions_of(a),),
     )  # fmt: skip
-    return grad_a, active, weighted
+    return grad, active, weighted  # the gradient of a has taken the place of that of the product
 
 
 # ---------------------------------------------------------------------------------- feed-forward
@@ -123,13 +121,15 @@ def feed_forward_gradients(
 def depthwise_gelu_gradient(
     grad: Tensor, weight: Tensor, before: Tensor, other: Tensor | None, out: Tensor | None
 ) -> Tensor:
+    out = other if out is None else out
     return depthwise_forward(
         grad, weight, None, flip=True, epilogue='gelu_backward', y=out, other=other, before=before
     )
 
 
 def depthwise_weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
-    return depthwise_weight_gradient(x, grad, weight.shape[-1], wide(x.dtype), has_bias=True)
+    """As in `block_stock`, but in shares, which `unfold` adds."""
+    return weight_gradient_shares(x, grad, weight.shape[-1], has_bias=True)
 
 
 pointwise_conv = F.linear
@@ -144,4 +144,6 @@ def pointwise_weight_gradients(
 ) -> tuple[Tensor, Tensor]:
     """As in `block_stock`, but the gradient of the bias stays in shares, which `unfold` adds."""
     sums = column_sums(grad) if sums is None else sums
-    return torch.mm(grad.view(-1, grad.shape[-1]).t(), x.view(-1, x.shape[-1])), sums
+    channels = grad.shape[-1]
+    transposed = grad.as_strided((channels, positions_of(grad)), (1, channels))  # one view, not two
+    return torch.mm(transposed, x.view(-1, x.shape[-1])), sums

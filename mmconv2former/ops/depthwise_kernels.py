@@ -11,8 +11,8 @@ is contiguous, and a shift by a column of the kernel is a shift by C along f. Su
   The input gradient is the same kernel with the weights in reverse order.
 - `depthwise_weight_gradient_kernel`: a program owns a block of f and `TAPS` x `COLUMNS` weights. It
   walks down its share of the rows with the last `TAPS` rows of the gradient in registers, so that
-  it loads each row of the input and of the gradient once. `depthwise_sum_kernel` adds the partial
-  sums in a fixed order: no atomics, so results are the same in every run.
+  it loads each row of the input and of the gradient once. `depthwise_sum` adds the partial sums
+  in a fixed order: no atomics, so results are the same in every run.
 
 Kernels with more rows than `TAPS` are split by rows, to fit into the registers. Constants are in
 capitals; since C is one of them, the compiler knows how loads are aligned.
@@ -216,17 +216,20 @@ def depthwise_weight_gradient_kernel(
         tl.store(partial + K * K * period, bias_sum, mask=(lane >= 0) & has_row)
 
 
-@triton.jit(do_not_specialize=['period_blocks', 'shares'])
-def depthwise_sum_kernel(
-    partial, weight_grad, bias_grad, period_blocks, shares,
+@triton.jit
+def depthwise_sum(
+    program, partial, weight_grad, bias_grad, period_blocks, shares,
     C: tl.constexpr, K: tl.constexpr, PERIOD_BLOCK: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """partial (shares, K * K + HAS_BIAS, period) -> weight_grad (C, 1, K, K), bias_grad (C,)."""
+    """partial (shares, K * K + HAS_BIAS, period) -> weight_grad (C, 1, K, K), bias_grad (C,).
+
+    A program owns BLOCK channels of one weight of the kernel, or of the bias.
+    """
     SUMS: tl.constexpr = K * K + HAS_BIAS
     period = period_blocks * PERIOD_BLOCK  # aligned, which the compiler would not know otherwise
-    tap = tl.program_id(0) % SUMS
-    c = (tl.program_id(0) // SUMS) * BLOCK + tl.arange(0, BLOCK)
+    tap = program % SUMS
+    c = (program // SUMS) * BLOCK + tl.arange(0, BLOCK)
     repeats = tl.cdiv(period, C)
     sums = tl.zeros((ROWS, BLOCK), ACC)
     for first in range(0, shares * repeats, ROWS):
@@ -244,3 +247,16 @@ def depthwise_sum_kernel(
         total.to(weight_grad.dtype.element_ty),
         mask=(c < C) & (tap < K * K),
     )
+
+
+@triton.jit(do_not_specialize=['period_blocks', 'shares'])
+def depthwise_sum_kernel(
+    partial, weight_grad, bias_grad, period_blocks, shares,
+    C: tl.constexpr, K: tl.constexpr, PERIOD_BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """`depthwise_sum` alone; a block's gradients have it in `finish_kernel`."""
+    depthwise_sum(
+        tl.program_id(0), partial, weight_grad, bias_grad, period_blocks, shares, C, K,
+        PERIOD_BLOCK, ROWS, BLOCK, HAS_BIAS, ACC,
+    )  # fmt: skip

@@ -26,7 +26,7 @@ MAX_TAPS = 12
 MAX_SUMS = 28  # of all weights of a weight gradient program
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity, which is fast
 class Blocks:
     """How the work of one kernel size is divided among programs.
 
@@ -100,7 +100,24 @@ def forward_launcher(
 
 
 @functools.cache
-def weight_gradient_launchers(
+def shares_launcher(
+    device: int,
+    dtype: torch.dtype,
+    channels: int,
+    kernel_size: int,
+    has_bias: bool,
+    blocks: Blocks,
+) -> Launcher:
+    """`depthwise_weight_gradient_kernel` for one kind of input."""
+    constants = dict(
+        C=channels, K=kernel_size, HAS_BIAS=has_bias, ACC=sums_dtype(dtype), TAPS=blocks.taps,
+        COLUMNS=blocks.columns, BLOCK=blocks.gradient_block, PACKED=is_packed(device, dtype),
+    )  # fmt: skip
+    return Launcher(depthwise_weight_gradient_kernel, constants, blocks.num_warps)
+
+
+@functools.cache
+def sum_launcher(
     device: int,
     dtype: torch.dtype,
     result_dtype: torch.dtype,
@@ -108,21 +125,14 @@ def weight_gradient_launchers(
     kernel_size: int,
     has_bias: bool,
     blocks: Blocks,
-) -> tuple[Launcher, Launcher]:
-    """The two kernels of the weight gradient for one kind of input."""
-    shared = dict(C=channels, K=kernel_size, HAS_BIAS=has_bias, ACC=sums_dtype(dtype))
-    constants = dict(
-        shared, TAPS=blocks.taps, COLUMNS=blocks.columns, BLOCK=blocks.gradient_block,
-        PACKED=is_packed(device, dtype),
-    )  # fmt: skip
+) -> Launcher:
+    """`depthwise_sum_kernel` for one kind of input."""
     block = min(32, triton.next_power_of_2(channels))
-    sum_constants = dict(
-        shared, PERIOD_BLOCK=blocks.gradient_block, ROWS=2048 // block, BLOCK=block
-    )
-    return (
-        Launcher(depthwise_weight_gradient_kernel, constants, blocks.num_warps),
-        Launcher(depthwise_sum_kernel, sum_constants),
-    )
+    constants = dict(
+        C=channels, K=kernel_size, HAS_BIAS=has_bias, ACC=sums_dtype(dtype),
+        PERIOD_BLOCK=blocks.gradient_block, ROWS=2048 // block, BLOCK=block,
+    )  # fmt: skip
+    return Launcher(depthwise_sum_kernel, constants)
 
 
 # ------------------------------------------------------------------------------------------- calls
@@ -151,7 +161,7 @@ def depthwise_forward(
         y: Output tensor; None for a new one.
         kept: Contiguous output tensor for z, or None.
         other, before: (N, H, W, C), as the epilogue needs them. These and y may be parts of
-            contiguous tensors with more channels.
+            contiguous tensors with more channels, and y may be one of the two.
     """
     batch, height, width, channels = x.shape
     blocks = blocks or blocks_for(weight.shape[-1])
@@ -177,44 +187,60 @@ def depthwise_weight_gradient(
     """Gradients of weight and bias, the same to the last bit in every run.
 
     Args:
-        x: Contiguous input (N, H, W, C), on the current device.
-        grad: Contiguous gradient of the output (N, H, W, C).
-        kernel_size: K.
         dtype: Dtype of the results.
-        has_bias: Whether the gradient of the bias is needed.
-        blocks: The division of the work; None for that of `blocks_for`.
+        x, grad, kernel_size, has_bias, blocks: See `weight_gradient_shares`.
 
     Returns:
         (C, 1, K, K), contiguous, and (C,) or None.
     """
+    blocks = blocks or blocks_for(kernel_size)
+    channels = x.shape[3]
+    partial, period_blocks = weight_gradient_shares(x, grad, kernel_size, has_bias, blocks)
+    weight_grad = x.new_empty((channels, 1, kernel_size, kernel_size), dtype=dtype)
+    bias_grad = x.new_empty(channels, dtype=dtype) if has_bias else None
+    sum_up = sum_launcher(x.get_device(), x.dtype, dtype, channels, kernel_size, has_bias, blocks)
+    programs = partial.shape[1] * -(-channels // sum_up.constants['BLOCK'])
+    sum_up(programs, (partial, weight_grad, bias_grad), (period_blocks, partial.shape[0]))
+    return weight_grad, bias_grad
+
+
+def weight_gradient_shares(
+    x: Tensor, grad: Tensor, kernel_size: int, has_bias: bool, blocks: Blocks | None = None
+) -> tuple[Tensor, int]:
+    """Parts of the gradients of weight and bias, for `depthwise_sum`, which adds them.
+
+    Args:
+        x: Contiguous input (N, H, W, C), on the current device.
+        grad: Contiguous gradient of the output (N, H, W, C).
+        kernel_size: K.
+        has_bias: Whether the gradient of the bias is needed.
+        blocks: The division of the work; None for that of `blocks_for`.
+
+    Returns:
+        (shares, K * K + has_bias, period), and the blocks of a period.
+    """
     batch, height, width, channels = x.shape
     device = x.get_device()
     blocks = blocks or blocks_for(kernel_size)
-    partial_sums, sum_up = weight_gradient_launchers(
-        device, x.dtype, dtype, channels, kernel_size, has_bias, blocks
-    )
+    launcher = shares_launcher(device, x.dtype, channels, kernel_size, has_bias, blocks)
     row_blocks = -(-width * channels // blocks.gradient_block)
     # After this many blocks the channels repeat.
     period_blocks = min(channels // math.gcd(channels, blocks.gradient_block), row_blocks)
     rows = batch * -(-row_blocks // period_blocks) * height
     programs = period_blocks * -(-kernel_size // blocks.columns) * -(-kernel_size // blocks.taps)
     sums_dtype = torch.promote_types(x.dtype, torch.float32)
-    if partial_sums.run is None and device >= 0:
-        partial_sums.compile((x, grad, x.new_empty(0, dtype=sums_dtype)), (0,) * 5)
-    shares = partial_sums.at_once // programs
+    if launcher.run is None and device >= 0:
+        launcher.compile((x, grad, x.new_empty(0, dtype=sums_dtype)), (0,) * 5)
+    shares = launcher.at_once // programs
     rows_per_share = -(-rows // max(1, min(shares, rows // (2 * blocks.taps))))
     shares = -(-rows // rows_per_share)
     period = period_blocks * blocks.gradient_block
     partial = x.new_empty((shares, kernel_size**2 + has_bias, period), dtype=sums_dtype)
-    partial_sums(
+    launcher(
         programs * shares, (x, grad, partial),
         (height, width, period_blocks, rows, rows_per_share),
     )  # fmt: skip
-    weight_grad = x.new_empty((channels, 1, kernel_size, kernel_size), dtype=dtype)
-    bias_grad = x.new_empty(channels, dtype=dtype) if has_bias else None
-    programs = partial.shape[1] * -(-channels // sum_up.constants['BLOCK'])
-    sum_up(programs, (partial, weight_grad, bias_grad), (period_blocks, shares))
-    return weight_grad, bias_grad
+    return partial, period_blocks
 
 
 def lay_out(weight: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ Stock operators do it here, kernels in `folding_triton`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ class BlockParameters(NamedTuple):
 
 
 # Parameters before the last convolution of the modulation, and of the feed-forward.
-INNER_1 = BlockParameters._fields[:8]
-INNER_2 = BlockParameters._fields[11:17]
+INNER_1 = slice(0, 8)
+INNER_2 = slice(11, 17)
 
 
 class FoldedWeights(NamedTuple):
@@ -116,34 +116,51 @@ def fold_rows(
 
 
 # ------------------------------------------------------------------------------------------ unfold
-Gradients = tuple[Tensor, Tensor]  # of a folded weight and bias
+class FoldedGradients(NamedTuple):
+    """Gradients of weight and bias of each convolution, as the steps of a block compute them."""
+
+    gate_value: tuple[Tensor, Any]
+    depthwise: tuple[Tensor, Any]
+    proj: tuple[Tensor, Any]
+    fc1: tuple[Tensor, Any]
+    pos: tuple[Tensor, Any]
+    fc2: tuple[Tensor, Any]
 
 
-def unfold(
-    gate_value: Gradients, proj: Gradients, fc1: Gradients, fc2: Gradients, p: BlockParameters
-) -> dict[str, Tensor]:
-    """Gradients of the folded parameters p, by name, from the gradients of the folded weights.
+def unfold(grads: FoldedGradients, p: BlockParameters, w: FoldedWeights) -> BlockParameters:
+    """Gradients of the parameters p, in their shapes and dtypes, from those of folded weights w.
 
-    The latter, as returned by `pointwise_weight_gradients` of a step, are overwritten.
+    The latter are overwritten.
     """
     weight = torch.cat([p.gate_weight, p.value_weight])
     gate_value_weight, norm_1_weight, norm_1_bias = unfold_columns(
-        *gate_value, weight, p.norm_1_weight, p.norm_1_bias
+        *grads.gate_value, weight, p.norm_1_weight, p.norm_1_bias
     )
     gate_weight, value_weight = gate_value_weight.chunk(2)
-    gate_bias, value_bias = gate_value[1].chunk(2)
-    proj_weight, proj_bias, scale_1 = unfold_rows(*proj, p.proj_weight, p.proj_bias, p.scale_1)
+    gate_bias, value_bias = grads.gate_value[1].chunk(2)
     fc1_weight, norm_2_weight, norm_2_bias = unfold_columns(
-        *fc1, p.fc1_weight, p.norm_2_weight, p.norm_2_bias
+        *grads.fc1, p.fc1_weight, p.norm_2_weight, p.norm_2_bias
     )
-    fc2_weight, fc2_bias, scale_2 = unfold_rows(*fc2, p.fc2_weight, p.fc2_bias, p.scale_2)
-    return dict(
-        norm_1_weight=norm_1_weight, norm_1_bias=norm_1_bias, gate_weight=gate_weight,
-        gate_bias=gate_bias, value_weight=value_weight, value_bias=value_bias,
-        proj_weight=proj_weight, proj_bias=proj_bias, scale_1=scale_1, norm_2_weight=norm_2_weight,
-        norm_2_bias=norm_2_bias, fc1_weight=fc1_weight, fc1_bias=fc1[1], fc2_weight=fc2_weight,
-        fc2_bias=fc2_bias, scale_2=scale_2,
+    results = BlockParameters(
+        norm_1_weight, norm_1_bias, gate_weight, gate_bias, value_weight, value_bias,
+        *grads.depthwise,
+        *unfold_rows(*grads.proj, p.proj_weight, p.proj_bias, p.scale_1),
+        norm_2_weight, norm_2_bias, fc1_weight, grads.fc1[1],
+        *grads.pos,
+        *unfold_rows(*grads.fc2, p.fc2_weight, p.fc2_bias, p.scale_2),
     )  # fmt: skip
+    results = BlockParameters._make(like(grad, value) for grad, value in zip(results, p))
+    for part, unit in ((INNER_1, w.unit_1), (INNER_2, w.unit_2)):
+        for grad in results[part] if unit is not None else ():
+            grad.mul_(unit)
+    return results
+
+
+def like(grad: Tensor, parameter: Tensor) -> Tensor:
+    """A gradient in the shape and dtype of its parameter."""
+    if grad.dtype != parameter.dtype:
+        grad = grad.to(parameter.dtype)
+    return grad if grad.dim() == parameter.dim() else grad.view(parameter.shape)
 
 
 def unfold_columns(

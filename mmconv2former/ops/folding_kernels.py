@@ -13,6 +13,8 @@ before it and `scale_out` (rows,) of the layer scale after it:
 import triton
 import triton.language as tl
 
+from .depthwise_kernels import depthwise_sum
+
 
 @triton.jit
 def fold_kernel(
@@ -63,14 +65,28 @@ def fold_kernel(
 
 
 @triton.jit
+def sum_of_shares(partial, shares, column, mask, N: tl.constexpr, BLOCK: tl.constexpr,
+                  ACC: tl.constexpr):  # fmt: skip
+    """Sums of some columns of partial (shares, N), in a fixed order."""
+    total = tl.zeros((BLOCK, column.shape[0]), ACC)
+    for start in range(0, shares, BLOCK):
+        share = start + tl.arange(0, BLOCK)
+        place = share[:, None] * N + column[None, :]
+        total += tl.load(partial + place, mask=(share < shares)[:, None] & mask[None, :], other=0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
 def unfold_rows(
-    program, grad, grad_folded_bias, weight, bias, scale, grad_weight, grad_bias, grad_scale,
+    program, grad, bias_shares, shares, weight, bias, scale, grad_weight,
     N: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients for weight, bias and the scale after them, from those of the folded ones.
 
-    grad, weight, grad_weight (N, COLUMNS); the others (N,). A program owns ROWS rows.
+    grad, weight (N, COLUMNS), bias and scale (N,); the gradient of the folded bias is the sum of
+    `bias_shares` (shares, N). The gradients of weight, bias and scale are stored one after the
+    other. A program owns ROWS rows.
     """
     row = program * ROWS + tl.arange(0, ROWS)
     in_rows = row < N
@@ -84,23 +100,26 @@ def unfold_rows(
         total += values * tl.load(weight + place, mask=mask, other=0).to(ACC)
         values = values * factor[:, None]
         tl.store(grad_weight + place, values.to(grad_weight.dtype.element_ty), mask=mask)
-    of_bias = tl.load(grad_folded_bias + row, mask=in_rows, other=0).to(ACC)
+    of_bias = sum_of_shares(bias_shares, shares, row, in_rows, N, 2048 // ROWS, ACC)
     of_scale = tl.sum(total, 1) + of_bias * tl.load(bias + row, mask=in_rows, other=0).to(ACC)
-    tl.store(grad_scale + row, of_scale.to(grad_scale.dtype.element_ty), mask=in_rows)
     values = of_bias * factor
-    tl.store(grad_bias + row, values.to(grad_bias.dtype.element_ty), mask=in_rows)
+    grad_bias = grad_weight + N * COLUMNS
+    tl.store(grad_bias + row, values.to(grad_weight.dtype.element_ty), mask=in_rows)
+    tl.store(grad_bias + N + row, of_scale.to(grad_weight.dtype.element_ty), mask=in_rows)
 
 
 @triton.jit
 def unfold_columns(
-    program, grad, grad_bias, weight, scale, shift, grad_weight, partial,
-    N: tl.constexpr, C: tl.constexpr, SHARE: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr, ACC: tl.constexpr,
+    program, grad, bias_shares, shares, weight, scale, shift, grad_weight, partial,
+    N: tl.constexpr, C: tl.constexpr, STRIDE: tl.constexpr, SHARE: tl.constexpr,
+    STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Gradients for a weight and the scale and shift before it, from those of the folded ones.
+    """Gradients for a weight, its bias, and the scale and shift before them, from the folded ones.
 
-    grad, weight, grad_weight (N, C), grad_bias (N,). A program owns BLOCK columns of SHARE rows;
-    its sums for scale and shift go to its row of `partial`, STEP elements a row.
+    grad, weight (N, C); the gradient of the bias is the sum of N columns of `bias_shares`
+    (shares, STRIDE). The gradients of weight and bias are stored one after the other. A program
+    owns BLOCK columns of SHARE rows; its sums for scale and shift go to its row of `partial`, STEP
+    elements a row.
     """
     COLUMN_BLOCKS: tl.constexpr = (C + BLOCK - 1) // BLOCK
     column = program % COLUMN_BLOCKS * BLOCK + tl.arange(0, BLOCK)
@@ -118,7 +137,12 @@ def unfold_columns(
         mask = in_rows[:, None] & in_columns[None, :]
         place = row[:, None] * C + column[None, :]
         values = tl.load(grad + place, mask=mask, other=0).to(ACC)
-        of_bias = tl.load(grad_bias + row, mask=in_rows, other=0).to(ACC)[:, None]
+        of_bias = sum_of_shares(bias_shares, shares, row, in_rows, STRIDE, 2048 // ROWS, ACC)
+        tl.store(
+            grad_weight + N * C + row, of_bias.to(grad_weight.dtype.element_ty),
+            mask=in_rows & (program % COLUMN_BLOCKS == 0),
+        )  # fmt: skip
+        of_bias = of_bias[:, None]
         plain = tl.load(weight + place, mask=mask, other=0).to(ACC)
         of_scale += values * plain
         of_shift += of_bias * plain
@@ -130,27 +154,28 @@ def unfold_columns(
 
 
 @triton.jit(
+    do_not_specialize=['pair_shares', 'proj_shares', 'fc1_shares', 'fc2_shares'],
     do_not_specialize_on_alignment=[
-        'pair_bias', 'proj_folded_bias', 'fc1_bias', 'fc2_folded_bias', 'gate_weight',
-        'value_weight', 'proj_weight', 'proj_bias', 'scale_1', 'fc1_weight', 'fc2_weight',
-        'fc2_bias', 'scale_2', 'norm_1_weight', 'norm_1_bias', 'norm_2_weight', 'norm_2_bias',
-        'proj_bias_grad', 'scale_1_grad', 'fc2_bias_grad', 'scale_2_grad',
-    ]
+        'gate_weight', 'value_weight', 'proj_weight', 'proj_bias', 'scale_1', 'fc1_weight',
+        'fc2_weight', 'fc2_bias', 'scale_2', 'norm_1_weight', 'norm_1_bias', 'norm_2_weight',
+        'norm_2_bias',
+    ],
 )  # fmt: skip
 def unfold_kernel(
     pair, pair_bias, proj, proj_folded_bias, fc1, fc1_bias, fc2, fc2_folded_bias,
     gate_weight, value_weight, proj_weight, proj_bias, scale_1, fc1_weight, fc2_weight, fc2_bias,
-    scale_2, norm_1_weight, norm_1_bias, norm_2_weight, norm_2_bias,
-    gate_weight_grad, value_weight_grad, proj_weight_grad, proj_bias_grad, scale_1_grad,
-    fc1_weight_grad, fc2_weight_grad, fc2_bias_grad, scale_2_grad, partial,
-    C: tl.constexpr, E: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr,
+    scale_2, norm_1_weight, norm_1_bias, norm_2_weight, norm_2_bias, grads, partial,
+    pair_shares, proj_shares, fc1_shares, fc2_shares,
+    C: tl.constexpr, E: tl.constexpr, GATE: tl.constexpr, VALUE: tl.constexpr, PROJ: tl.constexpr,
+    FC1: tl.constexpr, FC2: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr, SHARE_ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of everything folded in a block, from those of the folded weights and biases.
 
-    The arguments are the gradients of the folded tensors, the parameters, their gradients, and
-    `partial` (SHARES, 4 C) for the gradients of the LayerNorms: scale and shift of the first, then
-    of the second.
+    The arguments are the gradients of the folded weights (those of the biases in shares), the
+    parameters, all their gradients, and `partial` (SHARES, 4 C) for the gradients of the
+    LayerNorms: scale and shift of the first, then of the second. GATE to FC2 are the places of the
+    weights in `grads`, where the bias follows its weight, and the scale follows the bias.
     """
     ROW_BLOCKS: tl.constexpr = (C + ROWS - 1) // ROWS
     COLUMN_BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
@@ -161,27 +186,63 @@ def unfold_kernel(
     program = tl.program_id(0)  # the longest work comes first
     if program < ROW_BLOCKS:
         unfold_rows(
-            program, fc2, fc2_folded_bias, fc2_weight, fc2_bias, scale_2, fc2_weight_grad,
-            fc2_bias_grad, scale_2_grad, C, E, ROWS, BLOCK, ACC,
+            program, fc2, fc2_folded_bias, fc2_shares, fc2_weight, fc2_bias, scale_2, grads + FC2,
+            C, E, ROWS, BLOCK, ACC,
         )  # fmt: skip
     elif program < ROW_BLOCKS + 2 * HALF:
         unfold_columns(
-            program - ROW_BLOCKS, fc1, fc1_bias, fc1_weight, norm_2_weight, norm_2_bias,
-            fc1_weight_grad, partial + 2 * C, E, C, OF_E, STEP, SHARE_ROWS, COLUMNS, ACC,
+            program - ROW_BLOCKS, fc1, fc1_bias, fc1_shares, fc1_weight, norm_2_weight,
+            norm_2_bias, grads + FC1, partial + 2 * C, E, C, E, OF_E, STEP, SHARE_ROWS, COLUMNS,
+            ACC,
         )  # fmt: skip
     elif program < ROW_BLOCKS + 3 * HALF:
         unfold_columns(
-            program - ROW_BLOCKS - 2 * HALF, pair, pair_bias, gate_weight, norm_1_weight,
-            norm_1_bias, gate_weight_grad, partial, C, C, OF_C, STEP, SHARE_ROWS, COLUMNS, ACC,
+            program - ROW_BLOCKS - 2 * HALF, pair, pair_bias, pair_shares, gate_weight,
+            norm_1_weight, norm_1_bias, grads + GATE, partial, C, C, 2 * C, OF_C, STEP, SHARE_ROWS,
+            COLUMNS, ACC,
         )  # fmt: skip
     elif program < ROW_BLOCKS + 4 * HALF:
         unfold_columns(
-            program - ROW_BLOCKS - 3 * HALF, pair + C * C, pair_bias + C, value_weight,
-            norm_1_weight, norm_1_bias, value_weight_grad, partial + (SHARES // 2) * STEP, C, C,
-            OF_C, STEP, SHARE_ROWS, COLUMNS, ACC,
+            program - ROW_BLOCKS - 3 * HALF, pair + C * C, pair_bias + C, pair_shares,
+            value_weight, norm_1_weight, norm_1_bias, grads + VALUE,
+            partial + (SHARES // 2) * STEP, C, C, 2 * C, OF_C, STEP, SHARE_ROWS, COLUMNS, ACC,
         )  # fmt: skip
     else:
         unfold_rows(
-            program - ROW_BLOCKS - 4 * HALF, proj, proj_folded_bias, proj_weight, proj_bias,
-            scale_1, proj_weight_grad, proj_bias_grad, scale_1_grad, C, C, ROWS, BLOCK, ACC,
+            program - ROW_BLOCKS - 4 * HALF, proj, proj_folded_bias, proj_shares, proj_weight,
+            proj_bias, scale_1, grads + PROJ, C, C, ROWS, BLOCK, ACC,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=['depthwise_blocks', 'depthwise_shares', 'pos_blocks', 'pos_shares'])
+def finish_kernel(
+    depthwise, pos, partial, grads, depthwise_blocks, depthwise_shares, pos_blocks, pos_shares,
+    C: tl.constexpr, E: tl.constexpr, K: tl.constexpr, POS_K: tl.constexpr, PERIOD: tl.constexpr,
+    POS_PERIOD: tl.constexpr, DEPTHWISE: tl.constexpr, POS: tl.constexpr, NORM_2: tl.constexpr,
+    SHARES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a block that other kernels left in shares, added in a fixed order.
+
+    Those of the depthwise convolutions, see `depthwise_sum`, and of the LayerNorms: `partial`
+    (SHARES, 4 C) of `unfold_kernel`. DEPTHWISE, POS and NORM_2 are their places in `grads`, where
+    the bias follows its weight; the first LayerNorm is at 0.
+    """
+    OF_DEPTHWISE: tl.constexpr = (K * K + 1) * ((C + BLOCK - 1) // BLOCK)
+    OF_POS: tl.constexpr = (POS_K * POS_K + 1) * ((E + BLOCK - 1) // BLOCK)
+    program = tl.program_id(0)
+    if program < OF_DEPTHWISE:
+        depthwise_sum(
+            program, depthwise, grads + DEPTHWISE, grads + (DEPTHWISE + C * K * K),
+            depthwise_blocks, depthwise_shares, C, K, PERIOD, ROWS, BLOCK, True, ACC,
+        )  # fmt: skip
+    elif program < OF_DEPTHWISE + OF_POS:
+        depthwise_sum(
+            program - OF_DEPTHWISE, pos, grads + POS, grads + (POS + E * POS_K * POS_K),
+            pos_blocks, pos_shares, E, POS_K, POS_PERIOD, ROWS, BLOCK, True, ACC,
+        )  # fmt: skip
+    else:
+        column = (program - OF_DEPTHWISE - OF_POS) * BLOCK + tl.arange(0, BLOCK)
+        mask = column < 4 * C
+        total = sum_of_shares(partial, SHARES, column, mask, 4 * C, SHARES, ACC)
+        place = tl.where(column < 2 * C, column, NORM_2 - 2 * C + column)
+        tl.store(grads + place, total.to(grads.dtype.element_ty), mask=mask)

@@ -17,11 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import folding
-from .depthwise_triton import lay_out, lay_out_together
-from .folding import BlockParameters, FoldedWeights, Gradients
-from .folding_kernels import fold_kernel, unfold_kernel
+from .depthwise_triton import blocks_for, lay_out, lay_out_together
+from .folding import INNER_1, INNER_2, BlockParameters, FoldedGradients, FoldedWeights
+from .folding_kernels import finish_kernel, fold_kernel, unfold_kernel
 from .launch import Launcher, sums_dtype
-from .norm_triton import finish_sums
 
 TASK = 11  # numbers of a task of `fold_kernel`
 FOLD_ROWS, FOLD_BLOCK = 8, 128
@@ -199,47 +198,101 @@ def fold_without_plan(parameters: BlockParameters, dtype: torch.dtype) -> Folded
 
 
 # ------------------------------------------------------------------------------------------ unfold
+class Unfolding(NamedTuple):
+    """How the gradients of a block's parameters are computed and stored.
+
+    They lie in one tensor in the order of `BlockParameters`: an allocation for each would take more
+    of the host's time than a kernel takes of the GPU's.
+
+    Fields:
+        unfold, finish: The kernels, and the number of programs of each.
+        sizes: Elements of each parameter.
+        shapes: Index and shape of the parameters with more than one dimension.
+        inner: Where the gradients are that lie within the first and the second branch.
+    """
+
+    unfold: tuple[Launcher, int]
+    finish: tuple[Launcher, int]
+    sizes: tuple[int, ...]
+    shapes: tuple[tuple[int, torch.Size], ...]
+    inner: list[slice]
+
+
 @functools.cache
-def unfolder(
-    device: int, dtypes: tuple[torch.dtype, torch.dtype], channels: int, hidden: int
-) -> tuple[Launcher, int]:
-    """The kernel and its number of programs."""
-    rows, columns = FOLD_ROWS, 32
-    constants = dict(
-        C=channels, E=hidden, SHARES=UNFOLD_SHARES, ROWS=rows, BLOCK=FOLD_BLOCK, SHARE_ROWS=32,
-        COLUMNS=columns, ACC=sums_dtype(dtypes[1]),
+def unfolding(
+    device: int, dtypes: tuple[torch.dtype, torch.dtype], *shapes: torch.Size
+) -> Unfolding:
+    """The `Unfolding` of parameters of these shapes.
+
+    Args:
+        device: Index of the GPU, -1 for the interpreter.
+        dtypes: Of the folded weights and of the parameters.
+        shapes: Of the parameters.
+    """
+    sizes = tuple(math.prod(shape) for shape in shapes)
+    of = dict(zip(BlockParameters._fields, shapes))
+    places = dict(zip(BlockParameters._fields, itertools.accumulate(sizes, initial=0)))
+    channels, hidden = of['fc2_weight'][:2]
+    kernel_size, pos_size = of['depthwise_weight'][-1], of['pos_weight'][-1]
+    shared = dict(C=channels, E=hidden, SHARES=UNFOLD_SHARES)
+    unfold_constants = dict(
+        shared, ROWS=FOLD_ROWS, BLOCK=FOLD_BLOCK, SHARE_ROWS=32, COLUMNS=32,
+        ACC=sums_dtype(dtypes[1]),
+        **{n.upper(): places[f'{n}_weight'] for n in ('gate', 'value', 'proj', 'fc1', 'fc2')},
     )  # fmt: skip
-    programs = 2 * -(-channels // rows) + 2 * UNFOLD_SHARES * -(-channels // columns)
-    return Launcher(unfold_kernel, constants), programs
-
-
-def unfold(
-    gate_value: Gradients, proj: Gradients, fc1: Gradients, fc2: Gradients, p: BlockParameters
-) -> dict[str, Tensor]:
-    """Gradients of the original weights from those of the folded ones."""
-    channels, hidden = p.fc2_weight.shape[:2]
-    sums = gate_value[1], proj[1], fc1[1], fc2[1]
-    gate_value_bias, proj_bias, fc1_bias, fc2_bias = finish_sums(*sums)
-    names = 'gate_weight', 'value_weight', 'proj_weight', 'fc1_weight', 'fc2_weight'
-    g = {name: torch.empty_like(getattr(p, name)) for name in names}
-    small = p.scale_1.new_empty(4, channels).unbind()
-    g.update(zip(('proj_bias', 'scale_1', 'fc2_bias', 'scale_2'), small))
-    partial = fc1_bias.new_empty(UNFOLD_SHARES, 4 * channels)
-    launcher, programs = unfolder(
-        partial.get_device(), (gate_value[0].dtype, p.scale_1.dtype), channels, hidden
+    unfold_programs = 2 * -(-channels // FOLD_ROWS) + 2 * UNFOLD_SHARES * -(-channels // 32)
+    finish_constants = dict(
+        shared, K=kernel_size, POS_K=pos_size, PERIOD=blocks_for(kernel_size).gradient_block,
+        POS_PERIOD=blocks_for(pos_size).gradient_block, ROWS=64, BLOCK=32,
+        ACC=sums_dtype(dtypes[1]),
+        **{n.upper(): places[f'{n}_weight'] for n in ('depthwise', 'pos', 'norm_2')},
+    )  # fmt: skip
+    finish_programs = (
+        (kernel_size**2 + 1) * -(-channels // 32) + (pos_size**2 + 1) * -(-hidden // 32)
+        + -(-4 * channels // 32)
+    )  # fmt: skip
+    return Unfolding(
+        (Launcher(unfold_kernel, unfold_constants), unfold_programs),
+        (Launcher(finish_kernel, finish_constants), finish_programs),
+        sizes,
+        tuple((index, shape) for index, shape in enumerate(shapes) if len(shape) > 1),
+        [slice(sum(sizes[: part.start]), sum(sizes[: part.stop])) for part in (INNER_1, INNER_2)],
     )
+
+
+def unfold(grads: FoldedGradients, p: BlockParameters, w: FoldedWeights) -> BlockParameters:
+    """Gradients of the parameters, from those of the folded weights that `block_triton` computes.
+
+    Those of biases and of depthwise convolutions come in shares, which are added here.
+    """
+    (pair, pair_bias), (depthwise, depthwise_blocks) = grads.gate_value, grads.depthwise
+    (proj, proj_bias), (fc1, fc1_bias) = grads.proj, grads.fc1
+    (pos, pos_blocks), (fc2, fc2_bias) = grads.pos, grads.fc2
+    plan = unfolding(
+        fc2.get_device(), (fc2.dtype, p.scale_1.dtype), *[parameter.shape for parameter in p]
+    )
+    flat = p.scale_1.new_empty(sum(plan.sizes))
+    partial = fc1_bias.new_empty(UNFOLD_SHARES * 4 * p.scale_1.shape[0])
+    launcher, programs = plan.unfold
     launcher(
         programs,
         (
-            gate_value[0], gate_value_bias, proj[0], proj_bias, fc1[0], fc1_bias, fc2[0], fc2_bias,
-            p.gate_weight, p.value_weight, p.proj_weight, p.proj_bias, p.scale_1, p.fc1_weight,
-            p.fc2_weight, p.fc2_bias, p.scale_2, p.norm_1_weight, p.norm_1_bias, p.norm_2_weight,
-            p.norm_2_bias, g['gate_weight'], g['value_weight'], g['proj_weight'], g['proj_bias'],
-            g['scale_1'], g['fc1_weight'], g['fc2_weight'], g['fc2_bias'], g['scale_2'], partial,
+            pair, pair_bias, proj, proj_bias, fc1, fc1_bias, fc2, fc2_bias, p.gate_weight,
+            p.value_weight, p.proj_weight, p.proj_bias, p.scale_1, p.fc1_weight, p.fc2_weight,
+            p.fc2_bias, p.scale_2, p.norm_1_weight, p.norm_1_bias, p.norm_2_weight, p.norm_2_bias,
+            flat, partial,
         ),
-        (),
+        (pair_bias.shape[0], proj_bias.shape[0], fc1_bias.shape[0], fc2_bias.shape[0]),
     )  # fmt: skip
-    norms = finish_sums(partial)[0].view(4, channels).unbind()
-    g.update(zip(('norm_1_weight', 'norm_1_bias', 'norm_2_weight', 'norm_2_bias'), norms))
-    gate_bias, value_bias = gate_value_bias.view(2, channels).unbind()
-    return g | dict(gate_bias=gate_bias, value_bias=value_bias, fc1_bias=fc1_bias)
+    launcher, programs = plan.finish
+    launcher(
+        programs, (depthwise, pos, partial, flat),
+        (depthwise_blocks, depthwise.shape[0], pos_blocks, pos.shape[0]),
+    )  # fmt: skip
+    for place, unit in zip(plan.inner, (w.unit_1, w.unit_2)):
+        if unit is not None:
+            flat[place].mul_(unit)
+    parts = list(flat.split_with_sizes(plan.sizes))
+    for index, shape in plan.shapes:
+        parts[index] = parts[index].view(shape)
+    return BlockParameters._make(parts)

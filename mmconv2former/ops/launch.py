@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Launcher:
         self.num_warps = num_warps
         self.values = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self.run: Any = None
+        self.takes_tuple = False  # whether `run` takes the kernel's arguments as one tuple
         self.at_once = 16  # programs that fit on the GPU, known after compilation
 
     def compile(self, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...]) -> None:
@@ -51,13 +53,17 @@ class Launcher:
                     *tensors, *sizes, **self.constants, num_warps=self.num_warps, grid=(1,)
                 )
                 run = compiled.run  # loads it on the GPU
-                self.function, self.metadata = compiled.function, compiled.packed_metadata
+                fixed = (compiled.function, compiled.packed_metadata, None, None, None)
+                run, self.fixed, self.takes_tuple = without_python(
+                    run, fixed, len(tensors) + len(sizes) + len(self.values)
+                )
                 self.get_stream = triton.runtime.driver.active.get_current_stream
             except (torch.cuda.OutOfMemoryError, AcceleratorError):
                 raise  # from what ran before
             except Exception as error:  # from the compiler, the linker, the cache or the driver
                 raise CompilationError(f'{type(error).__name__}: {error}') from error
-            processors, registers = limits(tensors[0].get_device())  # type: ignore[union-attr]
+            self.device = tensors[0].get_device()  # type: ignore[union-attr]
+            processors, registers = limits(self.device)
             of_thread = 8 * -(-compiled.n_regs // 8)  # allocated in eights
             of_program = 32 * self.num_warps * of_thread
             self.at_once = processors * max(1, registers // of_program)
@@ -82,11 +88,54 @@ class Launcher:
                 return
             self.compile(tensors, sizes)
         pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        stream = self.get_stream(tensors[0].get_device())  # type: ignore[union-attr]
-        self.run(
-            programs, 1, 1, stream, self.function, self.metadata, None, None, None,
-            *pointers, *sizes, *self.values,
-        )  # fmt: skip
+        stream = self.get_stream(self.device)
+        if self.takes_tuple:
+            arguments = (*pointers, *sizes, *self.values)
+            self.run(programs, 1, 1, stream, *self.fixed, arguments)
+        else:
+            self.run(programs, 1, 1, stream, *self.fixed, *pointers, *sizes, *self.values)
+
+
+def without_python(
+    run: Callable[..., Any], fixed: tuple, number: int
+) -> tuple[Callable[..., Any], tuple, bool]:
+    """The function in C that a launch of Triton calls in the end, called here without the detour.
+
+    Triton's own `run` is Python. It passes its arguments on to `run.launch`, with others that are
+    the same each time and depend on the release. Which these are is seen in one call with a
+    stand-in for `run.launch`. The detour stays if that shows anything else, such as memory that
+    each launch allocates.
+
+    Args:
+        run: Takes the grid, the stream, `fixed`, and the kernel's arguments.
+        fixed: The arguments in between.
+        number: Number of the kernel's arguments.
+
+    Returns:
+        A function that takes the grid, the stream, the second result, and the kernel's arguments,
+        as one tuple if the third result is true.
+    """
+    detour = run, fixed, False
+    launch = getattr(run, '__dict__', {}).get('launch')
+    if launch is None:
+        return detour
+    first, last = [object() for _ in range(4)], [object() for _ in range(number)]
+    calls: list[tuple] = []
+    try:
+        run.launch = lambda *args: calls.append(args)  # type: ignore[attr-defined]
+        run(*first, *fixed, *last)
+    except Exception:  # it computes with its arguments
+        return detour
+    finally:
+        run.launch = launch  # type: ignore[attr-defined]
+    if len(calls) != 1 or [*calls[0][:4]] != first:
+        return detour
+    found = calls[0][4:]
+    if found and found[-1] == tuple(last):
+        return launch, found[:-1], True
+    if number and [*found[-number:]] == last:
+        return launch, found[:-number], False
+    return detour
 
 
 def is_on_cpu(tensors: tuple[Tensor | None, ...]) -> bool:

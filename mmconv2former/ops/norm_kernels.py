@@ -110,42 +110,19 @@ def column_sums_kernel(
     tl.store(sums + share * C + c, tl.sum(sum_of_rows, 0), mask=c < C)
 
 
-@triton.jit(do_not_specialize=['shares_0', 'shares_1', 'shares_2', 'shares_3'])
+@triton.jit(do_not_specialize=['shares'])
 def add_shares_kernel(
-    partial_0, partial_1, partial_2, partial_3, sums, shares_0, shares_1, shares_2, shares_3,
-    N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, N3: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    partial, sums, shares,
+    N: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Adds the shares of four tensors (shares, N) in a fixed order.
-
-    `sums` has the N sums of each, one after the other, padded to multiples of BLOCK.
-    """
-    END_0: tl.constexpr = (N0 + BLOCK - 1) // BLOCK
-    END_1: tl.constexpr = END_0 + (N1 + BLOCK - 1) // BLOCK
-    END_2: tl.constexpr = END_1 + (N2 + BLOCK - 1) // BLOCK
-    block = tl.program_id(0)
-    partial, shares = partial_0, shares_0
-    first = block * 0
-    n = first + N0
-    if block >= END_0:
-        partial, shares = partial_1, shares_1
-        first = block * 0 + END_0
-        n = block * 0 + N1
-    if block >= END_1:
-        partial, shares = partial_2, shares_2
-        first = block * 0 + END_1
-        n = block * 0 + N2
-    if block >= END_2:
-        partial, shares = partial_3, shares_3
-        first = block * 0 + END_2
-        n = block * 0 + N3
-    c = (block - first) * BLOCK + tl.arange(0, BLOCK)
+    """Adds partial (shares, N) over the shares in a fixed order."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((ROWS, BLOCK), ACC)
     for start in range(0, shares, ROWS):
         row = start + tl.arange(0, ROWS)
-        mask = (row < shares)[:, None] & (c < n)[None, :]
-        total += tl.load(partial + row[:, None] * n + c[None, :], mask=mask, other=0)
-    tl.store(sums + block * BLOCK + tl.arange(0, BLOCK), tl.sum(total, 0))
+        mask = (row < shares)[:, None] & (c < N)[None, :]
+        total += tl.load(partial + row[:, None] * N + c[None, :], mask=mask, other=0)
+    tl.store(sums + c, tl.sum(total, 0), mask=c < N)
 
 
 @triton.jit(do_not_specialize=['per_image'], do_not_specialize_on_alignment=['weight', 'bias'])

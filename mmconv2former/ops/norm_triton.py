@@ -1,14 +1,13 @@
 """Launches the kernels of `norm_kernels`: residual additions, LayerNorms, sums over positions.
 
 `add_normalize` and `add_normalize_backward` are steps of a block, documented in `block_stock`.
-The kernels also sum over positions while they read the tensors. `finish_sums` adds these shares in
-a fixed order, so every run gives the same results.
+The kernels also sum over positions while they read the tensors. `finish_sums`, or `unfold` in a
+block, adds these shares in a fixed order, so every run gives the same results.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from .norm_kernels import (
 )
 
 
+@functools.cache
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which tensors of `dtype` are summed."""
     return torch.promote_types(dtype, torch.float32)
@@ -77,12 +77,15 @@ def add_normalize(
     eps: float,
     dtype: torch.dtype | None,
     keep: bool,
+    in_place: bool = False,
 ) -> tuple[Tensor, Any, Any]:
     """Residual sum and norm in one pass; see `block_stock`."""
     x = aligned(x)
     branch = None if branch is None else aligned(branch)
     positions, per_image = positions_of(x), x.shape[1] * x.shape[2]
-    total = None if branch is None else torch.empty_like(x)
+    total = None
+    if branch is not None:
+        total = x if in_place else torch.empty_like(x)
     y = rstd = None
     if dtype is not None:
         y = torch.empty_like(x, dtype=dtype)
@@ -121,11 +124,12 @@ def add_normalize_backward(
     norm: tuple[Tensor, Tensor, Tensor] | None,
     factor: Tensor | None,
     dtype: torch.dtype | None,
+    in_place: bool = False,
 ) -> tuple[Tensor, Any, Any]:
     """Gradients of `add_normalize` in one pass; see `block_stock`."""
     grad = aligned(grad)
     grad_y, y, rstd = (None, None, None) if norm is None else norm
-    grad_x = grad if norm is None else torch.empty_like(grad)
+    grad_x = grad if norm is None or in_place else torch.empty_like(grad)
     has_sums = dtype is not None
     # If the gradient of the branch is the gradient itself, only its sums are missing.
     has_branch = has_sums and (dtype != grad.dtype or factor is not None)
@@ -195,7 +199,7 @@ def layer_norm_gradients(
     shares = min(tiles, programs_at_once(x.get_device()))
     sums = x.new_empty((shares, 2 * channels), dtype=wide(x.dtype))
     launcher(shares, (grad, x, weight, grad_x, sums), (height * width, tiles))
-    of_weight, of_bias = finish_sums(sums)[0].view(2, channels).unbind()
+    of_weight, of_bias = finish_sums(sums).view(2, channels).unbind()
     return grad_x, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
 
 
@@ -220,29 +224,17 @@ def column_sums(x: Tensor) -> Tensor:
     return sums
 
 
-SUMS_BLOCK = 32  # columns of a program of `add_shares_kernel`
-
-
 @functools.cache
-def share_adder(
-    device: int, dtype: torch.dtype, columns: tuple[int, ...]
-) -> tuple[Launcher, list[int]]:
-    """The kernel, and the sizes of its results: of each tensor, and of the padding after it."""
-    constants = dict(ROWS=64, BLOCK=SUMS_BLOCK, ACC=sums_dtype(dtype))
-    padded = (*columns, *(0,) * (4 - len(columns)))
-    constants.update({f'N{index}': number for index, number in enumerate(padded)})
-    sizes = [size for number in columns for size in (number, -number % SUMS_BLOCK)]
-    return Launcher(add_shares_kernel, constants), sizes
+def share_adder(device: int, dtype: torch.dtype, columns: int) -> Launcher:
+    """The launcher of `finish_sums`."""
+    constants = dict(N=columns, ROWS=64, BLOCK=32, ACC=sums_dtype(dtype))
+    return Launcher(add_shares_kernel, constants)
 
 
-def finish_sums(*sums: Tensor) -> Sequence[Tensor]:
-    """Adds the shares of at most four tensors (shares, columns), to (columns,) each."""
-    first = sums[0]
-    columns = tuple([part.shape[1] for part in sums])
-    launcher, sizes = share_adder(first.get_device(), first.dtype, columns)
-    size = sum(sizes)
-    total = first.new_empty(size)
-    filled = (*sums, *(first,) * (4 - len(sums)))
-    shares = tuple([part.shape[0] for part in filled])
-    launcher(size // SUMS_BLOCK, (*filled, total), shares)
-    return torch.split_with_sizes(total, sizes)[::2]
+def finish_sums(partial: Tensor) -> Tensor:
+    """Adds the shares of (shares, columns), to (columns,)."""
+    shares, columns = partial.shape
+    launcher = share_adder(partial.get_device(), partial.dtype, columns)
+    sums = partial.new_empty(columns)
+    launcher(-(-columns // launcher.constants['BLOCK']), (partial, sums), (shares,))
+    return sums

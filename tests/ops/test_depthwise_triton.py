@@ -18,8 +18,8 @@ from mmconv2former.ops.depthwise_triton import (
     depthwise_weight_gradient,
     lay_out,
     lay_out_together,
+    shares_launcher,
     split_evenly,
-    weight_gradient_launchers,
 )
 from mmconv2former.ops.launch import Launcher
 from mmconv2former.ops.triton_support import CompilationError
@@ -125,7 +125,7 @@ def test_rows_divided_among_programs(shares):
     """Shares that begin and end in the middle of an image, and several periods of f."""
     x, grad, weight, bias = make(3, 11, 40, 8, 3, torch.float64)
     blocks = Blocks(3, 8, 64, 3, 128)
-    launcher, _ = weight_gradient_launchers(x.get_device(), x.dtype, x.dtype, 8, 3, True, blocks)
+    launcher = shares_launcher(x.get_device(), x.dtype, 8, 3, True, blocks)
     if ON_GPU:
         depthwise_weight_gradient(x, grad, 3, x.dtype, True, blocks=blocks)  # compiles it
     launcher.at_once = shares
@@ -180,6 +180,57 @@ def test_launches_go_to_the_compiled_kernel(monkeypatch):
     assert calls == [(7, *common, 5, 6, 8, 3), (9, *common, 1, 2, 8, 3)]
     # 150 registers are allocated as 152 to each of 64 threads, so that 6 programs fit.
     assert launcher.at_once == 600
+
+
+class Run:
+    """Triton's Python around its launch function in C, as in releases that want a tuple or not."""
+
+    size = 0  # of memory that each launch allocates
+
+    def __init__(self, as_tuple):
+        self.as_tuple = as_tuple
+        self.calls = []
+        self.launch = self.record
+
+    def record(self, *args):
+        self.calls.append(args)
+
+    def __call__(self, x, y, z, stream, function, *args):
+        scratch = 'scratch' if self.size and x * y * z * self.size else None
+        metadata, arguments = args[:4], args[4:]
+        arguments = (arguments,) if self.as_tuple else arguments
+        self.launch(x, y, z, stream, function, False, *metadata, scratch, *arguments)
+
+
+class OtherOrder(Run):
+    """The grid is not at the front, as in ROCm's version."""
+
+    def __call__(self, *args):
+        self.launch('cooperative', *args)
+
+
+@pytest.mark.parametrize('as_tuple', [False, True])
+def test_launches_skip_tritons_python(as_tuple):
+    """And pass to its C function what that would pass."""
+    run = Run(as_tuple)
+    fixed = 'function', 'metadata', None, None, None
+    direct, constant, takes_tuple = launch.without_python(run, fixed, 3)
+    assert direct == run.record
+    assert takes_tuple == as_tuple
+    assert run.calls == []
+    run(7, 1, 1, 103, *fixed, 16, None, 5)
+    direct(7, 1, 1, 103, *constant, *([(16, None, 5)] if as_tuple else (16, None, 5)))
+    assert run.calls[0] == run.calls[1]
+
+
+def test_launches_go_through_tritons_python_where_it_matters():
+    """If each launch allocates memory, and for launchers of another form."""
+    allocating = Run(False)
+    allocating.size = 8
+    for run in (allocating, OtherOrder(False), print):
+        found = launch.without_python(run, ('function', 'metadata', None, None, None), 3)
+        assert found == (run, ('function', 'metadata', None, None, None), False)
+    assert allocating.launch == allocating.record
 
 
 def test_failures_of_the_compiler_are_told_apart():

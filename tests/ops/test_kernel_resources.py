@@ -54,7 +54,7 @@ def test_kernels_of_a_network():
     assert {row[6] for row in rows} == {'0'}
 
 
-def test_a_network_launches_every_kernel():
+def test_a_network_and_a_convolution_launch_every_kernel():
     """In a process of its own, because kernels have no names in the interpreter."""
     result = run('-c', """
 import sys, importlib, torch
@@ -68,6 +68,7 @@ kernels = {name for module in modules for name, value in vars(module).items()
            if isinstance(value, JITFunction) and name.endswith('_kernel')}
 with tool.recorded_launches(None) as launches:
     tool.run_network(8, 3, torch.bfloat16)
+    tool.run_convolution(8, 3, torch.bfloat16)
 found = {launch.launcher.kernel.__name__ for launch in launches}
 assert len(kernels) > 10
 assert found == kernels, found ^ kernels
