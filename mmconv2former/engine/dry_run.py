@@ -29,6 +29,7 @@ from ..checkpoint.loading import check_model, check_optimizer, check_resumable
 from ..checkpoint.reading import load_from_checked_file
 from ..registry import HOOKS, register
 from .drawing import is_drawing
+from .finite import image_paths
 from .runner import unwrapped
 
 FILE = '.dry_run.pth'  # in the work dir
@@ -81,14 +82,19 @@ def attempt(name: str, function: Callable[[], Any]) -> Any:
     try:
         result = function()
     except Exception as caught:  # of any library
-        words = ' '.join(str(caught).split())
-        error, message = caught, f'dry run, {name}: {type(caught).__name__}: {words}. {ADVICE}'
+        error, message = caught, explain(name, caught)
     messages = [text for text in all_gather_object(message) if text is not None]
     if error is not None and type(error).__module__.startswith('mmconv2former.'):
         raise error  # names the file or setting already
     if messages:
         raise DryRunError(messages[0]) from error
     return result
+
+
+def explain(name: str, error: Exception) -> str:
+    """What failed, why, and what to do, in one line."""
+    words = ' '.join(str(error).split())
+    return f'dry run, {name}: {type(error).__name__}: {words}. {ADVICE}'
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -143,11 +149,15 @@ def try_validation(runner: Any, batches: Sequence[Any]) -> list[str]:
     try:
         with torch.no_grad(), any_score(model), compiled_later():
             for batch in batches:
-                with autocast(next(model.parameters()).device.type, enabled=loop.fp16):
-                    outputs = model.val_step(batch)
-                predictions += len(outputs)
-                loop.evaluator.process(data_samples=outputs, data_batch=batch)
-                drawn += draw(runner, batch, outputs)
+                try:
+                    with autocast(next(model.parameters()).device.type, enabled=loop.fp16):
+                        outputs = model.val_step(batch)
+                    predictions += len(outputs)
+                    loop.evaluator.process(data_samples=outputs, data_batch=batch)
+                    drawn += draw(runner, batch, outputs)
+                except Exception as error:  # of any library
+                    images = ', '.join(image_paths(batch))
+                    raise DryRunError(explain(f'validation of {images}', error)) from error
         scores = dict(pair for metric in metrics for pair in evaluate(metric).items())
     finally:
         model.train(was_training)

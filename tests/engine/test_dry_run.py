@@ -102,7 +102,9 @@ def test_images_of_several_sizes_in_a_batch(detector, segmentor, sample, tmp_pat
         with Image.open(path) as image:
             image.resize((40, 64), Image.Resampling.NEAREST).save(path)
     message = segmentation_refusal(segmentor, data, tmp_path, *options)
-    assert 'error: dry run, validation: AssertionError: The image size in a batch' in message
+    assert message.startswith('error: dry run, validation of ')
+    assert message.count('.jpg') == 2
+    assert 'AssertionError: The image size in a batch' in message
 
 
 def test_failing_drawing(segmentor, sample, tmp_path, monkeypatch):
@@ -112,7 +114,7 @@ def test_failing_drawing(segmentor, sample, tmp_path, monkeypatch):
     monkeypatch.setattr('mmseg.visualization.SegLocalVisualizer.add_datasample', fail)
     options = ('default_hooks.visualization.draw=True',)
     message = segmentation_refusal(segmentor, sample, tmp_path, *options)
-    assert 'error: dry run, validation: IndexError: palette. Training would fail' in message
+    assert '.jpg: IndexError: palette. Training would fail there later.' in message
     assert '--no-dry-run' in message
 
 

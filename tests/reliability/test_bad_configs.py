@@ -337,7 +337,8 @@ def test_traceback_on_demand_and_while_training(sample, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match='an error in the network'):
         refusal_of(*arguments[:2], '--no-dry-run', *arguments[2:])
     said = refusal_of(*arguments)
-    assert said.startswith('error: dry run, validation: RuntimeError: an error in the network. ')
+    assert said.startswith('error: dry run, validation of ')
+    assert '.jpg: RuntimeError: an error in the network. ' in said
     assert said.endswith('(--traceback shows where)')
 
 

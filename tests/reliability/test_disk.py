@@ -121,6 +121,7 @@ def test_writer_that_fails_in_the_middle(
     monkeypatch.setattr(LocalBackend, 'put', full)
     config = segmentation(sample, tmp_path / 'work')
     config.default_hooks.checkpoint.max_keep_ckpts = 1
+    config.default_hooks.dry_run = None
     config.visualizer.name = config.experiment_name
     runner = ReliableRunner.from_cfg(config)
     name = WRITES[failing]
