@@ -30,6 +30,7 @@ from ..registry import RUNNERS, register
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
 from .drawing import is_drawing, spare_metrics
 from .finite import check_weights, images_on_error
+from .resuming import follow_config, settings_of
 from .seeding import PositionedSampler, ResumedBatches, give_positions
 
 PARTIAL = '.checkpoint.partial'  # one name, so that an interrupted run leaves at most one such file
@@ -179,11 +180,12 @@ class ReliableRunner(Runner):
         resume_param_scheduler: bool = True,
         map_location: str | Callable = 'default',
     ) -> None:
-        """Resumes as mmengine does, and the order of samples with it.
+        """Resumes as mmengine does, the order of samples with it, by the settings of the config.
 
         Raises:
             CheckpointError: See `load_checkpoint`.
         """
+        settings = settings_of(self)
         super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
         loop = self.train_loop
         loader = loop.dataloader
@@ -191,6 +193,7 @@ class ReliableRunner(Runner):
         if isinstance(loop, EpochBasedTrainLoop):
             # The earlier epochs may have had another number of processes.
             loop._iter = loop.epoch * len(loader)
+        follow_config(self, settings)
         if not isinstance(sampler, PositionedSampler):
             return
         sampler.begin(self.run_seed)
