@@ -33,8 +33,8 @@ def settings_of(runner: Any) -> Settings | None:
     schedules = runner.param_schedulers or []
     if isinstance(runner.optim_wrapper, (dict, OptimWrapperDict)) or isinstance(schedules, dict):
         return None
-    if any(hasattr(schedule, 'best') for schedule in schedules):  # ReduceOnPlateau
-        return None
+    if any(isinstance(schedule, dict) or hasattr(schedule, 'best') for schedule in schedules):
+        return None  # not built yet, or ReduceOnPlateau
     groups = runner.optim_wrapper.param_groups
     return Settings(
         [{key: group[key] for key in group if key != 'params'} for group in groups],
