@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
         name='mmengine',
     ) from error
 
-from .compat import mmcv_ops
+from .compat import mmcv_ops, new_transformers
 from .engine.cuda_graphs import CudaGraphsHook, use_cuda_graphs
 from .engine.layer_decay import LayerDecayOptimWrapperConstructor
 from .engine.runner import ReliableRunner
@@ -25,6 +25,7 @@ from .models.isotropic import Conv2FormerIsotropic
 from .version import __version__
 
 mmcv_ops.install()
+new_transformers.install()
 
 __all__ = [
     'Baseline',
