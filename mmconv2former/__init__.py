@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'mmconv2former needs mmengine, which is not installed. Install one family of OpenMMLab '
         "packages, never both: pip install 'mmconv2former[onedl]' (maintained, torch >= 2.6) or "
-        "'mmconv2former[openmmlab]' (the original releases); README, section Installation.",
+        "'mmconv2former[openmmlab]' (the original releases); docs/installation.md.",
         name='mmengine',
     ) from error
 
