@@ -131,4 +131,5 @@ fi
 say 'checking: Mask R-CNN trains one step'
 $VENV/bin/python tools/check_setup.py
 fingerprint >$STAMP
-say "done: $VENV is complete. Before other commands: source $VENV/bin/activate"
+say "before other commands: . $VENV/bin/activate"
+say "done: $VENV is complete"
