@@ -14,6 +14,7 @@ FIRST = ('demo', 'prepare_data', 'train', 'test', 'predict', 'export', 'benchmar
 
 
 def main() -> None:
+    """Becomes the tool that the first argument names."""
     tools = next((folder for folder in FOLDERS if (folder / 'train.py').is_file()), None)
     if tools is None:
         raise SystemExit(f'error: the tools are neither in {FOLDERS[0]} nor in {FOLDERS[1]}')
@@ -25,8 +26,8 @@ def main() -> None:
     if not path.is_file():
         print_tools(tools)
         raise SystemExit(f'\nerror: no tool is called {name!r}')
-    # Threads that spin while they wait slow a busy machine down. OpenMP reads this when it is loaded,
-    # so only a new process sees it.
+    # Threads that spin while they wait slow a busy machine down. OpenMP reads this when it is
+    # loaded, so only a new process sees it.
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
     os.execv(sys.executable, [sys.executable, str(path), *sys.argv[2:]])
 

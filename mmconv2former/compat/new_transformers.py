@@ -1,7 +1,8 @@
 """Lets mmpretrain, and mmdet with it, be imported beside transformers 5.
 
-mmpretrain's multimodal networks need transformers 4. With 5, importing mmpretrain raises `TypeError:
-NoneType takes no arguments`. mmdet imports mmpretrain and only expects an `ImportError`.
+mmpretrain's multimodal networks need transformers 4. With 5, importing mmpretrain raises
+`TypeError: NoneType takes no arguments`. mmdet imports mmpretrain and only expects an
+`ImportError`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""mmdet and mmpretrain beside a transformers that is too new for mmpretrain's multimodal networks."""
+"""mmdet and mmpretrain beside a transformers too new for mmpretrain's multimodal networks."""
 
 import subprocess
 import sys

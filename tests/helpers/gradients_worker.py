@@ -11,8 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-import mmconv2former  # noqa: F401, I001  (before mmcv.ops, for which it has operators)
 from mmcv.ops import batched_nms
 from mmdet.models.task_modules.samplers import RandomSampler
 from mmdet.registry import TASK_UTILS

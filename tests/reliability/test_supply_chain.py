@@ -219,7 +219,7 @@ def test_strange_names_reach_the_tool(script, project, tmp_path, fault_report):
     assert survived
 
 
-# A Python that makes empty environments with itself as uv, so that only the script's steps are tested.
+# A Python that makes empty environments with itself as uv, so only the script's steps are tested.
 PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$CALLS"
 [ -z "${FAILS:-}" ] || [[ "$*" != *"$FAILS"* ]] || exit 1
