@@ -21,7 +21,7 @@ UV_COMPILE := $(UV) pip compile --quiet --generate-hashes --no-annotate --no-hea
 help:
 	@echo 'make setup   create .venv with all packages (2 minutes, once); before other commands:'
 	@echo '             source .venv/bin/activate'
-	@echo "             MMCV_OPS=compiled: with mmcv's own operators (8 minutes more)"
+	@echo "             MMCV_OPS=compiled: compile mmcv's own operators (needs a C++20 compiler)"
 	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (9 minutes)'
 	@echo 'make test    all tests except the slow ones (with MMCONV2FORMER_SAMPLES also those on real images)'
 	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML and file sizes'

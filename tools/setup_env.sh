@@ -125,7 +125,7 @@ uv_pip install --require-hashes --reinstall --no-deps --requirement $VENV/opencv
 # The project itself has no hash.
 uv_pip install --no-deps --editable .
 if [ "$MMCV_OPS" = compiled ]; then
-  say "compiling mmcv's operators (8 minutes on 2 cores)"
+  say "compiling mmcv's operators (minutes)"
   compile_mmcv
 fi
 say 'checking: Mask R-CNN trains one step'
