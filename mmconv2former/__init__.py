@@ -11,11 +11,11 @@ except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'mmconv2former needs mmengine, which is not installed. Install one family of OpenMMLab '
         "packages, never both: pip install 'mmconv2former[onedl]' (maintained, torch >= 2.6) or "
-        "'mmconv2former[openmmlab]' (the original releases); README, section Installation.",
+        "'mmconv2former[openmmlab]' (the original releases); docs/installation.md.",
         name='mmengine',
     ) from error
 
-from .compat import mmcv_ops
+from .compat import mmcv_ops, new_transformers
 from .engine.cuda_graphs import CudaGraphsHook, use_cuda_graphs
 from .engine.layer_decay import LayerDecayOptimWrapperConstructor
 from .engine.runner import ReliableRunner
@@ -25,6 +25,7 @@ from .models.isotropic import Conv2FormerIsotropic
 from .version import __version__
 
 mmcv_ops.install()
+new_transformers.install()
 
 __all__ = [
     'Baseline',

@@ -1,25 +1,28 @@
 #!/usr/bin/env bash
-# Creates the environment that `make` uses, in .venv: every package with the version and hash of
-# constraints.txt, mmcv with its compiled ops, and this project (editable).
+# Creates the environment that `make` uses, in .venv: every package at the version and hash of
+# constraints.txt, and this project (editable). Needs no compiler.
 #
-#   tools/setup_env.sh              # Python from $PYTHON, else the first of 3.11, 3.12, 3.10
+#   tools/setup_env.sh                      # Python from $PYTHON, else the first of 3.11, 3.12, 3.10
+#   MMCV_OPS=compiled tools/setup_env.sh    # compiles mmcv's operators
+#   MMCV_OPS=torchvision tools/setup_env.sh # and removes them again
+#   tools/setup_env.sh uv                   # only uv, in .venv-uv
 #
-# Safe to run again, also after an interruption. To do the same by hand: README, Installation.
+# Safe to run again, also after an interruption. To do the same by hand: docs/installation.md.
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 
 VENV=.venv
-WHEELS=$VENV/wheels           # mmcv's wheel
-INSTALLING=$VENV/.installing  # exists while pip runs; if it is left over, start from scratch
+UV=.venv-uv/bin/uv
+INSTALLING=$VENV/.installing  # exists while uv installs; if it is left over, start from scratch
 STAMP=$VENV/.complete         # fingerprint of what was installed
-# needed besides torch to build mmcv and other source distributions without isolation
-BUILD_PACKAGES=(setuptools wheel ninja packaging numpy click)
+OPS=$VENV/.mmcv_ops           # torchvision or compiled, kept by later runs
+SOURCE=$VENV/mmcv             # mmcv's source, to compile it
 
 say() { printf '[setup %4ds] %s\n' "$SECONDS" "$*"; }
 die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 
 # Changes with everything that decides what is installed.
-fingerprint() { cat constraints.txt setup.py tools/setup_env.sh | cksum; }
+fingerprint() { { cat constraints.txt setup.py tools/setup_env.sh; echo "$MMCV_OPS"; } | cksum; }
 
 find_python() {
   local candidate candidates=(python3.11 python3.12 python3.10 python3)
@@ -38,98 +41,95 @@ check_machine() {
   local python=$1 needed_mib free_mib
   "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     die "$python has no venv module. Debian and Ubuntu: apt-get install python3-venv"
-  [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" ] ||
-    die "$python has no headers (Python.h), which mmcv's ops need. Debian and Ubuntu: apt-get install python3-dev"
-  echo '#include <optional>
-int main() { return std::optional<int>(0).value(); }' |
-    "${CXX:-c++}" -std=c++17 -x c++ -fsyntax-only - 2>/dev/null ||
-    die "no C++17 compiler works as '${CXX:-c++}'; mmcv's ops are compiled here. Debian and Ubuntu: apt-get install g++"
-  needed_mib=6500  # 5,700 MiB were used on Linux x86_64; mmcv's build needs more for a while
+  needed_mib=6500  # 5,700 MiB were used on Linux x86_64
   [ ! -d $VENV/lib ] || needed_mib=1500
   free_mib=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1024))
   [ "$free_mib" -ge $needed_mib ] ||
     die "$needed_mib MiB of disk are needed in $PWD, but $free_mib MiB are free"
 }
 
-pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
+check_compiler() {
+  local python=$1
+  [ -e "$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["include"])')/Python.h" ] ||
+    die "$python has no headers (Python.h), which MMCV_OPS=compiled needs. Debian and Ubuntu: apt-get install python3-dev"
+  echo '#include <concepts>
+int main() { return 0; }' | "${CXX:-c++}" -std=c++20 -x c++ -fsyntax-only - 2>/dev/null ||
+    die "no C++20 compiler works as '${CXX:-c++}', which MMCV_OPS=compiled needs. Debian and Ubuntu: apt-get install g++"
+}
 
-# Without constraints, for local files, which have no hashes there.
-pip_install() {
+# By itself, because `make pins` must work where the rest fails: a new requirement has no pin yet.
+install_uv() {
+  [ ! -x $UV ] || return 0
+  "$(find_python)" -m venv ${UV%/bin/uv}
+  sed -n '/^uv==/,/[^\\]$/p' constraints.txt >${UV%/bin/uv}/uv.txt
+  ${UV%/bin/uv}/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+    --requirement ${UV%/bin/uv}/uv.txt
+}
+
+uv_pip() {  # subcommand and its arguments
+  local subcommand=$1
+  shift
   touch $INSTALLING
-  pip install --quiet "$@"
+  UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180} $UV pip "$subcommand" --quiet \
+    --python $VENV/bin/python --build-constraints constraints.txt "$@"
   rm $INSTALLING
 }
 
-pip_install_pinned() { pip_install --constraint constraints.txt "$@"; }
-
-# Python's own pip may be too old to check hashes of constraints; it can check those of requirements.
-install_pip() {
-  sed -n '/^pip==/,/[^\\]$/p' constraints.txt >$VENV/pip.txt
-  pip_install --require-hashes --requirement $VENV/pip.txt
+compile_mmcv() {
+  rm -rf $SOURCE
+  $VENV/bin/python -m pip download --quiet --disable-pip-version-check --no-deps \
+    --no-binary onedl-mmcv --constraint constraints.txt --build-constraint constraints.txt \
+    --dest $SOURCE onedl-mmcv
+  tar -xzf $SOURCE/*.tar.gz -C $SOURCE --strip-components 1
+  # mmcv asks for C++17, torch's headers need C++20.
+  sed -i 's/-std=c++17/-std=c++20/' $SOURCE/setup.py
+  # -g0 -O2 takes half the time and a twentieth of the space. An isolated build would not find torch.
+  CFLAGS="${CFLAGS:--g0 -O2}" MAX_JOBS="${MAX_JOBS:-$(nproc)}" uv_pip install --reinstall \
+    --no-deps --no-build-isolation ./$SOURCE
+  rm -rf $SOURCE
 }
 
-build_mmcv() {  # further arguments for pip
-  rm -rf $WHEELS $WHEELS.new
-  # -g0 -O2 takes half the time and a twentieth of the space. With build isolation, mmcv would not
-  # find torch and would be built without its ops.
-  CFLAGS="${CFLAGS:--g0 -O2}" MAX_JOBS="${MAX_JOBS:-$(nproc)}" pip wheel --quiet --no-deps \
-    --no-build-isolation --constraint constraints.txt --wheel-dir $WHEELS.new "$@" onedl-mmcv
-  mv $WHEELS.new $WHEELS
-}
-
-check_ops() {
-  $VENV/bin/python - <<'PYTHON'
-import torch
-from mmcv.ops import nms, roi_align
-
-boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30]])
-assert nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)[1].tolist() == [0, 2]
-features = torch.arange(64.0).view(1, 1, 8, 8)
-rois = torch.tensor([[0.0, 0, 0, 8, 8]])
-assert roi_align(features, rois, (2, 2)).flatten().tolist() == [13.5, 17.5, 45.5, 49.5]
-PYTHON
-}
-
+if [ "${1:-}" = uv ]; then
+  install_uv
+  exit
+fi
+MMCV_OPS=${MMCV_OPS:-$(cat $OPS 2>/dev/null || echo torchvision)}
+case $MMCV_OPS in
+  torchvision | compiled) ;;
+  *) die "MMCV_OPS must be torchvision or compiled, got $MMCV_OPS" ;;
+esac
 if [ -e $STAMP ] && [ "$(cat $STAMP)" = "$(fingerprint)" ]; then
   say "$VENV is complete"
   exit
 fi
 python=$(find_python)
 check_machine "$python"
+[ "$MMCV_OPS" = torchvision ] || check_compiler "$python"
 
 if [ -e $INSTALLING ] || ! $VENV/bin/python -m pip --version >/dev/null 2>&1; then
   say "creating $VENV with $("$python" --version)"
   rm -rf $VENV
   "$python" -m venv $VENV
 fi
-if [ -e $STAMP ]; then  # created from other pins
-  rm -rf $WHEELS $STAMP
-fi
-say 'installing torch (about 1 minute, 2.5 GB of downloads the first time)'
-install_pip
-pip_install_pinned "${BUILD_PACKAGES[@]}"
-pip_install_pinned torch torchvision
-
-if ! ls $WHEELS/*.whl >/dev/null 2>&1; then
-  say 'building mmcv with its ops (about 8 minutes on 2 cores, seconds if pip has the wheel)'
-  build_mmcv
-fi
-say 'installing the OpenMMLab packages and this project (about 1 minute)'
-pip_install --no-deps $WHEELS/*.whl
-# without setuptools' warnings about editable installs
-PYTHONWARNINGS=ignore pip_install --no-deps --no-build-isolation --editable .
-pip_install_pinned --no-build-isolation 'mmconv2former[onedl,test]'
+rm -f $STAMP
+echo "$MMCV_OPS" >$OPS
+say 'installing torch, the OpenMMLab packages and this project (2.5 GB of downloads the first time)'
+install_uv
+# mmcv is pure Python: built in isolation, it finds no torch and has no operators. After
+# MMCV_OPS=compiled it is replaced.
+uv_pip sync --require-hashes --reinstall-package onedl-mmcv constraints.txt
 # mmsegmentation requires the OpenCV that needs libGL; the headless build has the same files and
 # replaces them.
-pip_install_pinned --force-reinstall --no-deps opencv-python-headless
-
-say "checking mmcv's ops (NMS, RoIAlign)"
-if ! check_ops; then
-  # A wheel in pip's cache may have been built for another torch, or without ops.
-  say 'they do not work; building them again without the cache'
-  build_mmcv --no-cache-dir
-  pip_install --force-reinstall --no-deps $WHEELS/*.whl
-  check_ops || die "mmcv.ops does not work with this torch (error above). Start from scratch with: rm -rf $VENV && make setup"
+sed -n '/^opencv-python-headless==/,/[^\\]$/p' constraints.txt >$VENV/opencv.txt
+uv_pip install --require-hashes --reinstall --no-deps --requirement $VENV/opencv.txt
+# The project itself has no hash.
+uv_pip install --no-deps --editable .
+if [ "$MMCV_OPS" = compiled ]; then
+  say "compiling mmcv's operators (minutes)"
+  compile_mmcv
 fi
+say 'checking: Mask R-CNN trains one step'
+$VENV/bin/python tools/check_setup.py
 fingerprint >$STAMP
+say "before other commands: . $VENV/bin/activate"
 say "done: $VENV is complete"

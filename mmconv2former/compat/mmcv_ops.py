@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NAME = 'mmcv._ext'
-HOW_TO_COMPILE = 'Install an mmcv with compiled operators: see docs/installation.md'
+HOW_TO_COMPILE = 'Compile them: `make setup MMCV_OPS=compiled`, or docs/installation.md'
 SMALLEST = torch.finfo(torch.float32).tiny  # FLT_MIN, below which mmcv takes no logarithm
 
 
@@ -65,8 +65,9 @@ class CompiledOrStandIn(Loader):
             except ImportError as error:  # compiled for another torch, for example
                 reason = f"mmcv's compiled operators do not load ({error})"
         import_module('torchvision')  # registers its operators; the network alone does not need it
-        names = ', '.join(STAND_INS)
-        logging.getLogger(__name__).warning(f'{reason}. Using torchvision and PyTorch for: {names}')
+        logging.getLogger(__name__).warning(
+            f"{reason}: using torchvision's and PyTorch's (docs/installation.md)"
+        )
         return StandIn(NAME)
 
     def exec_module(self, module: ModuleType) -> None:

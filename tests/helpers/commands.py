@@ -52,6 +52,8 @@ class Command:
             words.pop(0)
         if words and words[0] == '-m':
             words.pop(0)
+            if words[0] == 'mmconv2former' and len(words) > 1:
+                words[:2] = [f'tools/{words[1]}.py']
         return words
 
     @property

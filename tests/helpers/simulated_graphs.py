@@ -66,6 +66,8 @@ def simulated(monkeypatch):
     monkeypatch.setattr(cuda_graphs, 'DEVICE', 'cpu')
     monkeypatch.setattr(cuda_graphs, 'capturing', capturing)
     monkeypatch.setattr(cuda_graphs, 'warm_up', warm_up)
+    if hasattr(torch, 'accelerator'):  # asked by optimizers of torch 2.14
+        monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda **options: None)
     for name, value in {
         'CUDAGraph': StandIn,
         'device': lambda device: nullcontext(),

@@ -40,7 +40,9 @@ class TrainingServer:
 
     def __init__(self):
         self.processes = []
-        CONTEXT.set_forkserver_preload(['mmdet.models', 'mmseg.models', 'mmseg.evaluation'])
+        CONTEXT.set_forkserver_preload(
+            ['mmconv2former', 'mmdet.models', 'mmseg.models', 'mmseg.evaluation']
+        )
         forkserver.ensure_running()  # with the environment that no test has changed
 
     def start(self, argv, log, processes=1, environment=None, main=main_of_tool):

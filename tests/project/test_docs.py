@@ -56,6 +56,7 @@ RUN_BY = {
     'tools/demo.py': 'tools/test_train_and_test.py::test_demo_in_small',
     'tools/export.py': 'tools/test_export.py::test_onnx',
     'tools/predict.py': 'tools/test_predict.py::test_detection',
+    'mmconv2former': 'project/test_packaging.py::test_module_lists_and_runs_the_tools',
     'mim': 'project/test_packaging.py::test_mim_runs_trains_and_tests',
     'tools/make_tables.py': 'configs/test_configs.py::test_tables_are_up_to_date',
 }
@@ -94,7 +95,6 @@ OTHER_FLAGS = {
     '--cov',
     '--force-reinstall',
     '--kill-on-bad-exit',
-    '--no-build-isolation',
     '--no-deps',
     '--reliability-page',
     '--slow',
@@ -275,7 +275,7 @@ def test_pip_is_asked_for_what_there_is(command, pip_help):
             assert words.pop(0) == 'constraints.txt'
         elif word.startswith('-'):
             assert re.search(rf'(^|[\s,]){re.escape(word)}\b', pip_help), word
-        elif match := re.fullmatch(r'(?:\.|mmconv2former)\[(.+)\]', word):
+        elif match := re.fullmatch(r'(?:\.|mmconv2former[\w.-]*)\[(.+)\]', word):
             assert set(match[1].split(',')) <= extras(), word
         elif word != '.' and asks_for_pins:
             name = Requirement(word).name

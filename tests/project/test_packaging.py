@@ -17,6 +17,7 @@ from make_tables import models
 from modelindex.load_model_index import load
 
 import mmconv2former
+from mmconv2former import __main__
 
 MIM = 'mmconv2former/.mim'
 IN_MIM = sorted(
@@ -140,6 +141,27 @@ def test_editable_installation_links(tmp_path):
     ignored = ['git', 'check-ignore', f'{MIM}/configs', f'{MIM}/tools']
     if (ROOT / '.git').exists():
         assert len(run(*ignored, cwd=ROOT).splitlines()) == 2
+
+
+@pytest.mark.parametrize('place', ['clone', 'wheel'])
+def test_module_lists_and_runs_the_tools(place, wheel, tmp_path):
+    if place == 'wheel':
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(tmp_path)
+    folder = tmp_path if place == 'wheel' else ROOT
+    settings = {**os.environ, 'PYTHONPATH': str(folder)}
+    module = [sys.executable, '-W', 'ignore', '-m', 'mmconv2former']
+    printed = run(*module, cwd=tmp_path, env=settings)
+    assert '\n  train         Trains any recipe' in printed
+    assert f'tools and recipes: {folder / MIM if place == "wheel" else ROOT}\n' in printed
+    assert 'usage: plot_curves.py' in run(*module, 'plot_curves', '-h', cwd=tmp_path, env=settings)
+
+
+def test_module_names_unknown_tools(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['mmconv2former', 'trian'])
+    with pytest.raises(SystemExit, match="no tool is called 'trian'"):
+        __main__.main()
+    assert '  train ' in capsys.readouterr().out
 
 
 def test_tools_work_where_the_wheel_puts_them(wheel, tmp_path):

@@ -1,0 +1,26 @@
+"""mmdet and mmpretrain beside a transformers too new for mmpretrain's multimodal networks."""
+
+import subprocess
+import sys
+
+CODE = """
+import mmconv2former
+import mmdet.models, mmpretrain.models
+from mmpretrain.utils.dependency import WITH_MULTIMODAL
+print(WITH_MULTIMODAL)
+"""
+
+
+def test_mmdet_and_mmpretrain_are_imported(tmp_path):
+    """With a stand-in for transformers, as empty for mmpretrain as the real one."""
+    (tmp_path / 'transformers').mkdir()
+    (tmp_path / 'transformers/__init__.py').write_text('')
+    info = tmp_path / 'transformers-5.0.0.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n')
+    code = f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n{CODE}'
+    result = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == 'False\n'
