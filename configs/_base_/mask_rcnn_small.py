@@ -7,17 +7,17 @@ and the neck's channels.
 _base_ = './mask_rcnn.py'
 
 # --------------------------------------------------------------------------------------- schedule
-max_epochs = 10
-train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+max_epochs = 8
+train_cfg = dict(max_epochs=max_epochs, val_interval=4)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=60),  # warm-up
-    dict(type='MultiStepLR', begin=0, end=max_epochs, by_epoch=True, milestones=[8, 9], gamma=0.1),
+    dict(type='PolyLR', power=1.0, end=max_epochs, by_epoch=True, convert_to_iter_based=True),
 ]
 optim_wrapper = dict(
-    optimizer=dict(lr=4e-4),
+    optimizer=dict(lr=5e-4),
     paramwise_cfg=dict(decay_rate=1.0),  # smaller rates in early layers are for pretrained weights
 )
-default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=20))
+default_hooks = dict(checkpoint=dict(interval=4), logger=dict(interval=10))
 
 # ------------------------------------------------------------------------------------------ model
 channels = 96
@@ -37,9 +37,10 @@ model = dict(
         mask_head=dict(in_channels=channels, conv_out_channels=channels, num_convs=2),
     ),
     train_cfg=dict(
-        rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=50)),
 )
 
 # ------------------------------------------------------------------------------------------- data
