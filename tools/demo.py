@@ -51,7 +51,7 @@ SHEET_COLUMNS, SHEET_ROWS = 3, 3
 MIN_SCORE = 0.5  # of a drawn prediction
 GAP, PAIR_GAP, HEADER = 4, 24, 32  # pixels
 COLOURS = [(60, 20, 220), (80, 160, 0), (200, 110, 0), (0, 150, 240), (170, 40, 150)]  # BGR
-FONT = dict(fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=0.5, color=(0, 0, 0))
+FONT: dict[str, Any] = dict(fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=0.5, color=(0, 0, 0))
 
 
 def main() -> None:
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument('--work-dir', type=Path, default=WORK_DIR)
     parser.add_argument('--train', type=int, default=240, help='number of training images')
     parser.add_argument('--val', type=int, default=60, help='number of held-out images')
-    parser.add_argument('--epochs', type=int, default=8)
+    parser.add_argument('--epochs', type=int, default=9)
     args = parser.parse_args()
     try:
         demo(args, parser.error)
@@ -88,7 +88,6 @@ def demo(args: argparse.Namespace, refuse: Callable[[str], Any]) -> None:
     options = [
         '--cfg-options',
         f'train_cfg.max_epochs={args.epochs}',
-        f'param_scheduler.1.end={args.epochs}',
         f'optim_wrapper.optimizer.fused={HAS_FUSED_ADAMW}',
     ]
     counts = ['--train', args.train, '--val', args.val]
@@ -160,7 +159,7 @@ def progress(line: str) -> str:
     values = dict(re.findall(r'(\S+): (\S+)', line))
     shown = [f'{name} {values[key]}' for key, name in SHOWN.items() if key in values]
     place = f'epoch {epoch[1:-1]}, ' if epoch else ''
-    return ', '.join([f'{place}{position.strip()}', *shown])
+    return ', '.join([f'{place}{position.strip()}', *shown]) if shown else ''
 
 
 def newest(folder: Path, pattern: str) -> Path:
@@ -175,7 +174,7 @@ def write_sheet(predictions: Path, annotations: Path, out: Path) -> None:
     colours = {id_: COLOURS[i % len(COLOURS)] for i, id_ in enumerate(used)}
     pairs = []
     for item in pickle.loads(predictions.read_bytes())[: SHEET_COLUMNS * SHEET_ROWS]:
-        image = cv2.imread(item['img_path'])
+        image: Any = cv2.imread(item['img_path'])
         masks = [
             (coco_mask.decode(one['segmentation']), one['category_id'])
             for one in truth['annotations']

@@ -59,7 +59,7 @@ def named(path: str, function: Callable) -> Callable:
     return call
 
 
-DTYPES = [*{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'}]
+DTYPES: list[Any] = [*{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'}]
 # mmengine admits three of them. With all, it reads our checkpoints as data in the libraries'
 # inferencers too, instead of warning and running any code in a file.
 if hasattr(torch.serialization, 'add_safe_globals'):  # torch >= 2.4

@@ -28,6 +28,7 @@ DETECTION = {
     # Without a threshold, as hardly trained weights predict nothing with certainty.
     'model.test_cfg.rcnn': dict(score_thr=0.0, max_per_img=20),
     'param_scheduler.0.end': 8,
+    'param_scheduler.1.milestones': [2],
 }
 BATCH_NORM = dict(type='BN')  # SyncBN works on CUDA only
 SEGMENTATION = {

@@ -270,7 +270,8 @@ def train(task, precision, seed, iterations, sample, work_dir, options=None):
             'randomness.seed': seed,
             'visualizer.name': str(work_dir),  # else it logs to the work dir of the first run
             'param_scheduler.0.end': 10,
-            **({} if by_epoch else {'param_scheduler.1.begin': 10}),
+            'param_scheduler.1.milestones' if by_epoch else 'param_scheduler.1.begin':
+                [max(1, length * 3 // 4)] if by_epoch else 10,
             **(options or {}),
         },
     )  # fmt: skip
