@@ -7,23 +7,24 @@ and the neck's channels.
 _base_ = './mask_rcnn.py'
 
 # --------------------------------------------------------------------------------------- schedule
-max_epochs = 10
-train_cfg = dict(max_epochs=max_epochs, val_interval=2)
+max_epochs = 9
+train_cfg = dict(max_epochs=max_epochs, val_interval=3)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=60),  # warm-up
-    dict(type='MultiStepLR', begin=0, end=max_epochs, by_epoch=True, milestones=[8, 9], gamma=0.1),
+    dict(type='MultiStepLR', begin=0, end=max_epochs, by_epoch=True, milestones=[7, 8], gamma=0.1),
 ]
 optim_wrapper = dict(
     optimizer=dict(lr=4e-4),
     paramwise_cfg=dict(decay_rate=1.0),  # smaller rates in early layers are for pretrained weights
 )
-default_hooks = dict(checkpoint=dict(interval=2), logger=dict(interval=20))
+default_hooks = dict(checkpoint=dict(interval=3), logger=dict(interval=10))
 
 # ------------------------------------------------------------------------------------------ model
 channels = 96
 model = dict(
-    # For short training: 1e-6 and dropped blocks would take long to contribute.
-    backbone=dict(layer_scale_init_value=0.1, drop_path_rate=0.0),
+    # For short training: 1e-6 and dropped blocks would take long to contribute. Memory is no
+    # concern, and keeping all activations saves a tenth of a step.
+    backbone=dict(layer_scale_init_value=0.1, drop_path_rate=0.0, recompute='nothing'),
     neck=dict(out_channels=channels),
     rpn_head=dict(
         in_channels=channels,
@@ -37,9 +38,10 @@ model = dict(
         mask_head=dict(in_channels=channels, conv_out_channels=channels, num_convs=2),
     ),
     train_cfg=dict(
-        rpn_proposal=dict(nms_pre=500, max_per_img=200), rcnn=dict(sampler=dict(num=64))
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=300, max_per_img=100)),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=50)),
 )
 
 # ------------------------------------------------------------------------------------------- data

@@ -78,7 +78,7 @@ model = dict(
 # ------------------------------------------------------------------------------------------- data
 data_root = 'data/ade/ADEChallengeData2016'
 image_scale = (2048, 512)  # longest and shortest side
-load_labels = dict(type='LoadAnnotations', reduce_zero_label=True)  # 0 is "other", not a class
+load_labels = dict(type='LoadAnnotations')  # ADE20KDataset turns 0, "other", into 255
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     load_labels,

@@ -59,13 +59,18 @@ def named(path: str, function: Callable) -> Callable:
     return call
 
 
+DTYPES: list[Any] = [*{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'}]
+# mmengine admits three of them. With all, it reads our checkpoints as data in the libraries'
+# inferencers too, instead of warning and running any code in a file.
+if hasattr(torch.serialization, 'add_safe_globals'):  # torch >= 2.4
+    torch.serialization.add_safe_globals(DTYPES)
 SAFE_GLOBALS = [
     argparse.Namespace,
     HistoryBuffer,
     named('builtins.getattr', statistic),
     np.ndarray,
     np.dtype,
-    *{type(np.dtype(code)) for code in '?bBhHiIlLqQefd'},
+    *DTYPES,
     *(
         named(f'numpy.{package}.multiarray.{name}', function)
         for package in ('core', '_core')  # of NumPy 1 and of NumPy 2

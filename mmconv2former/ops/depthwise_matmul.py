@@ -26,7 +26,7 @@ def is_faster(x: Tensor, weight: Tensor) -> bool:
     if kernel_size >= 13:
         return channels * positions >= 70_000
     if kernel_size >= 9:
-        return channels * positions >= 200_000 or channels >= 512
+        return channels * positions >= 200_000 or channels >= (288 if kernel_size == 11 else 512)
     return kernel_size == 7 and positions >= 2048
 
 

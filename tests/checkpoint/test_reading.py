@@ -258,3 +258,18 @@ def test_hostile_file_at_an_address_is_not_run(website, tmp_path, guarded):
         CheckpointLoader.load_checkpoint(f'{address}/none.pth')
     assert not trace.exists()
     assert not downloads(tmp_path)
+
+
+# ------------------------------------------------------------------------------------- inferencers
+def test_mmengine_reads_our_checkpoints_as_data(tmp_path, monkeypatch):
+    """OneDL's mmengine would warn and run any code in the file instead."""
+    checkpoint = pytest.importorskip('mmengine.runner.checkpoint')
+    if not hasattr(checkpoint, 'get_torch_safe_globals'):
+        pytest.skip("only in OneDL's release")
+    history = HistoryBuffer()
+    history.update(1.0)
+    saved = {'loss': history, 'value': np.float32(1), 'count': np.int8(1)}
+    torch.save({'message_hub': saved}, tmp_path / 'epoch_1.pth')
+    monkeypatch.delenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', raising=False)
+    with torch.serialization.safe_globals(checkpoint.get_torch_safe_globals()):
+        torch.load(tmp_path / 'epoch_1.pth', weights_only=True)

@@ -130,7 +130,7 @@ def load(name, project, monkeypatch):
 def test_page_names_its_files():
     assert {name.split('/')[-1] for name in files_of(PAGE)} == {
         'mask_rcnn_12_epochs.py', 'mask_rcnn_shapes.py', 'cascade_mask_rcnn_shapes.py',
-        'mask_rcnn_shapes_from_coco.py', 'upernet_scenes.py',
+        'mask_rcnn_shapes_from_coco.py', 'upernet_scenes.py', 'upernet_void.py',
     }  # fmt: skip
     assert set(COMMANDS) == {'detection', 'fine-tuning', 'segmentation'}
 
@@ -177,6 +177,21 @@ def test_labels_are_those_of_the_file(name, split, project, monkeypatch):
         assert found == [names[annotation['category_id']] for annotation in annotations]
         seen |= set(found)
     assert seen == {'ball', 'kite', 'food'}
+
+
+def test_detection_is_trained_and_evaluated_at_one_size(project, monkeypatch):
+    config = load('mask_rcnn_shapes', project, monkeypatch)
+    trained = config.train_dataloader.dataset.pipeline[2].scales
+    assert config.test_dataloader.dataset.pipeline[1].scale == max(trained) == (1066, 640)
+
+
+def test_void_label_is_named_everywhere(project, monkeypatch):
+    config = load('upernet_void', project, monkeypatch)
+    places = [config.model.decode_head, config.model.auxiliary_head]
+    for part in ('val', 'test'):
+        places += [config[f'{part}_evaluator'], config[f'{part}_dataloader'].dataset]
+    places.append(config.train_dataloader.dataset)
+    assert {place.ignore_index for place in places} == {config.model.data_preprocessor.seg_pad_val}
 
 
 def test_labels_follow_the_file_s_order_whatever_classes_says(project, monkeypatch):

@@ -93,6 +93,14 @@ def test_low_scores_are_dropped(models, folder, tmp_path):
     assert not (tmp_path / 'b/pictures').exists()
 
 
+def test_threshold_of_the_config_is_lowered(models, folder, tmp_path):
+    """With its own threshold of 1 the detector would find nothing."""
+    options = ['--no-pictures', '--cfg-options', 'model.test_cfg.rcnn.score_thr=1.0']
+    model, out = models[DETECTION_MODEL], tmp_path / 'out'
+    found = predict(model, out, folder, '--score-thr', 0, *options)
+    assert found['tief/zwei']['instances']
+
+
 def test_segmentation(models, folder, tmp_path):
     model, out = models[SEGMENTATION_MODEL], tmp_path / 'out'
     inferencer = MMSegInferencer(

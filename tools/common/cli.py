@@ -32,6 +32,7 @@ from common.config_check import (
     merge_options,
     read_config,
 )
+from common.quiet import hide_known_messages
 from mmconv2former.checkpoint.reading import (
     TRUST_VARIABLE,
     CheckpointError,
@@ -221,6 +222,7 @@ def load_config(args: argparse.Namespace, needed: Sequence[str] = ()) -> Config:
         SystemExit: The config file or an option of `args` cannot be used; the message says why.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    hide_known_messages()
     guard_checkpoints(args)
     try:
         config = read_config(args.config)

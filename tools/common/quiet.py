@@ -1,0 +1,71 @@
+"""Keeps messages off the terminal that nobody can act on.
+
+The libraries print them in every run. Only what `KNOWN` lists is hidden; all other messages are
+shown. Log files keep everything that was logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from typing import Any
+
+import mmengine.logging.logger
+import pycocotools.coco
+from mmengine.logging import MMLogger
+
+# How a message begins, and why it is of no use to the reader.
+KNOWN = {
+    'Could not import OneDL': 'datasets of a service that no recipe uses',
+    'faster_coco_eval is not installed': 'our recipes evaluate with pycocotools',
+    '"FileClient" will be deprecated': "mmengine's hooks call it, not the user",
+    '"HardDiskBackend" is the alias': "mmengine's hooks call it, not the user",
+    'Failed to search registry with scope "mmdet"': 'mmengine finds the class itself',
+    'The prefix is not set in metric class': "mmseg's metrics have no prefix by design",
+    'This DataLoader will create': 'workers mostly wait; a few more than cores do no harm',
+    'Setting OMP_NUM_THREADS environment': 'one thread a process, as it should be',
+    'Setting MKL_NUM_THREADS environment': 'one thread a process, as it should be',
+    'Default ``avg_non_ignore`` is False': "the loss of mmseg's own recipes",
+    'The draw is False': 'drawings are off unless the user asks for them',
+    'Distributed training is not used, all SyncBatchNorm': 'the same computation in one process',
+    'Hooks will be executed in the following order': '80 lines that no user asked for',
+    'Exp name:': 'the folder of the log has the same name',
+    'Loads checkpoint by checked_file backend': 'the next line says what was loaded',
+    # Needed to reproduce a run, but not while it goes on.
+    'Config:': 'in the log file and WORK_DIR/TIME/vis_data/config.py',
+    '-' * 60 + '\nSystem environment:': 'in the log file',
+    # pycocotools, for each annotation file.
+    'loading annotations into memory': 'no question of seconds',
+    'Done (t=': 'belongs to the line before',
+    'creating index': 'no question of seconds',
+    'index created': 'belongs to the line before',
+}
+IS_KNOWN = re.compile('|'.join(map(re.escape, KNOWN)))
+
+
+def is_known(message: str) -> bool:
+    return IS_KNOWN.match(message.strip()) is not None
+
+
+def hide_known_messages() -> None:
+    """Hides them in this process and its data workers. Calling it again has no effect."""
+    warnings.filterwarnings('ignore', message=rf'\s*({IS_KNOWN.pattern})')
+    setattr(MMLogger, 'callHandlers', call_handlers)  # noqa: B010  (mypy refuses an assignment)
+    for module in (mmengine.logging.logger, pycocotools.coco):  # which call `print`
+        setattr(module, 'print', print_unknown)  # noqa: B010
+
+
+def call_handlers(self: MMLogger, record: logging.LogRecord) -> None:
+    """As mmengine's method, but known messages go to files only."""
+    is_hidden = is_known(record.getMessage())
+    for handler in self.handlers:
+        if is_hidden and not isinstance(handler, logging.FileHandler):
+            continue
+        if record.levelno >= handler.level:
+            handler.handle(record)
+
+
+def print_unknown(*values: Any, **options: Any) -> None:
+    if not is_known(' '.join(map(str, values))):
+        print(*values, **options)
