@@ -3,6 +3,8 @@
 PYTHON_IN_VENV := .venv/bin/python
 # Threads of OpenMP spin while they wait, which slows everything down beside another busy process.
 export OMP_WAIT_POLICY ?= passive
+# uv trusts the system's certificates, as pip does.
+export UV_SYSTEM_CERTS ?= true
 # Tests start many processes: two at a time with one thread each are faster than one with many.
 PYTEST := OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist loadfile
 # The tests of the package itself, without tests of tools only. The last test fills a disk, which then

@@ -11,6 +11,7 @@
 set -euo pipefail
 cd -- "$(dirname -- "$0")/.."
 
+export UV_SYSTEM_CERTS=${UV_SYSTEM_CERTS:-true}  # as pip, for networks with certificates of their own
 VENV=.venv
 UV=.venv-uv/bin/uv
 INSTALLING=$VENV/.installing  # exists while uv installs; if it is left over, start from scratch
