@@ -300,6 +300,8 @@ def test_follows_convnext_s_recipe(name):
         for key in ('train_dataloader', 'test_dataloader'):
             for of_speed in ('num_workers', 'pin_memory'):  # ours are more
                 settings[key].pop(of_speed, None)
+            for step in settings[key].dataset.get('pipeline', ()):
+                step.pop('reduce_zero_label', None)  # the dataset has it, too
     for key in ('param_scheduler', 'train_dataloader', 'test_dataloader', 'test_evaluator'):
         assert plain(ours[key]) == plain(theirs[key]), key
     assert ours.train_cfg == theirs.train_cfg
@@ -341,5 +343,6 @@ def test_evidence_is_complete():
     levels = {name: level(evidence[name]) for name in recipes()}
     assert set(levels.values()) <= set(LEVELS[1:])
     for kind in PROMISED:
-        assert LEVELS[2] in {levels[name] for name in levels if name.startswith(kind)}, kind
+        found = [LEVELS.index(levels[name]) for name in levels if name.startswith(kind)]
+        assert max(found) >= 2, kind
     assert all(evidence[name]['cost']['parameters'] > 1e7 for name in recipes())
