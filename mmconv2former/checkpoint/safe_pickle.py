@@ -88,7 +88,9 @@ def load_data(path: str, map_location: Any) -> Any:
     """
     refuse_other_formats(path)
     if hasattr(torch.serialization, 'safe_globals'):  # torch >= 2.5
-        with torch.serialization.safe_globals(SAFE_GLOBALS):
+        # torch would also take away what was admitted before.
+        known = set(torch.serialization.get_safe_globals())
+        with torch.serialization.safe_globals([g for g in SAFE_GLOBALS if g not in known]):
             return torch.load(path, map_location, weights_only=True)
     forced = os.environ.pop(FORCE_VARIABLE, None)  # with it, torch refuses any `pickle_module`
     try:

@@ -271,5 +271,6 @@ def test_mmengine_reads_our_checkpoints_as_data(tmp_path, monkeypatch):
     saved = {'loss': history, 'value': np.float32(1), 'count': np.int8(1)}
     torch.save({'message_hub': saved}, tmp_path / 'epoch_1.pth')
     monkeypatch.delenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', raising=False)
+    read_checkpoint(str(tmp_path / 'epoch_1.pth'))  # admits more for a moment
     with torch.serialization.safe_globals(checkpoint.get_torch_safe_globals()):
         torch.load(tmp_path / 'epoch_1.pth', weights_only=True)
