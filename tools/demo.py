@@ -121,6 +121,9 @@ def demo(args: argparse.Namespace, refuse: Callable[[str], Any]) -> None:
     print(f'curves of loss and AP           {work_dir}/curves.png')
     print(f'checkpoint                     {checkpoint}')
     print(f'{(time.time() - start) / 60:.1f} minutes in all')
+    predict = ['tools/predict.py', work_dir / 'train' / Path(CONFIG).name, checkpoint,
+               args.data / 'coco/val2017', '--out', work_dir / 'predict']  # fmt: skip
+    print(f'\nTry it on images of your own: python {shlex.join(map(str, predict))}')
 
 
 def run_tool(tool: str, *args: str, log: Path) -> None:

@@ -83,7 +83,7 @@ def test_the_rule():
         (8, 64, 3, False), (72, 128, 5, False), (512, 64, 5, False),
         (8, 64, 7, True), (8, 32, 7, False), (512, 32, 7, False),
         (72, 56, 9, True), (72, 32, 9, False), (288, 32, 9, True), (512, 4, 9, True),
-        (72, 56, 11, True), (72, 32, 11, False), (288, 14, 11, False), (512, 4, 11, True),
+        (72, 56, 11, True), (72, 32, 11, False), (144, 16, 11, False), (288, 14, 11, True),
         (72, 32, 13, True), (72, 24, 13, False), (512, 4, 13, False), (72, 32, 31, True),
     ]:  # fmt: skip
         chosen = choose(zeros(channels, side), kernel(channels, size))

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import cv2
 import pytest
@@ -322,6 +323,8 @@ def test_interrupted_demo_ends_in_one_line(tmp_path):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        # Jobs in the background of a shell ignore this signal, and so would their children.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     for line in process.stdout:
         if line.startswith('2/5'):
