@@ -12,7 +12,7 @@ FLOORS = [
     {'ops'},
     {'models'},
     {'checkpoint', 'datasets', 'engine'},
-    {PACKAGE},  # __init__.py
+    {PACKAGE, '__main__'},  # __init__.py, and the list of tools
 ]
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
