@@ -3,11 +3,13 @@
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import cv2
 import pytest
@@ -297,7 +299,7 @@ def test_demo_in_small(tmp_path):
     work_dir = tmp_path / 'work'
     options = ['--train', 8, '--val', 3, '--epochs', 1]
     output = run_tool('demo.py', '--data', tmp_path / 'data', '--work-dir', work_dir, *options)
-    *_, untrained, trained, _, predictions, _, checkpoint, _ = output.splitlines()
+    *_, untrained, trained, _, predictions, _, checkpoint, _, _, hint = output.splitlines()
     assert untrained.split()[0] == 'untrained'
     assert [0 <= float(value) <= 1 for value in trained.split()[1:]] == [True] * 4
     assert str(work_dir / 'predictions.png') in predictions
@@ -312,6 +314,9 @@ def test_demo_in_small(tmp_path):
     command, *_ = (work_dir / 'train.log').read_text().splitlines()
     assert command.startswith('$ python tools/train.py')
     assert f'{CONFIG} --work-dir {work_dir}/train' in command
+    script, *arguments = shlex.split(hint.partition(': python ')[2])
+    run_tool(Path(script).name, *arguments)
+    assert len(list((work_dir / 'predict').glob('json/*.json'))) == 3  # of three images
 
 
 def test_interrupted_demo_ends_in_one_line(tmp_path):
