@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-import warnings
 from importlib import import_module
 from pathlib import Path
 
 import torch
+from common.quiet import hide_known_messages
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
@@ -26,7 +26,7 @@ SIDE = 64  # pixels of the images
 def main() -> None:
     """Builds the recipe's model from random weights and computes the gradients of its losses."""
     argparse.ArgumentParser(description='Trains Mask R-CNN for one step.').parse_args()
-    warnings.filterwarnings('ignore')
+    hide_known_messages()
     logging.getLogger('mmconv2former').setLevel(logging.ERROR)  # the line below says it
     from mmdet.registry import MODELS
     from mmdet.testing import demo_mm_inputs

@@ -44,6 +44,7 @@ from pycocotools import mask as coco_mask
 from rich.progress import track
 
 from mmconv2former.datasets.checked import CheckedPipeline, DataError
+from mmconv2former.engine.dry_run import with_threshold
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
@@ -188,7 +189,8 @@ class Predictor:
 
     def __init__(self, config: Config, checkpoint: str, device: str, score_thr: float) -> None:
         self.score_thr = score_thr
-        lower_thresholds(config.model.get('test_cfg') or {}, score_thr)
+        for settings in with_threshold(config.model.get('test_cfg')):
+            settings['score_thr'] = min(settings['score_thr'], score_thr)
         self.model = load_whole_model(config, checkpoint).to(device)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # the dataset's files need not be there
@@ -283,15 +285,6 @@ class Predictor:
             return None
         values = sample.pred_sem_seg.data[0].numpy() + self.first_value
         return values.astype(np.uint8 if len(self.classes) + self.first_value <= 256 else np.uint16)
-
-
-def lower_thresholds(settings: dict[str, Any], score_thr: float) -> None:
-    """Makes a detector's own thresholds no higher than `score_thr`."""
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            lower_thresholds(value, score_thr)
-        elif key == 'score_thr':
-            settings[key] = min(value, score_thr)
 
 
 def top_classes(scores: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,10 @@ the formulas of mmcv's kernels.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from types import ModuleType
 from typing import Any
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .finder import find_changed
 
 NAME = 'mmcv._ext'
 HOW_TO_COMPILE = 'Compile them: `make setup MMCV_OPS=compiled`, or docs/installation.md'
@@ -34,19 +35,7 @@ def install() -> None:
 
     Compiled operators are used if they can be imported. Calling this again has no effect.
     """
-    if not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder())
-
-
-class Finder(MetaPathFinder):
-    """Finds `mmcv._ext`: the compiled module, or the stand-in."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != NAME:
-            return None
-        return ModuleSpec(NAME, CompiledOrStandIn(PathFinder.find_spec(fullname, path)))
+    find_changed(NAME, lambda compiled: ModuleSpec(NAME, CompiledOrStandIn(compiled)))
 
 
 class CompiledOrStandIn(Loader):

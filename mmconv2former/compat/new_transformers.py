@@ -7,12 +7,12 @@ mmpretrain's multimodal networks need transformers 4. With 5, importing mmpretra
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+
+from .finder import find_changed
 
 NAME = 'mmpretrain.utils.dependency'
 FIRST_UNKNOWN = 5
@@ -27,22 +27,15 @@ def install() -> None:
         major = int(version('transformers').split('.')[0])
     except (PackageNotFoundError, ValueError):
         return
-    if major >= FIRST_UNKNOWN and not any(isinstance(finder, Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, Finder())
+    if major >= FIRST_UNKNOWN:
+        find_changed(NAME, without_multimodal)
 
 
-class Finder(MetaPathFinder):
-    """Finds the module in which mmpretrain decides whether it has multimodal networks."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != NAME:
-            return None
-        spec = PathFinder.find_spec(fullname, path)
-        if spec is not None and spec.loader is not None:
-            spec.loader = WithoutMultimodal(spec.loader)
-        return spec
+def without_multimodal(spec: ModuleSpec | None) -> ModuleSpec | None:
+    """Changes the loader of the module in which mmpretrain decides what it has."""
+    if spec is not None and spec.loader is not None:
+        spec.loader = WithoutMultimodal(spec.loader)
+    return spec
 
 
 class WithoutMultimodal(Loader):

@@ -215,23 +215,27 @@ def draw(runner: Any, batch: Any, outputs: Any) -> bool:
 @contextmanager
 def any_score(model: nn.Module) -> Iterator[None]:
     """Makes detectors keep boxes of any score; an untrained one would predict none."""
-    changed: list[tuple[Any, float]] = []
-
-    def lower(settings: Any) -> None:
-        if isinstance(settings, dict):
-            if settings.get('score_thr'):
-                changed.append((settings, settings['score_thr']))
-                settings['score_thr'] = 0.0
-            for value in settings.values():
-                lower(value)
-
-    for module in model.modules():
-        lower(getattr(module, 'test_cfg', None))
+    found = [
+        (settings, settings['score_thr'])
+        for module in model.modules()
+        for settings in with_threshold(getattr(module, 'test_cfg', None))
+    ]
+    for settings, _ in found:
+        settings['score_thr'] = 0.0
     try:
         yield
     finally:
-        for settings, threshold in changed:
+        for settings, threshold in found:
             settings['score_thr'] = threshold
+
+
+def with_threshold(settings: Any) -> Iterator[dict[str, Any]]:
+    """The dicts in a detector's `test_cfg` that have a `score_thr`."""
+    if isinstance(settings, dict):
+        if 'score_thr' in settings:
+            yield settings
+        for value in settings.values():
+            yield from with_threshold(value)
 
 
 # -------------------------------------------------------------------------------------- checkpoint

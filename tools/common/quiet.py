@@ -32,7 +32,7 @@ KNOWN = {
     'Hooks will be executed in the following order': '80 lines that no user asked for',
     'Exp name:': 'the folder of the log has the same name',
     'Loads checkpoint by checked_file backend': 'the next line says what was loaded',
-    # Needed to reproduce a run, but not while it goes on.
+    # Needed to reproduce a run, not to watch it.
     'Config:': 'in the log file and WORK_DIR/TIME/vis_data/config.py',
     '-' * 60 + '\nSystem environment:': 'in the log file',
     # pycocotools, for each annotation file.
