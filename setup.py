@@ -75,6 +75,8 @@ setup(
             'mmcv>=2.1.0,<2.2.0',
             'mmdet>=3.3.0',
             'mmsegmentation>=1.2.2',
+            'ftfy',
+            'regex',  # mmsegmentation imports them and does not ask for them
             'mmpretrain>=1.2.0',
         ],
         'export': EXPORT,

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common.plain_conv2former import plain_conv2former
-from helpers.comparisons import leaves, loss_of, randomized, relative_error
+from helpers.comparisons import exact_float32, leaves, loss_of, randomized, relative_error
 from torch import nn
 
 from mmconv2former import Conv2Former, Conv2FormerIsotropic, use_cuda_graphs
@@ -26,9 +26,9 @@ IMPLEMENTATIONS = ['auto', 'native', 'cudnn']
 
 
 @pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
+def without_tf32():
+    with exact_float32():
+        yield
 
 
 def build(seed=0, **options):

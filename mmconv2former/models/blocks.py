@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.block import compute_block, is_supported, is_worth_it
@@ -228,7 +228,7 @@ class Block(nn.Module):
         # of each forward pass.
         children: Any = self._modules
         attn, mlp = children['attn'], children['mlp']
-        if type(attn) is not Modulation or type(mlp) is not FeedForward or _has_any_global_hook():
+        if type(attn) is not Modulation or type(mlp) is not FeedForward or any(GLOBAL_HOOKS):
             return None
         a: Any = attn._modules
         m: Any = mlp._modules
@@ -252,7 +252,9 @@ class Block(nn.Module):
             parameters += own.get('weight'), own.get('bias')
         parameters.insert(10, self._parameters.get('layer_scale_1'))  # behind proj
         parameters.append(self._parameters.get('layer_scale_2'))
-        if type(None) in map(type, parameters):  # no bias, parametrized, or of nn.DataParallel
+        if type(None) in tuple(
+            map(type, parameters)
+        ):  # no bias, parametrized, or of nn.DataParallel
             return None
         return BlockParameters._make(parameters)
 
@@ -269,6 +271,11 @@ PLAIN_LAYERS = {
     'mlp.pos': DepthwiseConv, 'mlp.fc2': PointwiseConv,
 }  # fmt: skip
 PLAIN_TYPES = tuple(PLAIN_LAYERS.values())
+# torch's dicts of hooks for all modules.
+GLOBAL_HOOKS = tuple(
+    getattr(torch_module, f'_global_{kind}_hooks')
+    for kind in ('forward', 'forward_pre', 'backward', 'backward_pre')
+)
 
 
 def has_attachment(layer: nn.Module) -> bool:

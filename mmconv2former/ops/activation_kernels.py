@@ -40,8 +40,9 @@ def places(positions, C: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
     """
     start = tl.program_id(0).to(tl.int64) * BLOCK
     first = start // C  # first position; the others are 32-bit offsets from it
-    # Tells the compiler that the rest is a multiple of the largest power of 2 in C and BLOCK.
-    rest = tl.multiple_of((start % C).to(tl.int32), min(C & -C, BLOCK))
+    # Tells the compiler that the rest is a multiple of the largest power of 2 in C and BLOCK. `min`
+    # is no constant before Triton 3.5.
+    rest = tl.multiple_of((start % C).to(tl.int32), (C & -C) if (C & -C) < BLOCK else BLOCK)
     offset = rest + tl.arange(0, BLOCK)
     position = offset // C
     dense = first * C + offset

@@ -65,11 +65,10 @@ class Saved(NamedTuple):
 def is_supported(parameters: BlockParameters) -> bool:
     """Whether `compute_block` takes these parameters here; stock layers take any.
 
-    It does not while a graph is captured, in transforms of `torch.func`, or for parameters that
-    have several dtypes, are not contiguous or are not plain tensors (such as sharded or quantized
-    ones).
+    It does not in transforms of `torch.func`, or for parameters that have several dtypes, are not
+    contiguous or are not plain tensors (such as sharded or quantized ones).
     """
-    if is_captured() or is_transformed():
+    if is_transformed():
         return False
     # Without loops in Python, because this runs for each block of each forward pass.
     return (
@@ -82,8 +81,11 @@ def is_supported(parameters: BlockParameters) -> bool:
 def is_worth_it(x: Tensor, recompute: str) -> bool:
     """Whether `compute_block` is faster or saves less than stock layers.
 
-    On a CPU in float32 without recomputation, folding costs more than it saves (measured).
+    On a CPU in float32 without recomputation, folding costs more than it saves (measured). A graph
+    that is being captured should contain stock layers only.
     """
+    if is_captured():
+        return False
     saves_less = torch.is_grad_enabled() and recompute != 'nothing'
     return saves_less or not is_cpu_float32(x) or depthwise.setting == 'triton'
 

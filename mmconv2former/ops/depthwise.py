@@ -54,8 +54,10 @@ SETTINGS = ('auto', 'triton', 'cudnn', 'native', 'matmul', 'stock')
 setting = os.environ.get(VARIABLE, 'auto')  # read once, as a launch must cost little
 # Up to this size cuDNN has fast kernels for channels_last (measured on an H100).
 LARGEST_FAST_CUDNN_KERNEL = 7
+# torch 2.4 has registered operators too, but counts no FLOPs of them.
+HAS_OPERATORS = torch.__version__ >= (2, 5)  # type: ignore[operator]
 # Devices for which a captured graph gets the registered operator instead of the stock one.
-OPERATOR_DEVICES = ('cuda',)
+OPERATOR_DEVICES = ('cuda',) if HAS_OPERATORS else ()
 
 
 # ---------------------------------------------------------------------------------------- for users
@@ -397,7 +399,7 @@ class DepthwiseConvFunction(torch.autograd.Function):
 
 # ----------------------------------------------------------------------------- registered operators
 # Each is one node of a captured graph. They compute what the functions above compute.
-if hasattr(torch.library, 'custom_op'):  # torch >= 2.4
+if HAS_OPERATORS:
     from torch.utils.flop_counter import register_flop_formula
 
     @torch.library.custom_op(

@@ -13,11 +13,10 @@ import torch
 from common import inference
 from helpers.comparisons import randomized
 from helpers.in_process import load_tool, refusal_of, with_data, write_tiny_config
-from helpers.simulated_graphs import StandIn
+from helpers.simulated_graphs import StandIn, tree_leaves
 from helpers.tiny import scalars
 from mmengine.registry import HOOKS
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import mmconv2former
 from mmconv2former import Conv2Former, Conv2FormerIsotropic, use_cuda_graphs

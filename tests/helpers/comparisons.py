@@ -1,5 +1,7 @@
 """Compares networks with the plain second implementation: values and gradients."""
 
+from contextlib import contextmanager
+
 import torch
 from common.plain_conv2former import plain_conv2former, plain_isotropic
 
@@ -11,6 +13,18 @@ SMALL_ARCHS = {
     'one stage': dict(channels=(8,), depths=(2,), kernel_size=7),
 }
 SMALL_ISOTROPIC_ARCH = dict(channels=8, depth=4, kernel_size=5)
+
+
+@contextmanager
+def exact_float32():
+    """Products in float32 on GPUs, which may otherwise round their inputs to TF32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
 def randomized(model):

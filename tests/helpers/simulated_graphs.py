@@ -5,9 +5,13 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from mmconv2former.engine import cuda_graphs
+
+
+def tree_leaves(tree):
+    return tree_flatten(tree)[0]  # torch 2.1 has no `tree_leaves`
 
 
 def alias(value):

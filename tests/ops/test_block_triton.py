@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.comparisons import compare_with_plain, randomized, relative_error
+from helpers.comparisons import compare_with_plain, exact_float32, randomized, relative_error
 
 triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
 
@@ -50,10 +50,9 @@ if ON_GPU:
 @pytest.fixture(autouse=True)
 def by_triton(monkeypatch):
     monkeypatch.setattr(depthwise, 'setting', 'triton')
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_tf32', False)
-    monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     folding_triton.plans.clear()
-    yield
+    with exact_float32():
+        yield
     triton_support.failures.clear()
 
 

@@ -77,6 +77,10 @@ assert found == kernels, found ^ kernels
 
 
 @needs_nvidia
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split('.')[:2])) < (3, 5),
+    reason="Triton before 3.5 spills registers of two kernels' rarer variants",
+)
 def test_other_channels_and_dtypes():
     """Channel counts that are no multiple of 8 and all dtypes compile."""
     rows = resources('--capability', '90', '--kernel-sizes', '5', '--channels', '20', '75',
