@@ -2,7 +2,7 @@
 # Creates the environment that `make` uses, in .venv: every package at the version and hash of
 # constraints.txt, and this project (editable). Needs no compiler.
 #
-#   tools/setup_env.sh                      # Python from $PYTHON, else the first of 3.11, 3.12, 3.10
+#   tools/setup_env.sh                      # Python from $PYTHON, else the first of 3.11, 3.12, 3.10, 3.13
 #   MMCV_OPS=compiled tools/setup_env.sh    # compiles mmcv's operators
 #   MMCV_OPS=torchvision tools/setup_env.sh # and removes them again
 #   tools/setup_env.sh uv                   # only uv, in .venv-uv
@@ -26,16 +26,16 @@ die() { printf '[setup] error: %s\n' "$*" >&2; exit 1; }
 fingerprint() { { cat constraints.txt setup.py tools/setup_env.sh; echo "$MMCV_OPS"; } | cksum; }
 
 find_python() {
-  local candidate candidates=(python3.11 python3.12 python3.10 python3)
+  local candidate candidates=(python3.11 python3.12 python3.10 python3.13 python3)
   [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
   for candidate in "${candidates[@]}"; do
-    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
+    if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' \
         2>/dev/null; then
       command -v "$candidate"
       return
     fi
   done
-  die "Python 3.10, 3.11 or 3.12 is needed; tried ${candidates[*]}. Install one, or name it: PYTHON=/path/to/python make setup"
+  die "Python 3.10, 3.11, 3.12 or 3.13 is needed; tried ${candidates[*]}. Install one, or name it: PYTHON=/path/to/python make setup"
 }
 
 check_machine() {

@@ -434,7 +434,7 @@ def write_command(path, text):
 
 @pytest.mark.parametrize(
     ('without', 'message'),
-    [(['python3'], 'Python 3.10, 3.11 or 3.12 is needed'), (['c++'], 'apt-get install g++')],
+    [(['python3'], 'Python 3.10, 3.11, 3.12 or 3.13 is needed'), (['c++'], 'apt-get install g++')],
 )
 def test_setup_says_what_the_machine_lacks_before_it_starts(without, message, tmp_path):
     output = run_setup(tmp_path, make_machine(tmp_path / 'bin', without), MMCV_OPS='compiled')
