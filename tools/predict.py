@@ -25,15 +25,17 @@ import numpy as np
 import torch
 from common.cli import run_errors
 from common.inference import (
+    UniqueNames,
     add_cuda_graphs_argument,
     build_visualizer,
     check_cuda_graphs,
-    dataset_settings,
     draw,
+    load_for_drawing,
     load_whole_model,
     parser_of,
     read_config,
     replay_backbone,
+    settings_of_files,
     to_deploy,
 )
 from mmcv.transforms import LoadAnnotations, LoadImageFromFile
@@ -42,6 +44,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
 from pycocotools import mask as coco_mask
 from rich.progress import track
+from torch import nn
 
 from mmconv2former.datasets.checked import CheckedPipeline, DataError
 from mmconv2former.engine.dry_run import with_threshold
@@ -139,7 +142,8 @@ def find_sources(inputs: Iterable[str], out: Path) -> list[Source]:
     Raises:
         SystemExit: An input does not exist or has no images and videos.
     """
-    names: dict[Path, str] = {}
+    sources: dict[Path, Source] = {}
+    names = UniqueNames()
     for text in inputs:
         path = Path(text)
         if path.is_file():
@@ -152,9 +156,10 @@ def find_sources(inputs: Iterable[str], out: Path) -> list[Source]:
             problem = 'has no images and no videos' if exists else 'does not exist'
             raise SystemExit(f'error: input {text} {problem}')
         for file in found:
-            name = file.relative_to(path) if path.is_dir() else Path(file.name)
-            names.setdefault(file.resolve(), unique(str(name.with_suffix('')), names.values()))
-    return [Source(path, name) for path, name in names.items()]
+            wanted = file.relative_to(path) if path.is_dir() else file.name
+            resolved = file.resolve()
+            sources[resolved] = Source(resolved, names.name(resolved, wanted))
+    return list(sources.values())
 
 
 def is_input(path: Path, out: Path) -> bool:
@@ -162,15 +167,6 @@ def is_input(path: Path, out: Path) -> bool:
     is_known = path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
     is_result = out.resolve() in path.resolve().parents
     return path.is_file() and is_known and not is_result and not path.name.startswith('.')
-
-
-def unique(name: str, taken: Iterable[str]) -> str:
-    """The name, with a number appended if it is taken."""
-    candidate, number, taken = name, 1, set(taken)
-    while candidate in taken:
-        number += 1
-        candidate = f'{name}_{number}'
-    return candidate
 
 
 # -------------------------------------------------------------------------------------- predictor
@@ -194,16 +190,22 @@ class Predictor:
         self.model = load_whole_model(config, checkpoint).to(device)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # the dataset's files need not be there
-            dataset = DATASETS.build(dict(dataset_settings(config), lazy_init=True))
+            dataset = DATASETS.build(dict(settings_of_files(config), lazy_init=True))
         meta = self.model.dataset_meta or dataset.metainfo
         self.classes = meta.get('classes')
         self.first_value = int(getattr(dataset, 'reduce_zero_label', False))
+        self.channels = next(
+            layer.in_channels for layer in self.model.modules() if isinstance(layer, nn.Conv2d)
+        )
         self.visualizer = build_visualizer(config, meta)
         steps = [
             step for step in dataset.pipeline.transforms if not isinstance(step, LoadAnnotations)
         ]
+        self.loader, *rest = steps
+        if isinstance(self.loader, LoadImageFromFile):
+            self.loader.backend_args = self.loader.file_client_args = None  # inputs are local files
         self.of_file = CheckedPipeline(Compose(steps), dataset)
-        self.of_frame = Compose(step for step in steps if not isinstance(step, LoadImageFromFile))
+        self.of_frame = Compose(rest)
 
     def load(self, path: Path) -> Any:
         """An image file as the network takes it.
@@ -214,14 +216,42 @@ class Predictor:
         return self.of_file(dict(img_path=str(path), img_id=0))
 
     def prepare(self, frame: np.ndarray) -> Any:
-        """A frame of a video, uint8 (H, W, 3) in BGR, as the network takes it."""
+        """A frame of a video, uint8 (H, W, 3) in BGR, as the network takes it.
+
+        It has the colours and the type that an image file would have after loading.
+
+        Raises:
+            ValueError: The pipeline does not begin with loading one image file.
+        """
+        if not isinstance(self.loader, LoadImageFromFile):
+            name = type(self.loader).__name__
+            raise ValueError(
+                f'videos need a pipeline that begins with LoadImageFromFile, not {name}'
+            )
         size = frame.shape[:2]
-        return self.of_frame(dict(img=frame, img_path='', img_id=0, img_shape=size, ori_shape=size))
+        stored = cv2.imencode('.bmp', frame)[1].tobytes()
+        image = mmcv.imfrombytes(stored, flag=self.loader.color_type)
+        if self.loader.to_float32:
+            image = image.astype(np.float32)
+        return self.of_frame(dict(img=image, img_path='', img_id=0, img_shape=size, ori_shape=size))
 
     def predict(self, inputs: list[dict[str, Any]]) -> list[Any]:
-        """The host library's data samples for what `load` and `prepare` return."""
-        with torch.no_grad():
-            samples = self.model.test_step(pseudo_collate(inputs))
+        """The host library's data samples for what `load` and `prepare` return.
+
+        Raises:
+            ValueError: The network takes images of other channels, or of another size.
+        """
+        try:
+            with torch.no_grad():
+                samples = self.model.test_step(pseudo_collate(inputs))
+        except Exception as error:  # of any library
+            channels = inputs[0]['inputs'].shape[0]
+            if channels == self.channels:
+                raise
+            raise ValueError(
+                f'it has {channels} channels after loading, the network takes {self.channels} '
+                '(color_type of LoadImageFromFile)'
+            ) from error
         for sample in samples:
             if 'pred_instances' in sample:
                 found = sample.pred_instances
@@ -315,7 +345,8 @@ class Writer:
         text = json.dumps(content, ensure_ascii=False, indent=1)
         self.path('json', source.name, '.json').write_text(text, encoding='utf-8')
         if self.with_drawings:
-            drawn = self.predictor.draw(mmcv.imread(source.path), sample)
+            image = load_for_drawing(self.predictor.loader, source.path)
+            drawn = self.predictor.draw(image, sample)
             mmcv.imwrite(drawn, str(self.path('pictures', source.name, '.jpg')))
 
     def write_video(
@@ -390,7 +421,9 @@ def predict_video(predictor: Predictor, writer: Writer, source: Source, batch_si
             yield from zip((frame for frame, _ in batch), samples)
 
     rate = video.get(cv2.CAP_PROP_FPS)
-    writer.write_video(source, rate if rate > 0 else DEFAULT_RATE, predictions())
+    found = predictions()
+    found = chain([next(found)], found)  # if the first frame fails, nothing is written
+    writer.write_video(source, rate if rate > 0 else DEFAULT_RATE, found)
 
 
 def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:

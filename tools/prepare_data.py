@@ -36,6 +36,8 @@ from common.data_layout import (
 from PIL import ExifTags, Image
 from rich.progress import track
 
+from mmconv2former.datasets.images import open_image
+
 TOLERANCE = 1.0  # pixels by which official boxes and polygons exceed their image, by rounding
 NEEDED_FIELDS = {
     'images': {'id', 'file_name', 'width', 'height'},
@@ -249,10 +251,10 @@ def check_image(path: Path, size: tuple[int, int] | None) -> list[Finding]:
     if not path.is_file():
         return [Finding('image is missing', str(path))]
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()
         found = oriented_size(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         return [Finding('image cannot be read', f'{path}: {error}')]
     if size is not None and found != size:
         return [Finding('image of another size than annotated', f'{path}: {found}, not {size}')]
@@ -300,7 +302,7 @@ def check_pair(stem: str, images: Path, labels: Path) -> tuple[list[Finding], se
     findings = check_image(images / f'{stem}.jpg', None) + check_image(path, None)
     if findings:
         return findings, set()
-    with Image.open(images / f'{stem}.jpg') as image, Image.open(path) as label_image:
+    with open_image(images / f'{stem}.jpg') as image, open_image(path) as label_image:
         size, label_size, mode = oriented_size(image), label_image.size, label_image.mode
         values = set(np.unique(np.asarray(label_image)).tolist()) if mode in ('L', 'P') else set()
     if mode not in ('L', 'P'):

@@ -8,11 +8,12 @@ With `none` instead of a checkpoint it evaluates the network with its initial we
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mmcv
+import numpy as np
 from common.cli import (
     DEFAULT_VISUALIZER,
     add_arguments,
@@ -25,16 +26,18 @@ from common.cli import (
 )
 from common.inference import (
     DRAWN_BY,
+    UniqueNames,
     add_cuda_graphs_argument,
     check_cuda_graphs,
     draw,
     drop_pretrained,
+    leaf_settings,
+    load_for_drawing,
     one_of,
     replay_backbone,
 )
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
-from mmengine.fileio import get
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, is_model_wrapper
 from mmengine.registry import METRICS
@@ -117,7 +120,8 @@ def augment_at_test_time(config: Config) -> None:
     if not config.get('tta_model') or not config.get('tta_pipeline'):
         raise SystemExit(f'error: --tta: {config.filename} has no tta_model and tta_pipeline')
     config.model = dict(**config.tta_model, module=config.model)
-    config.test_dataloader.dataset.pipeline = config.tta_pipeline
+    for settings in leaf_settings(config.test_dataloader.dataset):
+        settings.pipeline = config.tta_pipeline
 
 
 class PredictionVisualizationHook(Hook):
@@ -127,8 +131,9 @@ class PredictionVisualizationHook(Hook):
     one image of 5000, with red and blue swapped.
 
     Args:
-        folder: Folder for the drawings, which have the names of the images in their dataset. A
-            relative path is in the folder of the run. None only draws to the window.
+        folder: Folder for the drawings, JPEG files with the names of the images in their dataset;
+            of several datasets, in the folder that contains them all. A relative path is in the
+            folder of the run. None only draws to the window.
         options: Further arguments of `draw`.
     """
 
@@ -136,34 +141,42 @@ class PredictionVisualizationHook(Hook):
         self.folder, self.options = folder, options
 
     def before_test(self, runner: Runner) -> None:
-        self.roots = [
-            Path(prefix).absolute()
-            for dataset in leaves(runner.test_dataloader.dataset)
+        datasets = list(leaves(runner.test_dataloader.dataset))
+        self.loader = datasets[0].pipeline.transforms[0]
+        self.loaders = {  # by folder
+            Path(prefix).absolute(): dataset.pipeline.transforms[0]
+            for dataset in datasets
             for prefix in getattr(dataset, 'data_prefix', {}).values()
             if prefix
-        ]
+        }
+        several = len(datasets) > 1 and self.loaders
+        self.common = Path(os.path.commonpath(self.loaders)) if several else None
+        self.names = UniqueNames()
 
     def after_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] = ()
     ) -> None:
         for sample in outputs:
-            image = mmcv.imfrombytes(get(sample.img_path), channel_order='rgb')
-            name = self.name(sample.img_path)
+            loader = self.loaders.get(self.folder_of(sample.img_path), self.loader)
+            image = np.ascontiguousarray(load_for_drawing(loader, sample.img_path)[..., ::-1])
+            title = self.title(sample.img_path)
             options = dict(self.options)
             if self.folder is not None:
-                suffix = '' if name.lower().endswith(('.jpg', '.jpeg')) else '.jpg'
-                options['out_file'] = str(Path(runner.log_dir, self.folder, name + suffix))
+                name = self.names.name(sample.img_path, title)
+                options['out_file'] = str(Path(runner.log_dir, self.folder, f'{name}.jpg'))
             if 'pred_score' in sample and min(image.shape[:2]) < MIN_SIDE:
                 options['resize'] = MIN_SIDE
-            draw(runner.visualizer, image, sample, name, **options)
+            draw(runner.visualizer, image, sample, title, **options)
 
-    def name(self, path: str) -> str:
-        """The path of an image within its dataset."""
-        absolute = Path(path).absolute()
-        for root in self.roots:
-            if root in absolute.parents:
-                return str(absolute.relative_to(root))
-        return absolute.name
+    def folder_of(self, path: str) -> Path | None:
+        """The folder of a dataset that an image is in."""
+        parents = Path(path).absolute().parents
+        return next((folder for folder in parents if folder in self.loaders), None)
+
+    def title(self, path: str) -> str:
+        """The path of an image within its dataset, or within the folder of several datasets."""
+        absolute, folder = Path(path).absolute(), self.folder_of(path)
+        return str(absolute.relative_to(self.common or folder)) if folder else absolute.name
 
 
 def draw_predictions(config: Config, args: argparse.Namespace) -> PredictionVisualizationHook:

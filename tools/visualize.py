@@ -41,15 +41,17 @@ from common.inference import (
     build_visualizer,
     dataset_settings,
     draw,
+    load_for_drawing,
     load_whole_model,
     one_of,
     read_config,
+    settings_of_files,
 )
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
+from mmengine.dataset import ConcatDataset, pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
 from PIL import Image, ImageOps
@@ -59,6 +61,7 @@ from mmconv2former import Baseline, Conv2Former, Conv2FormerIsotropic
 from mmconv2former.checkpoint.architecture import recognise_arch
 from mmconv2former.checkpoint.loading import find_prefix, load_pretrained
 from mmconv2former.checkpoint.reading import CheckpointError, read_state_dict
+from mmconv2former.datasets.images import open_image
 from mmconv2former.models.baselines import BASELINES
 from mmconv2former.models.blocks import Block
 from mmconv2former.models.conv2former import ARCH_LETTERS, ARCHS
@@ -391,9 +394,9 @@ def read_image(path: Path) -> Image.Image:
         ValueError: It cannot be read; the message names the file.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return ImageOps.exif_transpose(image).convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f'image {path} cannot be read: {error}') from error
 
 
@@ -735,37 +738,35 @@ def drawn_pairs(config: Config, args: argparse.Namespace) -> dict[str, np.ndarra
     """Ground truth and prediction side by side, uint8 (H, 2 W, 3), by file name.
 
     Raises:
-        SystemExit: Data are missing.
+        SystemExit: Data are missing, or the config has no such split.
         CheckpointError: The checkpoint cannot be read or is of another network.
-        ValueError: There is no such split, or it has no such image.
+        ValueError: The split has no such image.
     """
-    dataloader = f'{args.split}_dataloader'
-    if not config.get(dataloader):
-        raise ValueError(f'--split {args.split}: {config.filename} has no {dataloader}')
-    check_files(config, [dataloader, 'test_dataloader'])
+    parts = dataset_settings(config, args.split)
+    check_files(config, [f'{args.split}_dataloader'])
     model = load_whole_model(config, args.checkpoint).to(args.device)
-    pipeline = dataset_settings(config).pipeline
     # With `test_mode` images without objects are kept.
-    changes = dict(pipeline=pipeline, test_mode=True)
-    dataset = DATASETS.build(dict(dataset_settings(config, args.split), **changes))
+    changes = dict(pipeline=settings_of_files(config).pipeline, test_mode=True)
+    dataset = ConcatDataset([DATASETS.build(dict(part, **changes)) for part in parts])
     last = len(dataset) - 1
     indices = args.indices or np.unique(np.linspace(0, last, args.count).round().astype(int))
     for index in indices:
         if not 0 <= index <= last:
             raise ValueError(f'--indices must be from 0 to {last}, got {index}')
     visualizer = build_visualizer(config, dataset.metainfo)
+    loader = dataset.datasets[0].pipeline.transforms[0]
     pairs = {}
     for index in indices:
         with torch.no_grad():
             (sample,) = model.test_step(pseudo_collate([dataset[index]]))
         path = Path(sample.img_path)
-        image = np.asarray(read_image(path))
+        image = np.ascontiguousarray(load_for_drawing(loader, path)[..., ::-1])  # RGB
         sides = [
             draw(visualizer, image, sample, score_thr=args.score, draw_gt=is_truth,
                  draw_pred=not is_truth)
             for is_truth in (True, False)
         ]  # fmt: skip
-        pairs[path.name] = np.hstack(sides)
+        pairs[str(path) if path.name in pairs else path.name] = np.hstack(sides)
     return pairs
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS as ROOT_DATASETS
-from PIL import Image
 from torch.utils._pytree import tree_flatten
 
 from ..engine.seeding import SampleIndex, seed_all
 from ..registry import DATASETS, register
+from .images import open_image
 
 LABEL_MODES = ('L', 'P', '1')  # of Pillow: one channel of at most 8 bits
 START_OF_JPEG, END_OF_JPEG = b'\xff\xd8', b'\xff\xd9'
@@ -168,7 +168,7 @@ def check_jpeg(path: Any) -> None:
         if END_OF_JPEG in file.read():
             return
     try:  # complete files can have more than TAIL bytes appended
-        with Image.open(path) as image:
+        with open_image(path) as image:
             image.load()
     except OSError as error:
         raise ValueError(f'the file is truncated or broken: {error}') from error
@@ -181,9 +181,9 @@ def check_label_mode(path: Any) -> None:
         ValueError: The labels have another format.
     """
     try:
-        with Image.open(path) as labels:
+        with open_image(path) as labels:
             mode = labels.mode
-    except (OSError, AttributeError, Image.DecompressionBombError):
+    except (OSError, AttributeError):
         return  # no path, or a file that only the pipeline can read
     if mode not in LABEL_MODES:
         raise ValueError(f'labels must have one channel of 8 bits, got Pillow mode {mode!r}')

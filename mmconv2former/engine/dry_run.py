@@ -21,12 +21,12 @@ from mmengine.dist import all_gather_object, is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.evaluator.metric import _to_cpu
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
-from PIL import Image
 from torch import nn
 from torch.amp import autocast
 
 from ..checkpoint.loading import check_model, check_optimizer, check_resumable
 from ..checkpoint.reading import load_from_checked_file
+from ..datasets.images import open_image
 from ..registry import HOOKS, register
 from .drawing import is_drawing
 from .finite import image_paths
@@ -132,9 +132,9 @@ def image_size(info: Mapping[str, Any]) -> tuple[int, int] | None:
     if {'width', 'height'} <= info.keys():
         return info['width'], info['height']
     try:
-        with Image.open(info['img_path']) as image:
+        with open_image(info['img_path']) as image:
             return image.size
-    except (KeyError, OSError, Image.DecompressionBombError):
+    except (KeyError, OSError):
         return None  # left to the pipeline
 
 

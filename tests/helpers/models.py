@@ -59,13 +59,14 @@ class TinyModel:
     model: Any
 
 
-def save_model(recipe, folder):
-    """Writes the recipe with a tiny model, and a checkpoint of random weights."""
+def save_model(recipe, folder, changes=None):
+    """Writes the recipe with a tiny model and changes, and a checkpoint of random weights."""
     config = Config.fromfile(ROOT / f'configs/{recipe}.py')
     config.model.backbone.arch = ARCH
     config.merge_from_dict(
         CHANGES[recipe]
         | {'model.backbone.init_cfg': None, 'model.backbone.layer_scale_init_value': 0.1}
+        | (changes or {})
     )
     path = folder / f'{Path(recipe).name}.py'
     path.write_text('\n'.join(f'{key} = {value!r}' for key, value in config.to_dict().items()))

@@ -1,4 +1,4 @@
-"""Loads a model from a config and a checkpoint, and draws its predictions.
+"""Loads a model and the test data of a config, and draws predictions.
 
 Shared by `predict.py`, `visualize.py`, `export.py` and `test.py`.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -100,14 +101,6 @@ def load_whole_model(config: Config, checkpoint: str) -> BaseModel:
     return revert_sync_batchnorm(model).eval()
 
 
-def dataset_settings(config: Config, split: str = 'test') -> ConfigDict:
-    """The settings of a split's dataset, without wrappers such as RepeatDataset."""
-    settings = config[f'{split}_dataloader'].dataset
-    while 'dataset' in settings:
-        settings = settings.dataset
-    return settings
-
-
 def to_deploy(model: nn.Module) -> None:
     """Folds the backbone for inference, if it can be folded."""
     switch_to_deploy = getattr(model.backbone, 'switch_to_deploy', None)
@@ -115,7 +108,102 @@ def to_deploy(model: nn.Module) -> None:
         switch_to_deploy()
 
 
+# -------------------------------------------------------------------------------------------- data
+def dataset_settings(config: Config, split: str | None = None) -> list[ConfigDict]:
+    """The settings of a split's datasets, without wrappers such as ConcatDataset.
+
+    Args:
+        config: A whole config.
+        split: `train`, `val` or `test`; None means the test data or, if there are none, the
+            validation data.
+
+    Raises:
+        SystemExit: The config has no such data.
+    """
+    keys = [f'{name}_dataloader' for name in ([split] if split else ['test', 'val'])]
+    for key in keys:
+        if config.get(key):
+            return list(leaf_settings(config[key].dataset))
+    raise SystemExit(
+        f'error: {config.filename} has no {" and no ".join(keys)}: add one, whose dataset has the '
+        'pipeline that images need'
+    )
+
+
+def leaf_settings(settings: ConfigDict) -> Iterator[ConfigDict]:
+    """The datasets in the settings of one, inside wrappers; see `checked.leaves`."""
+    inner = settings.get('datasets') or [settings.get('dataset')]
+    if inner == [None]:
+        yield settings
+    else:
+        for other in inner:
+            yield from leaf_settings(other)
+
+
+def settings_of_files(config: Config) -> ConfigDict:
+    """The settings of the test data, of which several datasets must read images in one way.
+
+    Raises:
+        SystemExit: There are no test data, or their pipelines differ.
+    """
+    first, *others = dataset_settings(config)
+    for other in others:
+        if without_labels(other.pipeline) != without_labels(first.pipeline):
+            raise SystemExit(
+                f'error: the test datasets of {config.filename} have different pipelines, so a '
+                'file could be read in several ways: give them one, or keep one dataset'
+            )
+    return first
+
+
+def without_labels(pipeline: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The steps of a pipeline, from its settings, without those that load annotations."""
+    return [step for step in pipeline if not str(step.get('type')).endswith('LoadAnnotations')]
+
+
 # ---------------------------------------------------------------------------------------- drawings
+def drawable(image: np.ndarray) -> np.ndarray:
+    """An image as loaded, (H, W) or (H, W, C) of any type, as uint8 (H, W, 3) in BGR.
+
+    Values above 255 are scaled to the image's own range. Of more than three channels the first
+    three are kept, of two the first.
+    """
+    if image.ndim == 2 or image.shape[2] < 3:
+        image = image.reshape(*image.shape[:2], -1)[..., [0, 0, 0]]
+    image = image[..., :3]
+    if image.dtype != np.uint8:
+        low, high = float(image.min()), float(image.max())
+        if high > 255:
+            image = (image - low) * (255 / (high - low or 1))
+        image = image.clip(0, 255).astype(np.uint8)
+    return np.ascontiguousarray(image)
+
+
+def load_for_drawing(loader: Callable[[dict], Any], path: str | Path) -> np.ndarray:
+    """The image of a file as a pipeline's first step loads it, uint8 (H, W, 3) in BGR."""
+    return drawable(loader(dict(img_path=str(path)))['img'])
+
+
+class UniqueNames:
+    """Names of results of files, without suffixes; x.png and x.jpg get `x` and `x_2`."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, str] = {}  # by file
+        self.taken: set[str] = set()
+
+    def name(self, file: str | Path, wanted: str | Path) -> str:
+        """The name of a file, always the same: its wanted one, with a number if that is taken."""
+        if str(file) not in self.names:
+            base = name = str(Path(wanted).with_suffix(''))
+            number = 1
+            while name in self.taken:
+                number += 1
+                name = f'{base}_{number}'
+            self.names[str(file)] = name
+            self.taken.add(name)
+        return self.names[str(file)]
+
+
 def build_visualizer(config: Config, dataset_meta: Mapping[str, Any]) -> Visualizer:
     """The config's visualizer or, by default, its library's, which draws but writes nothing.
 
