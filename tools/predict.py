@@ -46,7 +46,7 @@ from pycocotools import mask as coco_mask
 from rich.progress import track
 from torch import nn
 
-from mmconv2former.datasets.checked import CheckedPipeline, DataError
+from mmconv2former.datasets.checked import CheckedPipeline, DataError, reason
 from mmconv2former.engine.dry_run import with_threshold
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
@@ -54,6 +54,8 @@ VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpe
 DEFAULT_SCORE = 0.3
 DEFAULT_RATE = 25.0  # frames per second, for videos that do not state it
 TOP = 5  # classes of a classifier
+# Of one input, e.g. an image of another size for CUDA graphs, or too large for the memory.
+FAILURES = (ValueError, RuntimeError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,8 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if source.is_video:
             try:
                 predict_video(predictor, writer, source, args.batch_size)
-            except ValueError as error:
-                failures.append(f'video {source.path}: {error}')
+            except FAILURES as error:
+                failures.append(f'video {source.path}: {why(error)}')
     print(f'{len(sources) - len(failures)} of {len(sources)} inputs predicted: {args.out}')
     if failures:
         raise SystemExit('\n  '.join(['error: these could not be predicted:', *failures]))
@@ -180,17 +182,19 @@ class Predictor:
         score_thr: Detections with a lower score are dropped.
 
     Raises:
+        SystemExit: The config has no pipeline for single files.
         CheckpointError: The checkpoint cannot be read, or is of another network.
     """
 
     def __init__(self, config: Config, checkpoint: str, device: str, score_thr: float) -> None:
+        data = settings_of_files(config)
         self.score_thr = score_thr
         for settings in with_threshold(config.model.get('test_cfg')):
             settings['score_thr'] = min(settings['score_thr'], score_thr)
         self.model = load_whole_model(config, checkpoint).to(device)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # the dataset's files need not be there
-            dataset = DATASETS.build(dict(settings_of_files(config), lazy_init=True))
+            dataset = DATASETS.build(dict(data, lazy_init=True))
         meta = self.model.dataset_meta or dataset.metainfo
         self.classes = meta.get('classes')
         self.first_value = int(getattr(dataset, 'reduce_zero_label', False))
@@ -281,7 +285,9 @@ class Predictor:
         )
 
     def _named(self, label: int, **values: Any) -> dict[str, Any]:
-        name = self.classes[label] if self.classes else str(label)
+        # A binary head (out_channels=1) predicts 0 and 1, even if its dataset has one class.
+        is_named = self.classes and label < len(self.classes)
+        name = self.classes[label] if is_named else str(label)
         return dict(label=label, **{'class': name}, **values)
 
     def _instances(self, found: Any) -> list[dict[str, Any]]:
@@ -392,8 +398,8 @@ def predict_images(
     for batch in batches(load(), batch_size):
         try:
             samples = predictor.predict([inputs for _, inputs in batch])
-        except ValueError as error:  # e.g. CUDA graphs, for an image of another size
-            failures += [f'image {source.path}: {error}' for source, _ in batch]
+        except FAILURES as error:
+            failures += [f'image {source.path}: {why(error)}' for source, _ in batch]
             continue
         for (source, _), sample in zip(batch, samples):
             writer.write_image(source, sample)
@@ -404,7 +410,7 @@ def predict_video(predictor: Predictor, writer: Writer, source: Source, batch_si
     """Predicts on all frames of a video.
 
     Raises:
-        ValueError: It cannot be read, or its frames cannot be predicted.
+        ValueError, RuntimeError: It cannot be read, or its frames cannot be predicted.
     """
     video = cv2.VideoCapture(str(source.path))
     rest = read_frames(video)
@@ -424,6 +430,11 @@ def predict_video(predictor: Predictor, writer: Writer, source: Source, batch_si
     found = predictions()
     found = chain([next(found)], found)  # if the first frame fails, nothing is written
     writer.write_video(source, rate if rate > 0 else DEFAULT_RATE, found)
+
+
+def why(error: Exception) -> str:
+    """The reason of a failure on one line, with the type of errors that are not of ours."""
+    return str(error) if isinstance(error, ValueError) else reason(error)
 
 
 def read_frames(video: cv2.VideoCapture) -> Iterator[np.ndarray]:

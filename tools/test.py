@@ -157,7 +157,8 @@ class PredictionVisualizationHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] = ()
     ) -> None:
         for sample in outputs:
-            loader = self.loaders.get(self.folder_of(sample.img_path), self.loader)
+            folder = self.folder_of(sample.img_path)
+            loader = self.loaders[folder] if folder else self.loader
             image = np.ascontiguousarray(load_for_drawing(loader, sample.img_path)[..., ::-1])
             title = self.title(sample.img_path)
             options = dict(self.options)

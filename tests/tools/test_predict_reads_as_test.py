@@ -19,6 +19,7 @@ from helpers.tools import run_tool
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from PIL import ExifTags, Image
+from predict import Predictor
 
 pytestmark = pytest.mark.usefixtures('in_process')
 KINDS = [DETECTION_MODEL, SEGMENTATION_MODEL, CLASSIFICATION_MODEL]
@@ -188,3 +189,83 @@ def test_predictions_are_equal(kind, reading, images, models, tmp_path):
             scores = {item['label']: item['score'] for item in content['classes']}
             best = sample['pred_score'].topk(5)
             assert scores == dict(zip(best.indices.tolist(), best.values.tolist()))
+
+
+@pytest.fixture(scope='module')
+def film(tmp_path_factory):
+    """A colour video of two frames."""
+    path = tmp_path_factory.mktemp('film') / 'film.mp4'
+    video = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*'mp4v'), 10, (64, 64))
+    for value in (50, 200):
+        video.write(np.full((64, 64, 3), (value, 0, 255 - value), np.uint8))
+    video.release()
+    return path
+
+
+@pytest.mark.parametrize('reading', ['grey', '3 channels as stored'])
+def test_frames_are_read_like_files(reading, film, images, models, tmp_path):
+    settings, channels, _ = READINGS[reading]
+    model = models(SEGMENTATION_MODEL, channels)
+    config = config_of(SEGMENTATION_MODEL, model, settings, images, ['rgb.png'])
+    predictor = Predictor(config, str(model.checkpoint), 'cpu', 0.0)
+    _, frame = cv2.VideoCapture(str(film)).read()
+    cv2.imwrite(str(tmp_path / 'frame.png'), frame)
+    loaded, prepared = predictor.load(tmp_path / 'frame.png'), predictor.prepare(frame)
+    assert loaded['inputs'].dtype == prepared['inputs'].dtype
+    np.testing.assert_array_equal(loaded['inputs'], prepared['inputs'])
+
+
+def test_inputs_of_other_channels_are_refused(film, images, models, tmp_path):
+    """And listed; the others are predicted, and no file of half a video is left."""
+    settings, channels, _ = READINGS['4 channels as stored']
+    model = models(SEGMENTATION_MODEL, channels)
+    config = config_of(SEGMENTATION_MODEL, model, settings, images, ['alpha.png'])
+    path = tmp_path / 'config.py'
+    config.dump(path)
+    inputs = [images / 'rgb.png', images / 'alpha.png', film]
+    output = run_tool('predict', path, model.checkpoint, *inputs, '--out', tmp_path / 'out',
+                      '--device', 'cpu', succeeds=False)  # fmt: skip
+    assert '1 of 3 inputs predicted' in output
+    for what in ('rgb.png', 'film.mp4'):
+        reason = 'it has 3 channels after loading, the network takes 4 (color_type of'
+        assert f'{what}: {reason}' in output
+    assert [path.name for path in (tmp_path / 'out/json').iterdir()] == ['alpha.json']
+
+
+def test_binary_head(images, tmp_path):
+    """With `out_channels=1`, also if the dataset has one class; too large images are listed."""
+    heads = {f'model.{head}_head.out_channels': 1 for head in ('decode', 'auxiliary')}
+    heads |= {key.replace('out_channels', 'num_classes'): 1 for key in heads}
+    heads['model.decode_head.threshold'] = 0.5
+    model = save_model(SEGMENTATION_MODEL, tmp_path, heads)
+    config = Config.fromfile(model.config)
+    meta = dict(classes=['crack'], palette=[[255, 0, 0]])
+    config.test_dataloader.dataset.update(type='BaseSegDataset', metainfo=meta)
+    config.dump(tmp_path / 'binary.py')
+    run_tool('predict', tmp_path / 'binary.py', model.checkpoint, images / 'rgb.png', '--out',
+             tmp_path / 'out', '--device', 'cpu')  # fmt: skip
+    (content,) = (json.loads(file.read_text()) for file in (tmp_path / 'out/json').iterdir())
+    assert {0: 'crack', 1: '1'}.items() >= {(c['label'], c['class']) for c in content['classes']}
+    labels = cv2.imread(str(tmp_path / 'out' / content['labels']), cv2.IMREAD_UNCHANGED)
+    assert sorted(np.unique(labels)) == sorted(c['value'] for c in content['classes'])
+
+
+def test_drawings_of_several_datasets_have_names_of_their_own(models, tmp_path):
+    """x.png and x.jpg of one dataset, x.png of another; with test-time augmentation too."""
+    model = models(SEGMENTATION_MODEL, 3)
+    parts = []
+    for part, names in {'a': ['x.png', 'x.jpg'], 'b': ['x.png']}.items():
+        (tmp_path / part).mkdir()
+        for name in names:
+            Image.new('RGB', (32, 32)).save(tmp_path / part / name)
+        config = config_of(SEGMENTATION_MODEL, model, {}, tmp_path / part, names)
+        parts.append(config.test_dataloader.dataset.to_dict())
+    config.test_dataloader.dataset = dict(type='ConcatDataset', datasets=parts)
+    config.tta_pipeline[1].transforms[0] = [dict(type='Resize', scale=(32, 32), keep_ratio=True)]
+    config.dump(tmp_path / 'config.py')
+    run_tool('test', tmp_path / 'config.py', model.checkpoint, '--tta', '--work-dir', tmp_path,
+             '--show-dir', tmp_path / 'drawn')  # fmt: skip
+    drawn = {
+        str(path.relative_to(tmp_path / 'drawn')) for path in (tmp_path / 'drawn').rglob('*.*')
+    }
+    assert drawn == {'a/x.jpg', 'a/x_2.jpg', 'b/x.jpg'}

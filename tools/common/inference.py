@@ -29,6 +29,8 @@ DRAWN_BY = {
     'mmseg': 'SegLocalVisualizer',
     'mmpretrain': 'UniversalVisualizer',
 }
+# Pixels of a segmentation with class names drawn in it: mmseg needs 150 bytes a pixel for these.
+LARGEST_NAMED = 2**23
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -144,9 +146,15 @@ def settings_of_files(config: Config) -> ConfigDict:
     """The settings of the test data, of which several datasets must read images in one way.
 
     Raises:
-        SystemExit: There are no test data, or their pipelines differ.
+        SystemExit: There are no test data, their pipelines differ, or make several views of an
+            image.
     """
     first, *others = dataset_settings(config)
+    if any(str(step.get('type')).endswith('TestTimeAug') for step in first.pipeline):
+        raise SystemExit(
+            f'error: the test pipeline of {config.filename} has TestTimeAug, which makes several '
+            'inputs of an image: move it to tta_pipeline (tools/test.py --tta)'
+        )
     for other in others:
         if without_labels(other.pipeline) != without_labels(first.pipeline):
             raise SystemExit(
@@ -175,7 +183,7 @@ def drawable(image: np.ndarray) -> np.ndarray:
         low, high = float(image.min()), float(image.max())
         if high > 255:
             image = (image - low) * (255 / (high - low or 1))
-        image = image.clip(0, 255).astype(np.uint8)
+        image = np.rint(image).clip(0, 255).astype(np.uint8)
     return np.ascontiguousarray(image)
 
 
@@ -241,6 +249,8 @@ def draw(
     """
     if score_thr is not None and 'pred_instances' in sample:
         options['pred_score_thr'] = score_thr
+    if 'pred_sem_seg' in sample and image.shape[0] * image.shape[1] > LARGEST_NAMED:
+        options['with_labels'] = False
     visualizer.set_image(image)  # mmseg leaves the previous one if there is nothing to draw
     add = getattr(visualizer, 'visualize_cls', visualizer.add_datasample)  # mmpretrain has both
     add(name=name, image=image, data_sample=sample, **options)
