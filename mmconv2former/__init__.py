@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
         name='mmengine',
     ) from error
 
-from .compat import mmcv_ops, new_transformers
+from .compat import annotation_files, image_folders, mmcv_ops, new_transformers
 from .engine.cuda_graphs import CudaGraphsHook, use_cuda_graphs
 from .engine.layer_decay import LayerDecayOptimWrapperConstructor
 from .engine.runner import ReliableRunner
@@ -26,6 +26,8 @@ from .version import __version__
 
 mmcv_ops.install()
 new_transformers.install()
+annotation_files.install()
+image_folders.install()
 
 __all__ = [
     'Baseline',

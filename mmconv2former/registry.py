@@ -53,6 +53,7 @@ HOOKS = Registry(
         'mmconv2former.engine.hooks',
         'mmconv2former.engine.finite',
         'mmconv2former.engine.dry_run',
+        'mmconv2former.datasets.census_hook',
     ],
 )
 DATASETS = Registry(

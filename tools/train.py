@@ -70,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         action='store_true',
         help='do not try evaluation, drawing and saving on two images before training',
     )
+    parser.add_argument(
+        '--no-census', action='store_true', help='do not count and judge the data before training'
+    )
     args = parser.parse_args(separate_config(sys.argv[1:] if argv is None else argv))
     config = load_config(args, ('train_dataloader', 'train_cfg', 'optim_wrapper'))
 
@@ -90,8 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.resume = 'auto' if args.resume == 'auto' else True
         if args.resume != 'auto':
             config.load_from = args.resume
-    if args.no_dry_run:
-        config.default_hooks = {**(config.get('default_hooks') or {}), 'dry_run': None}
+    for name, is_off in (('census', args.no_census), ('dry_run', args.no_dry_run)):
+        if is_off:
+            config.default_hooks = {**(config.get('default_hooks') or {}), name: None}
     check_files(config, ['train_dataloader', 'val_dataloader'])
     check_work_dir(config)
     compile_settings = config.pop('compile', False)

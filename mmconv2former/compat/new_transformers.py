@@ -7,12 +7,10 @@ mmpretrain's multimodal networks need transformers 4. With 5, importing mmpretra
 
 from __future__ import annotations
 
-from importlib.abc import Loader
-from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
+from typing import Any
 
-from .finder import find_changed
+from .finder import change_after_import
 
 NAME = 'mmpretrain.utils.dependency'
 FIRST_UNKNOWN = 5
@@ -28,25 +26,9 @@ def install() -> None:
     except (PackageNotFoundError, ValueError):
         return
     if major >= FIRST_UNKNOWN:
-        find_changed(NAME, without_multimodal)
+        change_after_import(NAME, without_multimodal)
 
 
-def without_multimodal(spec: ModuleSpec | None) -> ModuleSpec | None:
-    """Changes the loader of the module in which mmpretrain decides what it has."""
-    if spec is not None and spec.loader is not None:
-        spec.loader = WithoutMultimodal(spec.loader)
-    return spec
-
-
-class WithoutMultimodal(Loader):
-    """Loads the module and decides that there are none."""
-
-    def __init__(self, stock: Loader) -> None:
-        self.stock = stock
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.stock.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.stock.exec_module(module)
-        module.WITH_MULTIMODAL = False  # type: ignore[attr-defined]
+def without_multimodal(module: Any) -> None:
+    """Changes what mmpretrain says that it has."""
+    module.WITH_MULTIMODAL = False

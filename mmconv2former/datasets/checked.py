@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -115,12 +116,13 @@ class CheckedPipeline(Compose):
         self.ignore_index = getattr(dataset, 'ignore_index', None)
         # Only mmseg's datasets have both. Panoptic labels number segments, in three channels.
         self.has_class_labels = self.num_classes > 0 and self.ignore_index is not None
+        self.casts_labels = self.has_class_labels and any(map(casts_labels, nested(self)))
 
     def __call__(self, data: dict) -> dict | None:
         image, labels = data.get('img_path'), data.get('seg_map_path')
-        try:
+        with naming(image, labels):
             check_jpeg(image)
-            if self.has_class_labels:
+            if self.casts_labels:
                 check_label_mode(labels)
             check_boxes(data.get('instances') or ())
             known = set(data)
@@ -133,23 +135,63 @@ class CheckedPipeline(Compose):
                     known = set(data)
             if self.has_class_labels:
                 for sample in tree_flatten(data.get('data_samples'))[0]:
-                    self._check_classes(sample)
-        except Exception as error:  # of any transform
-            files = f'image {image}' + (f' with labels {labels}' if labels else '')
-            raise DataError(f'{files}: {reason(error)}') from error
+                    if 'gt_sem_seg' in (sample or ()):
+                        self._check_classes(sample.gt_sem_seg.data.numpy())
         return data
 
-    def _check_classes(self, sample: Any) -> None:
-        """Checks the values of packed labels."""
-        if 'gt_sem_seg' in (sample or ()):
-            labels = sample.gt_sem_seg.data
-            wrong = labels[(labels >= self.num_classes) & (labels != self.ignore_index)]
-            if len(wrong):
-                raise ValueError(
-                    f'labels {wrong.unique().tolist()[:5]} are not a class (0 to '
-                    f'{self.num_classes - 1}) and not {self.ignore_index} (ignored); these values '
-                    'are those after the pipeline (reduce_zero_label)'
-                )
+    def load_labels(self, data: dict) -> np.ndarray | None:
+        """The labels of a sample, (H, W), as the transform that loads them returns them.
+
+        None if no transform loads labels.
+
+        Raises:
+            DataError: They cannot be read, or have values that are not a class.
+        """
+        with naming(data.get('img_path'), data.get('seg_map_path')):
+            if self.casts_labels:
+                check_label_mode(data.get('seg_map_path'))
+            for transform in self.transforms:
+                data = transform(data)
+                if not isinstance(data, Mapping):
+                    return None
+                if 'gt_seg_map' in data:
+                    check_sizes(data, {'gt_seg_map'})
+                    self._check_classes(data['gt_seg_map'])
+                    return data['gt_seg_map']
+        return None
+
+    def _check_classes(self, labels: np.ndarray) -> None:
+        """Checks the values of labels."""
+        wrong = labels[(labels >= self.num_classes) & (labels != self.ignore_index)]
+        if len(wrong):
+            raise ValueError(
+                f'labels {np.unique(wrong).tolist()[:5]} are not a class (0 to '
+                f'{self.num_classes - 1}) and not {self.ignore_index} (ignored); these values '
+                'are those after the pipeline (reduce_zero_label)'
+            )
+
+
+@contextmanager
+def naming(image: Any, labels: Any) -> Iterator[None]:
+    """Turns any error into one that names the files of the sample."""
+    try:
+        yield
+    except Exception as error:  # of any transform
+        files = f'image {image}' + (f' with labels {labels}' if labels else '')
+        raise DataError(f'{files}: {reason(error)}') from error
+
+
+def nested(pipeline: Any) -> Iterator[Any]:
+    """All transforms of a pipeline, also those inside others (`TestTimeAug`)."""
+    for part in tree_flatten(getattr(pipeline, 'transforms', ()))[0]:
+        yield part
+        yield from nested(part)
+
+
+def casts_labels(transform: Any) -> bool:
+    """Whether a transform reads labels as mmseg's `LoadAnnotations` does, which casts to 8 bits."""
+    reader = getattr(transform, '_load_seg_map', None)
+    return getattr(reader, '__module__', '').startswith(('mmcv.', 'mmseg.'))
 
 
 def check_jpeg(path: Any) -> None:
@@ -175,7 +217,7 @@ def check_jpeg(path: Any) -> None:
 
 
 def check_label_mode(path: Any) -> None:
-    """Checks that labels have one channel of 8 bits; mmseg casts others without a warning.
+    """Checks that labels have one channel of 8 bits; mmseg's loader casts others silently.
 
     Raises:
         ValueError: The labels have another format.
@@ -186,7 +228,10 @@ def check_label_mode(path: Any) -> None:
     except (OSError, AttributeError):
         return  # no path, or a file that only the pipeline can read
     if mode not in LABEL_MODES:
-        raise ValueError(f'labels must have one channel of 8 bits, got Pillow mode {mode!r}')
+        raise ValueError(
+            f'labels must have one channel of 8 bits, got Pillow mode {mode!r}: convert them, or '
+            'read them with a transform of your own instead of LoadAnnotations'
+        )
 
 
 def check_boxes(instances: Iterable[Mapping]) -> None:

@@ -111,6 +111,7 @@ class ReliableRunner(Runner):
             'log_length': 'LogLengthHook',
             'batch_images': 'BatchImagesHook',
             'finite_loss': 'FiniteLossHook',
+            'census': 'CensusHook',
             'dry_run': 'DryRunHook',
         }
         for name, type_ in ours.items():

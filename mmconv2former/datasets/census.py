@@ -1,0 +1,477 @@
+"""What is in the datasets of a run, and what of it is odd or cannot teach.
+
+`take_census` counts images, objects and classes, `problems_of` and `oddities_of` judge the counts,
+`table_of` prints them. Objects are counted in full, from annotations in memory. Masks are files:
+an even sample of them is read, unless all are wanted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from .checked import DataError, leaves
+
+MASKS_READ = 200  # of each dataset, at the start of a run
+LABELS_READ = 200_000  # images of a classification set
+CLASSES_SHOWN = 30  # of more classes the table has the ENDS_SHOWN largest and smallest
+ENDS_SHOWN = 5
+NAMES_SHOWN = 5
+TOLERANCE = 1.0  # pixels by which a box may leave its image
+ODD_SHARE = 0.1  # of the objects of a dataset: less is noise that any dataset has
+IMAGE_SUFFIXES = {
+    *('.jpg', '.jpeg', '.jfif', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif', '.ppm', '.pgm'),
+    *('.heic', '.avif'),
+}
+
+
+@dataclass
+class Census:
+    """The counts of one dataset.
+
+    Attributes:
+        split: 'train' or 'val' ('test').
+        kind: 'objects' (detection), 'pixels' (segmentation) or 'images' (classification).
+        classes: Names of the classes.
+        images: Images that are used.
+        read: Images or masks that were counted.
+        counts: Objects, pixels or images of each class that can teach.
+        rows: Further counts for the table, by name.
+        problems: What cannot teach, each in one line.
+        oddities: What is worth a warning.
+    """
+
+    split: str
+    kind: str
+    classes: list[str]
+    images: int
+    read: int
+    counts: list[int]
+    rows: dict[str, int | str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    oddities: list[str] = field(default_factory=list)
+
+    @property
+    def present(self) -> set[str]:
+        return {name for name, count in zip(self.classes, self.counts) if count}
+
+
+# ------------------------------------------------------------------------------------------ counts
+def count(split: str, dataset: Any, masks_read: int | None, workers: int = 0) -> Census | None:
+    """Counts one dataset without wrappers.
+
+    Args:
+        split: Its name in the table.
+        dataset: A dataset of mmdet, mmseg or mmpretrain, with a `CheckedPipeline`.
+        masks_read: The most masks to read; None reads all.
+        workers: Processes that read masks.
+
+    Returns:
+        None if this type of dataset cannot be counted.
+
+    Raises:
+        DataError: A mask cannot be used.
+    """
+    classes = [str(name) for name in getattr(dataset, 'metainfo', {}).get('classes') or ()]
+    if not classes or not hasattr(dataset, 'get_data_info'):
+        return None
+    info = dataset.get_data_info(0)
+    if 'instances' in info:
+        return count_objects(split, dataset, classes)
+    if 'gt_label' in info:
+        return count_labels(split, dataset, classes)
+    if getattr(getattr(dataset, 'pipeline', None), 'has_class_labels', False):
+        return count_pixels(split, dataset, classes, masks_read, workers)
+    return None
+
+
+def count_objects(split: str, dataset: Any, classes: list[str]) -> Census:
+    """Objects of a detection dataset, as mmdet keeps them: crowded ones teach nothing."""
+    labels: list[int] = []
+    crowded: list[bool] = []
+    boxes: list[Sequence[float]] = []
+    sizes: list[tuple[float, float]] = []
+    empty = 0
+    infinite = float('inf')
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        size = info.get('width', infinite), info.get('height', infinite)
+        objects = [item for item in info['instances'] if 'bbox_label' in item]
+        labels += [item['bbox_label'] for item in objects]
+        crowded += [bool(item.get('ignore_flag')) for item in objects]
+        boxes += [item['bbox'] for item in objects]
+        sizes += [size] * len(objects)
+        empty += all(item.get('ignore_flag') for item in objects)
+    usable = ~np.array(crowded, bool)
+    numbers = np.bincount(np.array(labels, int)[usable], minlength=len(classes))
+    census = Census(split, 'objects', classes, len(dataset), len(dataset), numbers.tolist())
+    rows = census.rows
+    if hasattr(dataset, 'all_images'):
+        rows['images of the file that are not used'] = len(dataset.all_images) - len(dataset)
+    rows['images without usable objects'] = empty
+    rows['objects used'] = int(usable.sum())
+    rows['objects crowded'] = len(labels) - int(usable.sum())
+    annotated = getattr(dataset, 'cat_img_map', None)  # images of each object, by category
+    if annotated is not None and getattr(dataset, '_indices', None) is None:
+        ours = sum(len(annotated.get(id_, ())) for id_ in dataset.cat_ids)
+        rows['objects of other categories'] = sum(map(len, annotated.values())) - ours
+        dropped = ours - len(labels)
+        rows['objects dropped (no area, outside)'] = dropped
+        if dropped > ODD_SHARE * ours:
+            census.oddities.append(f'{dropped:,} of {ours:,} objects have no area in their image')
+    census.oddities += judge_boxes(np.array(boxes, float).reshape(-1, 4), sizes, rows)
+    if not usable.any():
+        found = f'all {len(labels):,} objects are crowded (iscrowd=1)' if labels else 'no objects'
+        census.problems.append(f'no usable object: {found}')
+    return census
+
+
+def judge_boxes(
+    boxes: np.ndarray, sizes: Sequence[tuple[float, float]], rows: dict[str, int | str]
+) -> Iterator[str]:
+    """Counts boxes, (N, 4) as x1, y1, x2, y2, that leave their images, (N, 2) as width, height."""
+    if len(boxes) == 0:
+        return
+    low, high = boxes[:, :2], boxes[:, 2:]
+    outside = ((low < -TOLERANCE) | (high > np.array(sizes) + TOLERANCE)).any(1)
+    rows['boxes that leave their image'] = percent(outside.mean())
+    if outside.mean() > ODD_SHARE:
+        # A corner that was taken for a size is beyond the other corner.
+        mark = ' and each is wider and higher than its x and y' * bool((high - low >= low).all())
+        yield (
+            f'{percent(outside.mean())} of the boxes leave their image{mark}: they may be written '
+            'as x1, y1, x2, y2; COCO has x, y, width, height'
+        )
+
+
+def count_labels(split: str, dataset: Any, classes: list[str]) -> Census:
+    """Images of a classification dataset; those with several labels count for each."""
+    numbers = np.zeros(len(classes), int)
+    indices = spread(len(dataset), LABELS_READ)
+    beyond = 0
+    for index in indices:
+        labels = np.unique(np.atleast_1d(dataset.get_data_info(index)['gt_label'])).astype(int)
+        inside = (labels >= 0) & (labels < len(classes))
+        beyond += not inside.all()
+        numbers[labels[inside]] += 1
+    census = Census(split, 'images', classes, len(dataset), len(indices), numbers.tolist())
+    if beyond:
+        census.problems.append(
+            f'{beyond:,} images have labels that are not a class (0 to {len(classes) - 1})'
+        )
+    return census
+
+
+def count_pixels(
+    split: str, dataset: Any, classes: list[str], most: int | None, workers: int
+) -> Census:
+    """Pixels of a segmentation dataset, with labels as its pipeline loads them.
+
+    If the sample of masks has one class only, others are read until there is a second.
+    """
+    masks = Masks(dataset, len(classes))
+    numbers = np.zeros(len(classes) + 1, int)  # the last one: ignored
+    first = spread(len(dataset), len(dataset) if most is None else most)
+    taken = set(first)
+    rest = (index for index in range(len(dataset)) if index not in taken)
+    read = 0
+    for found in masks.read(first, workers):
+        numbers += found
+        read += 1
+    if not numbers.any():  # the pipeline loads no labels
+        return Census(split, 'pixels', classes, len(dataset), 0, [0] * len(classes))
+    while (numbers[:-1] > 0).sum() < 2 and (index := next(rest, None)) is not None:
+        numbers += masks[index]
+        read += 1
+    census = Census(split, 'pixels', classes, len(dataset), read, numbers[:-1].tolist())
+    census.rows['masks read'] = f'{read:,} of {len(dataset):,}'
+    census.rows['pixels ignored'] = percent(numbers[-1] / numbers.sum())
+    ignored = f'{dataset.ignore_index} is ignored ({percent(numbers[-1] / numbers.sum())})'
+    if len(census.present) < 2:
+        only = ' and '.join(f'class {name!r}' for name in census.present) or 'no class'
+        words = f'the masks have {only} only, and {ignored}'
+        words += ': write the second class as 1' if numbers[-1] and len(classes) == 2 else ''
+        # Validation may have negative examples only.
+        (census.problems if split == 'train' else census.oddities).append(words)
+    return census
+
+
+class Masks(Dataset):
+    """Pixels of each class and ignored ones in each mask of a dataset, (classes + 1,)."""
+
+    def __init__(self, dataset: Any, num_classes: int) -> None:
+        self.dataset, self.num_classes = dataset, num_classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        labels = self.dataset.pipeline.load_labels(self.dataset.get_data_info(index))
+        if labels is None:
+            return np.zeros(self.num_classes + 1, int)
+        is_ignored = labels == self.dataset.ignore_index
+        numbers = np.bincount(labels[~is_ignored].ravel(), minlength=self.num_classes)
+        return np.append(numbers, is_ignored.sum())
+
+    def read(self, indices: Sequence[int], workers: int) -> Iterable[np.ndarray]:
+        """The counts of some masks, in their order."""
+        if not workers:
+            return (self[index] for index in indices)
+        return DataLoader(
+            self, batch_size=None, sampler=indices, num_workers=workers, collate_fn=np.asarray
+        )
+
+
+# ------------------------------------------------------------------------------------------- files
+@dataclass
+class Files:
+    """Image files of the datasets of a split.
+
+    Attributes:
+        used: Paths of the images that are used.
+        named: Paths that the annotations name, used or not, and those of masks.
+        missing: Files that the datasets use and that do not exist.
+        twice: Number of images that a dataset has more than once.
+    """
+
+    used: set[str] = field(default_factory=set)
+    named: set[str] = field(default_factory=set)
+    missing: list[str] = field(default_factory=list)
+    twice: int = 0
+
+
+def files_of(datasets: Iterable[Any]) -> Files:
+    """The files of local datasets; those of others are left out."""
+    files = Files()
+    for dataset in datasets:
+        if not hasattr(dataset, 'get_data_info') or len(dataset) > LABELS_READ:
+            continue
+        infos = (dataset.get_data_info(index) for index in range(len(dataset)))
+        pairs = [(info.get('img_path'), info.get('seg_map_path')) for info in infos]
+        images = [str(path) for path, _ in pairs if is_local(path)]
+        masks = [str(path) for _, path in pairs if is_local(path)]
+        files.used.update(images)
+        files.named.update(images, masks, map(str, getattr(dataset, 'all_images', ())))
+        files.missing += missing([*images, *masks])
+        files.twice += len(images) - len(set(images))
+    return files
+
+
+def is_local(path: Any) -> bool:
+    """Whether a value is a path, and not one of a remote storage."""
+    return isinstance(path, (str, os.PathLike)) and '://' not in str(path)
+
+
+def by_folder(paths: Iterable[str]) -> dict[str, set[str]]:
+    """Names of files by folder."""
+    folders = defaultdict(set)
+    for path in paths:
+        folder, name = os.path.split(path)
+        folders[folder].add(name)
+    return folders
+
+
+def listed(folder: str) -> set[str]:
+    """The names in a folder; none if it cannot be read."""
+    try:
+        return set(os.listdir(folder or '.'))
+    except OSError:
+        return set()
+
+
+def missing(paths: Iterable[str]) -> list[str]:
+    """Those of some paths that do not exist; folders that do not exist are other storage."""
+    return [
+        os.path.join(folder, name)
+        for folder, names in by_folder(paths).items()
+        if os.path.isdir(folder or '.')
+        for name in sorted(names - listed(folder))
+    ]
+
+
+def unnamed(named: set[str], used: set[str]) -> Counter[str]:
+    """Image files beside used ones that no dataset names, by suffix."""
+    known = by_folder(named)
+    return Counter(
+        os.path.splitext(name)[1].lower()
+        for folder in by_folder(used)
+        for name in listed(folder) - known[folder]
+        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith('.')
+    )
+
+
+# ------------------------------------------------------------------------------------------ report
+@dataclass
+class Report:
+    """What the census found in all datasets of a run."""
+
+    lines: list[str]
+    problems: list[str]
+    oddities: list[str]
+
+
+def take_census(
+    datasets: dict[str, Any],
+    masks_read: int | None = MASKS_READ,
+    workers: int = 0,
+    counter: Callable[..., Census | None] = count,
+) -> Report:
+    """Counts all datasets of a run.
+
+    Args:
+        datasets: Whole datasets by split, wrappers included.
+        masks_read: The most masks to read of each dataset; None reads all.
+        workers: Processes that read masks.
+        counter: Function like `count`, such as one that remembers.
+
+    Raises:
+        DataError: A mask cannot be used.
+    """
+    censuses, notes, problems, oddities = [], [], [], []
+    files = {}
+    for split, whole in datasets.items():
+        parts = list({id(leaf): leaf for leaf in leaves(whole)}.values())
+        for number, dataset in enumerate(parts, 1):
+            name = split if len(parts) == 1 else f'{split} {number}'
+            try:
+                census = counter(split, dataset, masks_read, workers)
+            except DataError:
+                raise
+            except Exception as error:  # a dataset of another library may be anything
+                words = ' '.join(f'{type(error).__name__}: {error}'.split())
+                notes.append(f'{name}: {type(dataset).__name__} is not counted: {words}')
+                continue
+            if census is None:
+                notes.append(f'{name}: {type(dataset).__name__} is not counted')
+                continue
+            place = f'{name} ({place_of(dataset)})'
+            problems += [f'{place}: {text}' for text in census.problems]
+            oddities += [f'{place}: {text}' for text in census.oddities]
+            censuses.append(census)
+        files[split] = files_of(parts)
+        if files[split].missing:
+            first, *others = files[split].missing
+            problems.append(f'{split}: {len(others) + 1:,} files are missing, the first is {first}')
+        if files[split].twice:
+            oddities.append(f'{split}: {files[split].twice:,} images are listed more than once')
+    problems += one_class(censuses)
+    named = set().union(*(found.named for found in files.values()))
+    for census in censuses:
+        skipped = unnamed(named, files[census.split].used)
+        text = ', '.join(f'{count:,} {suffix}' for suffix, count in skipped.most_common(3))
+        census.rows['images in the folders that are not named'] = text or 0
+    training = files.get('train', Files())
+    for split in files.keys() - {'train'}:
+        shared = len(training.used & files[split].used)
+        if shared:
+            oddities.append(f'{shared:,} of {len(files[split].used):,} {split} images are trained')
+        oddities += untrained(censuses, split, notes)
+    return Report([*table_of(censuses), *notes], problems, oddities)
+
+
+def one_class(censuses: Sequence[Census]) -> Iterator[str]:
+    """Classification needs two classes; detection has the background as another."""
+    parts = [c for c in censuses if c.kind == 'images' and c.split == 'train']
+    present = set().union(*(part.present for part in parts))
+    if parts and len(present) < 2 and all(part.read == part.images for part in parts):
+        yield f'train: all images are of class {"".join(present)!r}'
+
+
+def untrained(censuses: Sequence[Census], split: str, notes: list[str]) -> Iterator[str]:
+    """Classes of a split without training data: a note, or a warning if they are many."""
+    training = [census for census in censuses if census.split == 'train']
+    if not training or any(census.read < census.images for census in training):
+        return
+    trained = set().union(*(census.present for census in training))
+    evaluated = [census for census in censuses if census.split == split]
+    if {census.kind for census in evaluated} != {census.kind for census in training}:
+        return
+    unknown = {
+        name: number
+        for census in evaluated
+        for name, number in zip(census.classes, census.counts)
+        if number and name not in trained
+    }
+    total = sum(sum(census.counts) for census in evaluated)
+    if unknown:
+        share = sum(unknown.values()) / total
+        kind = evaluated[0].kind
+        words = f'{split}: {percent(share)} of the {kind} are of classes without training data: '
+        words += shortened(sorted(unknown))
+        if share > ODD_SHARE:
+            yield words
+        else:
+            notes.append(words)
+
+
+def place_of(dataset: Any) -> str:
+    """The annotation file of a dataset, or its folder of images."""
+    prefixes = getattr(dataset, 'data_prefix', None)
+    folders = list(prefixes.values()) if isinstance(prefixes, dict) else []
+    return str(getattr(dataset, 'ann_file', '') or (folders or [type(dataset).__name__])[-1])
+
+
+def table_of(censuses: Sequence[Census]) -> list[str]:
+    """The counts side by side, and the classes by frequency in training."""
+    if not censuses:
+        return []
+    names = [census.split for census in censuses]
+    titles = [
+        name if names.count(name) == 1 else f'{name} {names[:i].count(name) + 1}'
+        for i, name in enumerate(names)
+    ]
+    rows: list[list[str]] = [['', *titles]]
+    rows.append(['images', *(f'{census.images:,}' for census in censuses)])
+    for key in dict.fromkeys(key for census in censuses for key in census.rows):
+        values = [census.rows.get(key, '-') for census in censuses]
+        rows.append([key, *(f'{v:,}' if isinstance(v, int) else v for v in values)])
+    found = [f'{len(census.present)} of {len(census.classes)}' for census in censuses]
+    rows.append(['classes that occur', *found])
+    numbers = [dict(zip(census.classes, census.counts)) for census in censuses]
+    order = sorted(dict.fromkeys(name for n in numbers for name in n),
+                   key=lambda name: -numbers[0].get(name, 0))  # fmt: skip
+    if len(order) > CLASSES_SHOWN:
+        order = [name for name in order if numbers[0].get(name)]
+    cut = len(order) - 2 * ENDS_SHOWN if len(order) > CLASSES_SHOWN else 0
+    for place, name in enumerate(order):
+        if cut and place == ENDS_SHOWN:
+            rows.append([f'  ... {cut} classes ...', *('' for _ in censuses)])
+        if not cut or not ENDS_SHOWN <= place < ENDS_SHOWN + cut:
+            cells = [share_or_count(c, n.get(name)) for c, n in zip(censuses, numbers)]
+            rows.append([f'  {name}', *cells])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
+
+
+def share_or_count(census: Census, number: int | None) -> str:
+    """The count of a class as text: of pixels, the share."""
+    if number is None:
+        return '-'
+    if census.kind == 'pixels':
+        return percent(number / max(1, sum(census.counts)))
+    return f'{number:,}'
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first names of a list that may be long."""
+    more = f' and {len(names) - NAMES_SHOWN} more' if len(names) > NAMES_SHOWN else ''
+    return ', '.join(names[:NAMES_SHOWN]) + more
+
+
+def percent(share: float) -> str:
+    """A share as text; a small one is not 0%."""
+    return '0%' if share == 0 else f'{share:.1%}' if share >= 0.001 else '<0.1%'
+
+
+def spread(length: int, most: int) -> list[int]:
+    """At most `most` indices, evenly spread, with the first and the last."""
+    return np.unique(np.linspace(0, length - 1, min(length, most)).round()).astype(int).tolist()

@@ -1,0 +1,250 @@
+"""The census at the start of a run: classes that agree, a table in the log, warnings, refusals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.hooks import Hook
+from torch import nn
+
+from ..registry import HOOKS, register
+from .census import Census, Report, count, shortened, spread, take_census
+from .checked import DataError, leaves
+
+FILE = 'census.json'  # in the work dir
+FORMAT = 1  # of that file and of the counts in it
+MMSEG_IGNORES = 255  # datasets that do not say
+HEADS = ('bbox_head', 'decode_head', 'head')
+ADVICE = '. Correct the data, or skip this check: --no-census'
+
+
+@register(HOOKS)
+class CensusHook(Hook):
+    """Counts what is in the datasets before training, and refuses what cannot teach.
+
+    - Image folders of validation and test get the class numbers of training.
+    - The heads have enough outputs, and all parts ignore the same label.
+    - The main process counts images, objects and classes (see `census`), and logs the table. The
+      counts are kept in `census.json` in the work dir, until the files change.
+
+    Raises:
+        DataError: The data cannot teach, or parts of the run disagree (in all processes).
+    """
+
+    priority = 'NORMAL'  # before the dry run
+
+    def __init__(self) -> None:
+        self.classes: Sequence[str] | None = None  # of the checkpoint
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        meta = checkpoint.get('meta') or {}
+        self.classes = (meta.get('dataset_meta') or {}).get('classes')
+
+    def before_train(self, runner: Any) -> None:
+        training = runner.train_dataloader.dataset
+        for leaf in leaves(training):
+            if hasattr(leaf, 'folder_to_idx'):
+                self._follow(runner, runner.val_loop, leaf.metainfo['classes'])
+        outcome: list[Any] = [None]
+        if is_main_process():
+            start = time.monotonic()
+            try:
+                report = self._report(runner, training)
+                outcome = [report.problems]
+                seconds = time.monotonic() - start
+                runner.logger.info('\n'.join([f'Census of the data ({seconds:.1f} s):',
+                                              *report.lines]))  # fmt: skip
+                for text in report.oddities:
+                    runner.logger.warning(f'Data: {text}')
+            except DataError as error:
+                outcome = [[str(error)]]
+        broadcast_object_list(outcome)
+        if outcome[0]:
+            first, *others = outcome[0]
+            more = f' (and {len(others)} more, see the log)' if others else ''
+            if is_main_process():
+                for text in others:
+                    runner.logger.error(f'Data: {text}')
+            raise DataError(first + more + ADVICE)
+
+    def before_val(self, runner: Any) -> None:
+        if runner._train_loop is None:  # validation alone
+            self._follow(runner, runner.val_loop, self.classes)
+
+    def before_test(self, runner: Any) -> None:
+        self._follow(runner, runner.test_loop, self.classes)
+
+    def _follow(self, runner: Any, loop: Any, classes: Sequence[str] | None) -> None:
+        """Gives the image folders of a loop these class numbers."""
+        if loop is None or classes is None:
+            return
+        changed = [leaf for leaf in leaves(loop.dataloader.dataset) if follow(leaf, classes)]
+        for leaf in changed:
+            loop.evaluator.dataset_meta = leaf.metainfo
+            runner.visualizer.dataset_meta = leaf.metainfo
+            runner.logger.info(
+                f'{leaf.img_prefix} has {len(leaf.folder_to_idx)} of the {len(classes)} classes of '
+                'training, and gets their numbers.'
+            )
+
+    def _report(self, runner: Any, training: Any) -> Report:
+        datasets = {'train': training}
+        metrics: Sequence[Any] = ()
+        if runner.val_loop is not None:
+            datasets['val'] = runner.val_loop.dataloader.dataset
+            metrics = runner.val_loop.evaluator.metrics
+        problems = list(disagreements(datasets, runner.model, metrics))
+        report = take_census(datasets, counter=Memory(Path(runner.work_dir, FILE)))
+        report.problems[:0] = problems
+        return report
+
+
+# ----------------------------------------------------------------------------------------- classes
+def follow(dataset: Any, classes: Sequence[str]) -> bool:
+    """Gives the folders of mmpretrain's `CustomDataset` other class numbers.
+
+    Args:
+        dataset: Any dataset.
+        classes: Names in the order of the numbers.
+
+    Returns:
+        Whether numbers changed.
+
+    Raises:
+        DataError: The dataset has a folder that is no class.
+    """
+    folders = getattr(dataset, 'folder_to_idx', None)
+    if folders is None or tuple(dataset.metainfo['classes']) == tuple(classes):
+        return False
+    # Folders such as n01440764 have other names than their classes.
+    if set(dataset.metainfo['classes']) != set(folders):
+        return False
+    unknown = sorted(set(folders) - set(classes))
+    if unknown:
+        raise DataError(
+            f'{dataset.img_prefix} has folders that are not a class of training: '
+            f'{shortened(unknown)}; training has {shortened(classes)}'
+        )
+    dataset._metainfo['classes'] = tuple(classes)
+    dataset._fully_initialized = False
+    dataset.full_init()  # numbers by name, see compat.image_folders
+    return True
+
+
+# ------------------------------------------------------------------------------------------- parts
+def disagreements(
+    datasets: dict[str, Any], model: nn.Module, metrics: Sequence[Any]
+) -> Iterator[str]:
+    """Parts of a run that have fewer outputs than classes, or ignore other labels."""
+    modules = list(model.named_modules())
+    heads = {
+        name: module
+        for name, module in modules
+        if last_word(name) in HEADS and is_number(module, 'num_classes')
+    }
+    for split, whole in datasets.items():
+        for leaf in leaves(whole):
+            info = getattr(leaf, 'metainfo', {})
+            known = len(info.get('classes') or ())
+            if getattr(leaf, 'return_classes', False) or 'thing_classes' in info:
+                continue  # open vocabulary, panoptic
+            for name, head in heads.items():
+                if head.num_classes < known:
+                    yield (
+                        f'model.{name}.num_classes={head.num_classes}, but {split} has {known} '
+                        'classes: set it to this in every head'
+                    )
+    ignored = {
+        f'model.{name}': module.ignore_index
+        for name, module in modules
+        if last_word(name).endswith('_head')
+        and is_number(module, 'num_classes')
+        and is_number(module, 'ignore_index')
+    }
+    for metric in metrics:
+        if is_number(metric, 'ignore_index'):
+            ignored[f'val_evaluator ({type(metric).__name__})'] = metric.ignore_index
+    for split, whole in datasets.items():
+        for leaf in leaves(whole):
+            # The default in mmseg has no effect, as long as no mask has this label.
+            if ignored and getattr(leaf, 'ignore_index', MMSEG_IGNORES) != MMSEG_IGNORES:
+                ignored[f'{split}_dataloader.dataset'] = leaf.ignore_index
+    if len(set(ignored.values())) > 1:
+        found = ', '.join(f'{value} in {place}' for place, value in ignored.items())
+        yield f'ignore_index differs: {found}; all must have the same'
+
+
+def last_word(name: str) -> str:
+    """The last part of a module's name that is not a number: `bbox_head` of `bbox_head.0`."""
+    words = [part for part in name.split('.') if not part.isdigit()]
+    return words[-1] if words else ''
+
+
+def is_number(module: Any, name: str) -> bool:
+    """Whether an object has an attribute that is a number."""
+    return isinstance(getattr(module, name, None), int)
+
+
+# ------------------------------------------------------------------------------------------ memory
+class Memory:
+    """`census.count`, with the counts of unchanged files kept in a file.
+
+    Args:
+        path: The file; it may be missing or broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {}
+        try:
+            content = json.loads(path.read_text())
+            if content['format'] == FORMAT:
+                self.known = content['counts']
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # counted again
+
+    def __call__(
+        self, split: str, dataset: Any, masks_read: int | None, workers: int
+    ) -> Census | None:
+        key = key_of(split, dataset, masks_read)
+        if key in self.known:
+            return Census(**self.known[key])
+        census = count(split, dataset, masks_read, workers)
+        if key is not None and census is not None:
+            self.known[key] = asdict(census)
+            with suppress(OSError):  # a full disk is reported by the dry run
+                self.path.write_text(json.dumps(dict(format=FORMAT, counts=self.known), indent=1))
+        return census
+
+
+def key_of(split: str, dataset: Any, masks_read: int | None) -> str | None:
+    """A key that changes with all that the counts depend on; None if that cannot be said.
+
+    Objects depend on the annotation file, masks on the files that are read.
+    """
+    if hasattr(dataset, 'all_images'):
+        paths = [dataset.ann_file]
+    elif getattr(getattr(dataset, 'pipeline', None), 'has_class_labels', False):
+        indices = spread(len(dataset), len(dataset) if masks_read is None else masks_read)
+        paths = [dataset.get_data_info(index).get('seg_map_path') for index in indices]
+    else:
+        return None
+    try:
+        files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    except (OSError, TypeError):
+        return None
+    names = ('filter_cfg', '_indices', 'ignore_index', 'reduce_zero_label', 'label_map')
+    settings = [repr(getattr(dataset, name, None)) for name in names]
+    steps = [repr(step) for step in getattr(dataset.pipeline, 'transforms', ())]
+    content = [split, type(dataset).__name__, dataset.metainfo['classes'], len(dataset)]
+    whole = repr([*content, *settings, steps, files])
+    return hashlib.sha256(whole.encode()).hexdigest()
