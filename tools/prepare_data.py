@@ -2,11 +2,15 @@
 
     python tools/prepare_data.py coco                 # data/coco
     python tools/prepare_data.py ade --root /data/ADEChallengeData2016
+    python tools/prepare_data.py configs/custom/mask_rcnn_shapes.py     # the data of any config
 
-Reads every annotation and decodes every image, in as many processes as there are cores. An error
-would stop a run or spoil its result, and makes the exit status 1. A note is worth knowing, such as
-a count that is not the official one. If files are missing, the tool says what to download and where
-each file goes.
+For COCO and ADE20K in their official layouts, reads every annotation and decodes every image, in as
+many processes as there are cores. An error would stop a run or spoil its result, and makes the exit
+status 1. A note is worth knowing, such as a count that is not the official one. If files are
+missing, the tool says what to download and where each file goes.
+
+For a config, loads every sample of its training and validation data as a run would, names those
+that cannot be used, and prints the census that a run logs, here of all masks.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from common.cli import add_config_arguments, check_files, load_config
 from common.data_layout import (
     ADE_CLASSES,
     ADE_IMAGES,
@@ -33,8 +38,14 @@ from common.data_layout import (
     DEFAULT_ROOT,
     HOW_TO_GET,
 )
+from mmengine.registry import init_default_scope
 from PIL import ExifTags, Image
 from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
+
+from mmconv2former.datasets.census import take_census
+from mmconv2former.datasets.census_hook import folder_classes, follow
+from mmconv2former.datasets.checked import CheckedDataset, DataError
 
 from mmconv2former.datasets.images import open_image
 
@@ -60,9 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('dataset', choices=CHECKS)
+    parser.add_argument('dataset', help=f'{", ".join(CHECKS)}, or a config file')
     parser.add_argument(
-        '--root', type=Path, help=f'folder of the dataset (default: {DEFAULT_ROOT})'
+        '--root',
+        type=Path,
+        help=f'folder of the dataset (default: {DEFAULT_ROOT}, or that of the config)',
     )
     parser.add_argument(
         '--workers',
@@ -74,17 +87,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f'--workers must be at least 1, got {args.workers}')
-    root = args.root or Path(DEFAULT_ROOT[args.dataset])
+    if args.dataset in CHECKS:
+        root = args.root or Path(DEFAULT_ROOT[args.dataset])
+        found_all = CHECKS[args.dataset](root, args.workers)
+    elif args.dataset.endswith('.py'):
+        root = Path(args.dataset)
+        found_all = check_config_data(args.dataset, args.root, args.workers)
+    else:
+        parser.error(f'{args.dataset!r} is none of {", ".join(CHECKS)}, and no config (*.py)')
 
     items: dict[tuple[bool, str], list[str]] = defaultdict(list)
-    for finding in CHECKS[args.dataset](root, args.workers):
+    for finding in found_all:
         items[not finding.is_error, finding.kind].append(finding.item)
     if args.report is not None:
         args.report.write_text(''.join(f'{line}\n' for line in report(items)))
     print('\n'.join(report(items, SHOWN)))
     errors = [kind for is_note, kind in items if not is_note]
     if errors:
-        if any('missing' in kind for kind in errors):
+        if args.dataset in CHECKS and any('missing' in kind for kind in errors):
             print('\n' + HOW_TO_GET[args.dataset].format(root=root))
         found = '1 kind' if len(errors) == 1 else f'{len(errors)} kinds'
         raise SystemExit(f'\n{root} is not ready: {found} of errors, see above')
@@ -313,6 +333,60 @@ def check_pair(stem: str, images: Path, labels: Path) -> tuple[list[Finding], se
         text = f'{path}: {label_size}, its image is {size}'
         findings.append(Finding('labels of another size than their image', text))
     return findings, values
+
+
+# --------------------------------------------------------------------------------------- any config
+def check_config_data(config_path: str, root: Path | None, workers: int) -> Iterator[Finding]:
+    """The training and validation data of a config: the census, and every sample loaded once."""
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    parser.set_defaults(config=config_path, data_root=root and str(root))
+    config = load_config(parser.parse_args([]), ('train_dataloader',))
+    check_files(config, ['train_dataloader', 'val_dataloader'])
+    init_default_scope(config.get('default_scope') or 'mmengine')
+    datasets: dict[str, CheckedDataset] = {}
+    for split in ('train', 'val'):
+        loader = config.get(f'{split}_dataloader')
+        try:
+            if loader is not None:
+                datasets[split] = CheckedDataset(loader.dataset)
+        except DataError as error:
+            yield Finding('dataset cannot be read', str(error))
+    if 'train' in datasets and 'val' in datasets:
+        follow(datasets['val'], folder_classes(datasets['train']))
+    is_usable = True
+    for split, dataset in datasets.items():
+        loader = DataLoader(Samples(dataset), batch_size=None, num_workers=workers, collate_fn=str)
+        for text in track(loader, description=split, total=len(dataset)):
+            if text:
+                is_usable = False
+                yield Finding('sample cannot be used', f'{split}: {text}')
+    try:
+        census = take_census(datasets, masks_read=None, workers=workers)
+    except DataError as error:
+        if is_usable:  # otherwise it is named above
+            yield Finding('labels cannot be counted', str(error))
+        return
+    print('\n'.join(census.lines))
+    yield from (Finding('cannot teach', text) for text in census.problems)
+    yield from (Finding('odd', text, is_error=False) for text in census.oddities)
+
+
+class Samples(Dataset):
+    """What is wrong with each sample of a dataset; '' if it can be used."""
+
+    def __init__(self, dataset: CheckedDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            _ = self.dataset[index]
+        except DataError as error:
+            return str(error)
+        return ''
 
 
 CHECKS: dict[str, Callable[[Path, int], Iterator[Finding]]] = {

@@ -24,7 +24,12 @@ def install() -> None:
 
 def change_reader(module: Any) -> None:
     """Makes mmdet's `COCO` order categories by name, and check and renumber ids."""
-    stock_categories, stock_index = module.COCO.getCatIds, module.COCO.createIndex
+    stock_init, stock_index = module.COCO.__init__, module.COCO.createIndex
+    stock_categories = module.COCO.getCatIds
+
+    def init(self: Any, annotation_file: Any = None) -> None:
+        self.annotation_file = annotation_file
+        stock_init(self, annotation_file)
 
     def categories_by_name(
         self: Any, catNms: Sequence[str] = (), supNms: Sequence = (), catIds: Sequence = ()
@@ -40,8 +45,8 @@ def change_reader(module: Any) -> None:
         ids = {image['id'] for image in images}
         if len(ids) < len(images):
             raise ValueError(
-                f'{len(images) - len(ids)} of {len(images)} images have the id of another image; '
-                'give each its own id, in annotations as image_id too'
+                f'{self.annotation_file}: {len(images) - len(ids)} of {len(images)} images have '
+                'the id of another image; give each its own, in annotations as image_id too'
             )
         annotations = self.dataset.get('annotations', ())
         if any(annotation.get('id') == 0 for annotation in annotations):
@@ -51,6 +56,7 @@ def change_reader(module: Any) -> None:
                     annotation['id'] = number
         stock_index(self)
 
+    module.COCO.__init__ = init
     module.COCO.getCatIds = categories_by_name
     module.COCO.createIndex = create_index
 

@@ -7,7 +7,9 @@ an even sample of them is read, unless all are wanted.
 
 from __future__ import annotations
 
+import math
 import os
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -93,21 +95,21 @@ def count(split: str, dataset: Any, masks_read: int | None, workers: int = 0) ->
 
 def count_objects(split: str, dataset: Any, classes: list[str]) -> Census:
     """Objects of a detection dataset, as mmdet keeps them: crowded ones teach nothing."""
-    labels: list[int] = []
-    crowded: list[bool] = []
-    boxes: list[Sequence[float]] = []
-    sizes: list[tuple[float, float]] = []
+    labels, crowded, boxes, sizes = array('q'), array('b'), array('d'), array('d')
     empty = 0
-    infinite = float('inf')
     for index in range(len(dataset)):
         info = dataset.get_data_info(index)
-        size = info.get('width', infinite), info.get('height', infinite)
-        objects = [item for item in info['instances'] if 'bbox_label' in item]
-        labels += [item['bbox_label'] for item in objects]
-        crowded += [bool(item.get('ignore_flag')) for item in objects]
-        boxes += [item['bbox'] for item in objects]
-        sizes += [size] * len(objects)
-        empty += all(item.get('ignore_flag') for item in objects)
+        size = info.get('width', math.inf), info.get('height', math.inf)
+        is_empty = True
+        for item in info['instances']:
+            if 'bbox_label' in item:
+                is_crowd = bool(item.get('ignore_flag'))
+                is_empty &= is_crowd
+                labels.append(item['bbox_label'])
+                crowded.append(is_crowd)
+                boxes.extend(item['bbox'])
+                sizes.extend(size)
+        empty += is_empty
     usable = ~np.array(crowded, bool)
     numbers = np.bincount(np.array(labels, int)[usable], minlength=len(classes))
     census = Census(split, 'objects', classes, len(dataset), len(dataset), numbers.tolist())
@@ -125,21 +127,19 @@ def count_objects(split: str, dataset: Any, classes: list[str]) -> Census:
         rows['objects dropped (no area, outside)'] = dropped
         if dropped > ODD_SHARE * ours:
             census.oddities.append(f'{dropped:,} of {ours:,} objects have no area in their image')
-    census.oddities += judge_boxes(np.array(boxes, float).reshape(-1, 4), sizes, rows)
+    census.oddities += judge_boxes(np.reshape(boxes, (-1, 4)), np.reshape(sizes, (-1, 2)), rows)
     if not usable.any():
         found = f'all {len(labels):,} objects are crowded (iscrowd=1)' if labels else 'no objects'
         census.problems.append(f'no usable object: {found}')
     return census
 
 
-def judge_boxes(
-    boxes: np.ndarray, sizes: Sequence[tuple[float, float]], rows: dict[str, int | str]
-) -> Iterator[str]:
+def judge_boxes(boxes: np.ndarray, sizes: np.ndarray, rows: dict[str, int | str]) -> Iterator[str]:
     """Counts boxes, (N, 4) as x1, y1, x2, y2, that leave their images, (N, 2) as width, height."""
     if len(boxes) == 0:
         return
     low, high = boxes[:, :2], boxes[:, 2:]
-    outside = ((low < -TOLERANCE) | (high > np.array(sizes) + TOLERANCE)).any(1)
+    outside = ((low < -TOLERANCE) | (high > sizes + TOLERANCE)).any(1)
     rows['boxes that leave their image'] = percent(outside.mean())
     if outside.mean() > ODD_SHARE:
         # A corner that was taken for a size is beyond the other corner.
@@ -192,11 +192,12 @@ def count_pixels(
     census = Census(split, 'pixels', classes, len(dataset), read, numbers[:-1].tolist())
     census.rows['masks read'] = f'{read:,} of {len(dataset):,}'
     census.rows['pixels ignored'] = percent(numbers[-1] / numbers.sum())
-    ignored = f'{dataset.ignore_index} is ignored ({percent(numbers[-1] / numbers.sum())})'
     if len(census.present) < 2:
-        only = ' and '.join(f'class {name!r}' for name in census.present) or 'no class'
-        words = f'the masks have {only} only, and {ignored}'
-        words += ': write the second class as 1' if numbers[-1] and len(classes) == 2 else ''
+        only = ''.join(f'class {name!r}' for name in census.present) or 'no class'
+        share = percent(numbers[-1] / numbers.sum())
+        words = f'{only} is all that the masks have; {dataset.ignore_index} is ignored ({share})'
+        if numbers[-1]:
+            words += f': if it is a class, write it as {max(1, len(classes) - 1)}'
         # Validation may have negative examples only.
         (census.problems if split == 'train' else census.oddities).append(words)
     return census
@@ -231,36 +232,46 @@ class Masks(Dataset):
 # ------------------------------------------------------------------------------------------- files
 @dataclass
 class Files:
-    """Image files of the datasets of a split.
+    """Files of the datasets of a split.
 
     Attributes:
-        used: Paths of the images that are used.
-        named: Paths that the annotations name, used or not, and those of masks.
+        images: Paths of the images that the annotations name.
+        labels: Paths of masks.
         missing: Files that the datasets use and that do not exist.
         twice: Number of images that a dataset has more than once.
     """
 
-    used: set[str] = field(default_factory=set)
-    named: set[str] = field(default_factory=set)
+    images: set[str] = field(default_factory=set)
+    labels: set[str] = field(default_factory=set)
     missing: list[str] = field(default_factory=list)
     twice: int = 0
 
 
 def files_of(datasets: Iterable[Any]) -> Files:
-    """The files of local datasets; those of others are left out."""
+    """The local files of datasets that have paths of images."""
     files = Files()
     for dataset in datasets:
         if not hasattr(dataset, 'get_data_info') or len(dataset) > LABELS_READ:
             continue
-        infos = (dataset.get_data_info(index) for index in range(len(dataset)))
-        pairs = [(info.get('img_path'), info.get('seg_map_path')) for info in infos]
-        images = [str(path) for path, _ in pairs if is_local(path)]
-        masks = [str(path) for _, path in pairs if is_local(path)]
-        files.used.update(images)
-        files.named.update(images, masks, map(str, getattr(dataset, 'all_images', ())))
-        files.missing += missing([*images, *masks])
+        named = getattr(dataset, 'all_images', None)
+        images, labels = used_files(dataset) if named is None else (named, [])
+        images, labels = list(filter(is_local, images)), list(filter(is_local, labels))
+        files.images.update(images)
+        files.labels.update(labels)
         files.twice += len(images) - len(set(images))
+        absent = missing([*images, *labels])
+        if absent and hasattr(dataset, 'all_images'):  # mmdet leaves out those without objects
+            used = set(used_files(dataset)[0])
+            absent = [path for path in absent if path in used]
+        files.missing += absent
     return files
+
+
+def used_files(dataset: Any) -> tuple[list[Any], list[Any]]:
+    """Paths of the images and of the masks of all samples; None for what a sample lacks."""
+    infos = (dataset.get_data_info(index) for index in range(len(dataset)))
+    pairs = [(info.get('img_path'), info.get('seg_map_path')) for info in infos]
+    return [image for image, _ in pairs], [labels for _, labels in pairs]
 
 
 def is_local(path: Any) -> bool:
@@ -295,12 +306,12 @@ def missing(paths: Iterable[str]) -> list[str]:
     ]
 
 
-def unnamed(named: set[str], used: set[str]) -> Counter[str]:
-    """Image files beside used ones that no dataset names, by suffix."""
+def unnamed(named: set[str], images: set[str]) -> Counter[str]:
+    """Image files beside some images that no dataset names, by suffix."""
     known = by_folder(named)
     return Counter(
         os.path.splitext(name)[1].lower()
-        for folder in by_folder(used)
+        for folder in by_folder(images)
         for name in listed(folder) - known[folder]
         if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith('.')
     )
@@ -361,16 +372,18 @@ def take_census(
         if files[split].twice:
             oddities.append(f'{split}: {files[split].twice:,} images are listed more than once')
     problems += one_class(censuses)
-    named = set().union(*(found.named for found in files.values()))
+    named = set().union(*(found.images | found.labels for found in files.values()))
     for census in censuses:
-        skipped = unnamed(named, files[census.split].used)
+        skipped = unnamed(named, files[census.split].images)
         text = ', '.join(f'{count:,} {suffix}' for suffix, count in skipped.most_common(3))
         census.rows['images in the folders that are not named'] = text or 0
     training = files.get('train', Files())
     for split in files.keys() - {'train'}:
-        shared = len(training.used & files[split].used)
+        shared = len(training.images & files[split].images)
         if shared:
-            oddities.append(f'{shared:,} of {len(files[split].used):,} {split} images are trained')
+            oddities.append(
+                f'{shared:,} of {len(files[split].images):,} {split} images are trained'
+            )
         oddities += untrained(censuses, split, notes)
     return Report([*table_of(censuses), *notes], problems, oddities)
 

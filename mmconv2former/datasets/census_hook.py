@@ -17,11 +17,12 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from ..registry import HOOKS, register
+from ..version import __version__
 from .census import Census, Report, count, shortened, spread, take_census
 from .checked import DataError, leaves
 
 FILE = 'census.json'  # in the work dir
-FORMAT = 1  # of that file and of the counts in it
+FORMAT = [1, __version__]  # of that file and of the counts in it
 MMSEG_IGNORES = 255  # datasets that do not say
 HEADS = ('bbox_head', 'decode_head', 'head')
 ADVICE = '. Correct the data, or skip this check: --no-census'
@@ -51,15 +52,13 @@ class CensusHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         training = runner.train_dataloader.dataset
-        for leaf in leaves(training):
-            if hasattr(leaf, 'folder_to_idx'):
-                self._follow(runner, runner.val_loop, leaf.metainfo['classes'])
+        self._follow(runner, runner.val_loop, folder_classes(training))
         outcome: list[Any] = [None]
         if is_main_process():
             start = time.monotonic()
             try:
                 report = self._report(runner, training)
-                outcome = [report.problems]
+                outcome = [[text + ADVICE for text in report.problems]]
                 seconds = time.monotonic() - start
                 runner.logger.info('\n'.join([f'Census of the data ({seconds:.1f} s):',
                                               *report.lines]))  # fmt: skip
@@ -74,7 +73,7 @@ class CensusHook(Hook):
             if is_main_process():
                 for text in others:
                     runner.logger.error(f'Data: {text}')
-            raise DataError(first + more + ADVICE)
+            raise DataError(first + more)
 
     def before_val(self, runner: Any) -> None:
         if runner._train_loop is None:  # validation alone
@@ -87,8 +86,7 @@ class CensusHook(Hook):
         """Gives the image folders of a loop these class numbers."""
         if loop is None or classes is None:
             return
-        changed = [leaf for leaf in leaves(loop.dataloader.dataset) if follow(leaf, classes)]
-        for leaf in changed:
+        for leaf in follow(loop.dataloader.dataset, classes):
             loop.evaluator.dataset_meta = leaf.metainfo
             runner.visualizer.dataset_meta = leaf.metainfo
             runner.logger.info(
@@ -109,35 +107,44 @@ class CensusHook(Hook):
 
 
 # ----------------------------------------------------------------------------------------- classes
-def follow(dataset: Any, classes: Sequence[str]) -> bool:
+def folder_classes(dataset: Any) -> Sequence[str] | None:
+    """The classes of a dataset that numbers folders; None for others."""
+    found = [leaf.metainfo['classes'] for leaf in leaves(dataset) if hasattr(leaf, 'folder_to_idx')]
+    return found[0] if found else None
+
+
+def follow(dataset: Any, classes: Sequence[str] | None) -> list[Any]:
     """Gives the folders of mmpretrain's `CustomDataset` other class numbers.
 
     Args:
-        dataset: Any dataset.
-        classes: Names in the order of the numbers.
+        dataset: Any dataset, wrappers included.
+        classes: Names in the order of the numbers; None changes nothing.
 
     Returns:
-        Whether numbers changed.
+        The datasets whose numbers changed.
 
     Raises:
-        DataError: The dataset has a folder that is no class.
+        DataError: A dataset has a folder that is no class.
     """
-    folders = getattr(dataset, 'folder_to_idx', None)
-    if folders is None or tuple(dataset.metainfo['classes']) == tuple(classes):
-        return False
-    # Folders such as n01440764 have other names than their classes.
-    if set(dataset.metainfo['classes']) != set(folders):
-        return False
-    unknown = sorted(set(folders) - set(classes))
-    if unknown:
-        raise DataError(
-            f'{dataset.img_prefix} has folders that are not a class of training: '
-            f'{shortened(unknown)}; training has {shortened(classes)}'
-        )
-    dataset._metainfo['classes'] = tuple(classes)
-    dataset._fully_initialized = False
-    dataset.full_init()  # numbers by name, see compat.image_folders
-    return True
+    changed = []
+    for leaf in leaves(dataset):
+        folders = getattr(leaf, 'folder_to_idx', None)
+        # Folders such as n01440764 have other names than their classes.
+        if not folders or classes is None or set(leaf.metainfo['classes']) != set(folders):
+            continue
+        if tuple(leaf.metainfo['classes']) == tuple(classes):
+            continue
+        unknown = sorted(set(folders) - set(classes))
+        if unknown:
+            raise DataError(
+                f'{leaf.img_prefix} has folders that are not a class of training: '
+                f'{shortened(unknown)}; training has {shortened(list(classes))}'
+            )
+        leaf._metainfo['classes'] = tuple(classes)
+        leaf._fully_initialized = False
+        leaf.full_init()  # numbers by name, see compat.image_folders
+        changed.append(leaf)
+    return changed
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -219,7 +226,7 @@ class Memory:
         if key in self.known:
             return Census(**self.known[key])
         census = count(split, dataset, masks_read, workers)
-        if key is not None and census is not None:
+        if key is not None and census is not None and not census.problems:
             self.known[key] = asdict(census)
             with suppress(OSError):  # a full disk is reported by the dry run
                 self.path.write_text(json.dumps(dict(format=FORMAT, counts=self.known), indent=1))
