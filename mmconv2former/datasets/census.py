@@ -27,6 +27,7 @@ ENDS_SHOWN = 5
 NAMES_SHOWN = 5
 TOLERANCE = 1.0  # pixels by which a box may leave its image
 ODD_SHARE = 0.1  # of the objects of a dataset: less is noise that any dataset has
+UNTRAINED_SHARE = 0.25  # of the objects of a split, in classes without training data
 IMAGE_SUFFIXES = {
     *('.jpg', '.jpeg', '.jfif', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif', '.ppm', '.pgm'),
     *('.heic', '.avif'),
@@ -381,9 +382,8 @@ def take_census(
     for split in files.keys() - {'train'}:
         shared = len(training.images & files[split].images)
         if shared:
-            oddities.append(
-                f'{shared:,} of {len(files[split].images):,} {split} images are trained'
-            )
+            total = len(files[split].images)
+            oddities.append(f'{shared:,} of {total:,} {split} images are training images too')
         oddities += untrained(censuses, split, notes)
     return Report([*table_of(censuses), *notes], problems, oddities)
 
@@ -417,7 +417,7 @@ def untrained(censuses: Sequence[Census], split: str, notes: list[str]) -> Itera
         kind = evaluated[0].kind
         words = f'{split}: {percent(share)} of the {kind} are of classes without training data: '
         words += shortened(sorted(unknown))
-        if share > ODD_SHARE:
+        if share > UNTRAINED_SHARE:
             yield words
         else:
             notes.append(words)

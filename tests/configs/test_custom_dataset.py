@@ -194,12 +194,12 @@ def test_void_label_is_named_everywhere(project, monkeypatch):
     assert {place.ignore_index for place in places} == {config.model.data_preprocessor.seg_pad_val}
 
 
-def test_labels_follow_the_file_s_order_whatever_classes_says(project, monkeypatch):
-    """A property of mmdet, and why the page asks for the file's order."""
+def test_labels_follow_the_order_of_classes_whatever_the_file_says(project, monkeypatch):
     config = load('mask_rcnn_shapes', project, monkeypatch)
-    config.train_dataloader.dataset.metainfo.classes = ('food', 'kite', 'ball')
+    classes = ('food', 'kite', 'ball')
+    config.train_dataloader.dataset.metainfo.classes = classes
     dataset = DATASETS.build(config.train_dataloader.dataset)
-    assert dataset.cat2label == {id_: i for i, (_, id_) in enumerate(CATEGORIES.values())}
+    assert dataset.cat2label == {id_: classes.index(name) for name, id_ in CATEGORIES.values()}
 
 
 def test_truth_has_full_score_in_the_detector_s_evaluator(project, monkeypatch):

@@ -445,5 +445,10 @@ def test_only_labels_of_classes_have_one_channel(tmp_path):
     panoptic = SimpleNamespace(metainfo=dict(classes=('a',)))
     assert CheckedPipeline(dict, panoptic)(data) == data
     semantic = SimpleNamespace(metainfo=dict(classes=('a',)), ignore_index=255)
-    with pytest.raises(DataError, match="one channel of 8 bits, got Pillow mode 'RGB'"):
-        CheckedPipeline(dict, semantic)(data)
+    assert CheckedPipeline(dict, semantic)(data) == data  # read by a transform of the user's
+    init_default_scope('mmseg')
+    loader = dict(type='LoadAnnotations')
+    for step in (loader, dict(type='TestTimeAug', transforms=[[loader]])):
+        pipeline = Compose([TRANSFORMS.build(step)])
+        with pytest.raises(DataError, match="one channel of 8 bits, got Pillow mode 'RGB'"):
+            CheckedPipeline(pipeline, semantic)(data)

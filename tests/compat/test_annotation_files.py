@@ -1,0 +1,88 @@
+"""Annotation files that mmdet and pycocotools misread: order of categories, ids."""
+
+import json
+
+import pytest
+import torch
+from mmengine.registry import DATASETS, METRICS, init_default_scope
+
+NAMES = ('kite', 'ball', 'food')
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file of six objects in three images, changed; returns its path."""
+
+    def write(change):
+        content = dict(
+            images=[dict(id=i, file_name=f'{i}.jpg', width=50, height=40) for i in range(3)],
+            annotations=[
+                dict(id=n + 1, image_id=n // 2, category_id=n % 3 + 5, bbox=[n, 2, 9, 20],
+                     area=180, iscrowd=0)
+                for n in range(6)
+            ],
+            categories=[dict(id=n + 5, name=name) for n, name in enumerate(NAMES)],
+        )  # fmt: skip
+        change(content)
+        path = tmp_path / 'truth.json'
+        path.write_text(json.dumps(content))
+        return str(path)
+
+    return write
+
+
+def build(path, classes=NAMES):
+    init_default_scope('mmdet')
+    settings = dict(metainfo=dict(classes=classes), data_prefix=dict(img=''))
+    return DATASETS.build(dict(type='CocoDataset', ann_file=path, **settings))
+
+
+def score_of_truth(dataset):
+    metric = METRICS.build(dict(type='CocoMetric', ann_file=dataset.ann_file, metric='bbox'))
+    metric.dataset_meta = dataset.metainfo
+    for index in range(len(dataset)):
+        info = dataset.get_data_info(index)
+        prediction = dict(
+            bboxes=torch.tensor([item['bbox'] for item in info['instances']]),
+            labels=torch.tensor([item['bbox_label'] for item in info['instances']]),
+            scores=torch.ones(len(info['instances'])),
+        )
+        shape = info['height'], info['width']
+        sample = dict(img_id=info['img_id'], ori_shape=shape, pred_instances=prediction)
+        metric.process({}, [sample])
+    return metric.evaluate(len(dataset))['coco/bbox_mAP']
+
+
+@pytest.mark.parametrize('classes', [NAMES, NAMES[::-1], NAMES[1:]])
+@pytest.mark.parametrize('order', [1, -1])
+def test_labels_are_numbered_by_name(classes, order, write):
+    path = write(lambda content: content.update(categories=content['categories'][::order]))
+    dataset = build(path, classes)
+    found = [
+        classes[item['bbox_label']]
+        for index in range(3)
+        for item in dataset.get_data_info(index)['instances']
+    ]
+    assert found == [name for name in 2 * NAMES if name in classes]
+    if len(classes) == 3:
+        assert score_of_truth(dataset) == 1.0
+
+
+def test_annotation_ids_from_0(write):
+    """pycocotools alone gives less to the truth."""
+    path = write(lambda content: [a.update(id=a['id'] - 1) for a in content['annotations']])
+    assert score_of_truth(build(path)) == 1.0
+
+
+def test_ids_used_twice_are_not_hidden(write):
+    path = write(lambda content: [a.update(id=0) for a in content['annotations']])
+    with pytest.raises(AssertionError, match='not unique'):
+        build(path)
+    path = write(lambda content: content['images'][1].update(id=0))
+    with pytest.raises(ValueError, match=r'truth.json: 1 of 3 images have the id of another'):
+        build(path)
+
+
+def test_images_without_objects_are_known(write):
+    path = write(lambda content: content['annotations'].clear())
+    assert build(path).all_images == ['0.jpg', '1.jpg', '2.jpg']

@@ -1,0 +1,181 @@
+"""The census at the start of a run: parts that agree, remembered counts, a refusal by train.py."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+from helpers.in_process import refusal_of
+from helpers.tiny import tiny_config
+from helpers.tools import run_tool
+from mmengine.registry import DATASETS, init_default_scope
+from PIL import Image
+from torch import nn
+
+from mmconv2former.datasets import census_hook
+from mmconv2former.datasets.census import Census
+from mmconv2former.datasets.census_hook import FILE, Memory, disagreements, folder_classes, follow
+from mmconv2former.datasets.checked import DataError
+
+
+# ----------------------------------------------------------------------------------- whole commands
+@pytest.fixture(scope='module')
+def detector(sample, tmp_path_factory):
+    path = tmp_path_factory.mktemp('detector') / 'tiny.py'
+    tiny_config('detection', sample, 'unused', length=1).dump(path)
+    return path
+
+
+def with_crowds(sample, folder):
+    """An annotation file of the validation images whose objects are all crowded."""
+    content = json.loads((sample / 'coco/annotations/instances_val2017.json').read_text())
+    for annotation in content['annotations']:
+        annotation['iscrowd'] = 1
+    path = folder / 'crowds.json'
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_refusal_in_one_line_before_the_first_iteration(detector, sample, tmp_path):
+    crowds = with_crowds(sample, tmp_path)
+    options = [f'val_dataloader.dataset.ann_file={crowds}', f'val_evaluator.ann_file={crowds}']
+    message = refusal_of('train', detector, '--work-dir', tmp_path / 'work', '--cfg-options',
+                         *options)  # fmt: skip
+    assert message.startswith(f'error: val ({crowds}): no usable object: all ')
+    assert message.endswith('skip this check: --no-census')
+    assert '\n' not in message
+    assert not list(tmp_path.glob('work/*.pth'))
+    assert refusal_of('train', detector, '--work-dir', tmp_path / 'work', '--no-census',
+                      '--cfg-options', *options) == ''  # fmt: skip
+
+
+def test_table_is_logged_without_warnings(detector, tmp_path):
+    output = run_tool('train', detector, '--work-dir', tmp_path, '--cfg-options', 'log_level=INFO')
+    assert 'Census of the data' in output
+    assert 'objects used' in output
+    assert 'WARNING - Data:' not in output
+    assert json.loads((tmp_path / FILE).read_text())['counts']
+
+
+# ------------------------------------------------------------------------------------------- parts
+class Head(nn.Module):
+    def __init__(self, num_classes, ignore_index=255):
+        super().__init__()
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+
+
+def model_of(**heads):
+    model = nn.Module()
+    for name, head in heads.items():
+        model.add_module(name, head)
+    return model
+
+
+def dataset_of(classes=2, **attributes):
+    return SimpleNamespace(metainfo=dict(classes='ab'[:classes]), **attributes)
+
+
+def test_heads_with_fewer_outputs_than_classes():
+    heads = model_of(bbox_head=nn.ModuleList([Head(2), Head(1)]), rpn_head=Head(1))
+    (found,) = disagreements(dict(train=dataset_of()), heads, ())
+    assert found.startswith('model.bbox_head.1.num_classes=1, but train has 2 classes')
+    assert not list(disagreements(dict(train=dataset_of(1)), heads, ()))
+    assert not list(disagreements(dict(train=dataset_of(return_classes=True)), heads, ()))
+
+
+@pytest.mark.parametrize(
+    ('dataset', 'head', 'metric', 'agree'),
+    [
+        (255, 255, 255, True),
+        (0, 255, 255, False),
+        (0, 0, 255, False),
+        (0, 255, 0, False),
+        (0, 0, 0, True),
+        (255, 0, 0, True),  # mmseg's HSIDrive recipe
+        (255, 0, 255, False),
+    ],
+)
+def test_ignored_label(dataset, head, metric, agree):
+    model = model_of(decode_head=Head(2, head), auxiliary_head=Head(2, head))
+    found = list(
+        disagreements(
+            dict(train=dataset_of(ignore_index=dataset)),
+            model,
+            [SimpleNamespace(ignore_index=metric)],
+        )
+    )
+    assert not found if agree else found[0].startswith('ignore_index differs: ')
+
+
+# ----------------------------------------------------------------------------------- image folders
+def image_folders(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(root / name / 'a.png')
+    init_default_scope('mmpretrain')
+    return DATASETS.build(dict(type='CustomDataset', data_prefix=str(root)))
+
+
+def labels(dataset):
+    infos = [dataset.get_data_info(index) for index in range(len(dataset))]
+    return {info['img_path'].split('/')[-2]: info['gt_label'] for info in infos}
+
+
+def test_folders_of_validation_get_the_numbers_of_training(tmp_path):
+    train = image_folders(tmp_path / 'train', 'ball', 'box', 'kite')
+    val = image_folders(tmp_path / 'val', 'ball', 'kite')
+    assert labels(val) == dict(ball=0, kite=1)
+    assert follow(SimpleNamespace(datasets=[val]), folder_classes(train)) == [val]
+    assert labels(val) == dict(ball=0, kite=2)
+    assert val.metainfo['classes'] == ('ball', 'box', 'kite')
+    assert follow(val, folder_classes(train)) == []
+    with pytest.raises(DataError, match='folders that are not a class of training: kite'):
+        follow(image_folders(tmp_path / 'other', 'kite'), ('ball', 'box'))
+    assert folder_classes(dataset_of()) is None
+
+
+# ------------------------------------------------------------------------------------------ memory
+@pytest.fixture
+def counted(monkeypatch):
+    """The datasets that were counted."""
+    found = []
+
+    def count(split, dataset, *_):
+        found.append(dataset)
+        return Census(split, 'objects', ['a'], 1, 1, [len(found)])
+
+    monkeypatch.setattr(census_hook, 'count', count)
+    return found
+
+
+def test_counts_are_remembered_until_something_changes(tmp_path, counted):
+    truth = tmp_path / 'truth.json'
+    truth.write_text('1')
+
+    class Dataset(list):
+        ann_file, all_images, filter_cfg = str(truth), (), None
+        metainfo, pipeline = dict(classes=('a',)), SimpleNamespace(transforms=[])
+
+    def number(dataset, split='train'):
+        return Memory(tmp_path / FILE)(split, dataset, 200, 0).counts[0]
+
+    dataset = Dataset([1])
+    assert [number(dataset), number(dataset)] == [1, 1]
+    assert number(dataset, 'val') == 2
+    assert number(Dataset([1, 2])) == 3
+    dataset.filter_cfg = dict(min_size=32)
+    assert number(dataset) == 4
+    truth.write_text('12')
+    assert number(dataset) == 5
+    os.utime(truth, ns=(1, 1))
+    assert [number(dataset), number(dataset)] == [6, 6]
+    (tmp_path / FILE).write_text('{')
+    assert number(dataset) == 7
+    truth.unlink()
+    assert [number(dataset), number(dataset)] == [8, 9]
+
+
+def test_counts_of_other_datasets_are_not_kept(tmp_path, counted):
+    memory = Memory(tmp_path / FILE)
+    dataset = SimpleNamespace(metainfo=dict(classes=('a',)))
+    assert [memory('train', dataset, 200, 0).counts for _ in range(2)] == [[1], [2]]
