@@ -376,7 +376,8 @@ def take_census(
     named = set().union(*(found.images | found.labels for found in files.values()))
     for census in censuses:
         skipped = unnamed(named, files[census.split].images)
-        text = ', '.join(f'{count:,} {suffix}' for suffix, count in skipped.most_common(3))
+        most = sorted(skipped.items(), key=lambda entry: (-entry[1], entry[0]))[:3]
+        text = ', '.join(f'{number:,} {suffix}' for suffix, number in most)
         census.rows['images in the folders that are not named'] = text or 0
     training = files.get('train', Files())
     for split in files.keys() - {'train'}:

@@ -1,6 +1,7 @@
 """The check of data sets: good ones pass, each fault is found and its file named."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import cv2
 import numpy as np
 import prepare_data
 import pytest
+from helpers.tiny import tiny_config
 from helpers.tools import run_tool
 from PIL import ExifTags, Image
 
@@ -188,3 +190,36 @@ def test_size_is_that_of_the_rotated_image(tmp_path):
     for size, faults in (((30, 40), 0), ((40, 30), 1)):
         Image.new('L', size).save(labels)
         assert len(prepare_data.check_pair('a', image.parent, labels.parent)[0]) == faults
+
+
+# ------------------------------------------------------------------------------------- any config
+@pytest.fixture(scope='module')
+def segmentor(sample, tmp_path_factory):
+    path = tmp_path_factory.mktemp('segmentor') / 'tiny.py'
+    config = tiny_config('segmentation', sample, 'unused', length=4, images=4)
+    config.dump(path)
+    return path
+
+
+def test_data_of_a_config(segmentor):
+    output = run_tool('prepare_data.py', segmentor, '--workers', '2')
+    assert re.search(r'masks read +4 of 4 +1 of 1|masks read +4 of 4 +6 of 6', output)
+    assert output.splitlines()[-1] == f'{segmentor} is ready'
+
+
+def test_faults_in_the_data_of_a_config(segmentor, copy):
+    root = copy / 'ade/ADEChallengeData2016'
+    for number in (1, 3):
+        labels = root / f'annotations/training/00000000000{number}.png'
+        cv2.imwrite(str(labels), np.full((64, 64), 151, np.uint8))
+    output = run_tool('prepare_data.py', segmentor, '--root', root, '--workers', '1',
+                      succeeds=False)  # fmt: skip
+    assert 'ERROR: sample cannot be used (2)' in output
+    assert f'train: image {root}/images/training/000000000003.jpg' in output
+    assert 'labels cannot be counted' not in output
+    assert output.splitlines()[-1].endswith('is not ready: 1 kind of errors, see above')
+
+
+def test_name_that_is_neither_a_dataset_nor_a_config():
+    output = run_tool('prepare_data.py', 'cocoo', succeeds=False)
+    assert "'cocoo' is none of coco, ade, and no config (*.py)" in output
