@@ -346,7 +346,7 @@ def take_census(
         DataError: A mask cannot be used.
     """
     censuses, notes, problems, oddities = [], [], [], []
-    files = {}
+    files, cut = {}, set()
     for split, whole in datasets.items():
         parts = list({id(leaf): leaf for leaf in leaves(whole)}.values())
         for number, dataset in enumerate(parts, 1):
@@ -366,6 +366,8 @@ def take_census(
             problems += [f'{place}: {text}' for text in census.problems]
             oddities += [f'{place}: {text}' for text in census.oddities]
             censuses.append(census)
+        if any(getattr(part, '_indices', None) is not None for part in parts):
+            cut.add(split)
         files[split] = files_of(parts)
         if files[split].missing:
             first, *others = files[split].missing
@@ -375,6 +377,8 @@ def take_census(
     problems += one_class(censuses)
     named = set().union(*(found.images | found.labels for found in files.values()))
     for census in censuses:
+        if census.split in cut:  # other images are left out on purpose
+            continue
         skipped = unnamed(named, files[census.split].images)
         most = sorted(skipped.items(), key=lambda entry: (-entry[1], entry[0]))[:3]
         text = ', '.join(f'{number:,} {suffix}' for suffix, number in most)

@@ -182,10 +182,11 @@ def naming(image: Any, labels: Any) -> Iterator[None]:
 
 
 def nested(pipeline: Any) -> Iterator[Any]:
-    """All transforms of a pipeline, also those inside others (`TestTimeAug`)."""
-    for part in tree_flatten(getattr(pipeline, 'transforms', ()))[0]:
-        yield part
-        yield from nested(part)
+    """All transforms of a pipeline, also those inside others."""
+    for name in ('transforms', 'subroutines'):  # the second one is TestTimeAug's
+        for part in tree_flatten(getattr(pipeline, name, ()))[0]:
+            yield part
+            yield from nested(part)
 
 
 def casts_labels(transform: Any) -> bool:
