@@ -30,6 +30,8 @@ from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from mmconv2former.engine.schedule import schedule_of, table, unusual
+
 AMP_FORMATS = ('auto', 'bfloat16', 'float16')
 CPU_WRAPPER = 'mmconv2former.CpuAmpOptimWrapper'
 GPU_WRAPPER = 'mmconv2former.ReliableAmpOptimWrapper'
@@ -73,6 +75,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--no-census', action='store_true', help='do not count and judge the data before training'
     )
+    parser.add_argument(
+        '--show-schedule',
+        action='store_true',
+        help='print the learning rate over the run as a table, without training',
+    )
     args = parser.parse_args(separate_config(sys.argv[1:] if argv is None else argv))
     config = load_config(args, ('train_dataloader', 'train_cfg', 'optim_wrapper'))
 
@@ -102,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with run_errors(args.traceback):
         runner = build_runner(config)
+        if args.show_schedule:
+            show_schedule(runner)
+            return
         if precision is not None:
             runner.logger.info(precision)
         if compile_settings:
@@ -168,6 +178,19 @@ def set_precision(config: Config, format_: str) -> str:
     )
     scaling = 'off' if scale == dict(enabled=False) else scale
     return f'Mixed precision: {dtype} ({reason}); loss scaling: {scaling}'
+
+
+def show_schedule(runner: Runner) -> None:
+    """Prints the learning rates of a run that does not begin, and what is unusual about them."""
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.scale_lr(runner.optim_wrapper, runner.auto_scale_lr)
+    runner._train_loop = runner.build_train_loop(runner._train_loop)
+    if runner.param_schedulers is not None:
+        runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+    schedule = schedule_of(runner)
+    if schedule is None:
+        raise SystemExit('error: --show-schedule needs a param_scheduler, and one optimizer')
+    print('\n'.join([table(schedule), *unusual(schedule)]))
 
 
 def compile_backbone(runner: Runner, settings: dict) -> None:

@@ -112,6 +112,7 @@ class ReliableRunner(Runner):
             'batch_images': 'BatchImagesHook',
             'finite_loss': 'FiniteLossHook',
             'census': 'CensusHook',
+            'schedule': 'ScheduleHook',
             'dry_run': 'DryRunHook',
         }
         for name, type_ in ours.items():

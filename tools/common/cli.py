@@ -44,13 +44,15 @@ from mmconv2former.engine.cuda_graphs import VaryingSizeError
 from mmconv2former.engine.dry_run import DryRunError
 from mmconv2former.engine.finite import NonFiniteError
 from mmconv2former.engine.runner import CheckpointNotSaved, ReliableRunner
+from mmconv2former.engine.schedule import ScheduleError
 from mmconv2former.models.baselines import BASELINES
 
 # The default of mmengine if a config has no visualizer.
 DEFAULT_VISUALIZER = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
 # Their messages say what is wrong with the user's file or setting, and what to do.
 ERRORS_OF_USERS = (
-    CheckpointError, CheckpointNotSaved, ConfigError, DataError, NonFiniteError, VaryingSizeError
+    CheckpointError, CheckpointNotSaved, ConfigError, DataError, NonFiniteError, ScheduleError,
+    VaryingSizeError,
 )  # fmt: skip
 # How torch reports a data worker that the system killed, and one that raised an error.
 DEAD_WORKER = re.compile(
