@@ -92,7 +92,7 @@ def play(schedulers: Sequence[Any], iterations: int, epoch: int | None, group: i
     by_iteration = [s for s in followed.values() if not s.by_epoch]
     by_epoch = [s for s in followed.values() if s.by_epoch]
     length = max([iterations, *(last_step(s, epoch) for s in followed.values())])
-    rates = np.empty(min(length, LONGEST))
+    rates: np.ndarray = np.empty(min(length, LONGEST))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about steps of schedulers without the optimizer's
         for iteration in range(len(rates)):
@@ -157,7 +157,7 @@ def unusual(schedule: Schedule) -> Iterator[str]:
         yield (
             f'{named(last, schedule)} goes on to {schedule.moment(steps[last])}, but the run ends '
             f'at {schedule.moment(end)}: its last rate is {run[-1]:.3g} instead of '
-            f'{rates[-1]:.3g}. Set {fitting(last, schedule, is_warm_up=rates[-1] > run[-1])}'
+            f'{rates[-1]:.3g}{fitting(last, schedule, is_warm_up=rates[-1] > run[-1])}'
         )
 
     moves = np.abs(run - run[-1]) > 0.01 * run[-1] + 1e-4 * base
@@ -168,7 +168,7 @@ def unusual(schedule: Schedule) -> Iterator[str]:
         yield (
             f'the rate stays at {run[-1]:.3g} for the last {constant / end:.0%} of the run: '
             f'{named(last, schedule)} changes it until '
-            f'{schedule.moment(end - constant, end)}. Set {fitting(last, schedule)}'
+            f'{schedule.moment(end - constant, end)}{fitting(last, schedule)}'
         )
 
     borders = np.flatnonzero(np.diff([0, *(run <= 1e-9 * base), 0]))
@@ -189,7 +189,7 @@ def unusual(schedule: Schedule) -> Iterator[str]:
     if (after - np.minimum.accumulate(after)).max() > MARGIN * base and not is_rising:
         yield (
             f'the rate falls to {after.min():.3g} at {schedule.moment(turn, end)} and rises '
-            f'again: {named(last, schedule)}. Set {fitting(last, schedule)}'
+            f'again: {named(last, schedule)}{fitting(last, schedule)}'
         )
 
 
@@ -199,7 +199,7 @@ def named(index: int, schedule: Schedule) -> str:
 
 
 def fitting(index: int, schedule: Schedule, is_warm_up: bool = False) -> str:
-    """The settings with which a scheduler is as long as the run, as for `--cfg-options`.
+    """Advice: settings that make a scheduler as long as the run, as for `--cfg-options`.
 
     Args:
         index: Of the scheduler.
@@ -224,11 +224,12 @@ def fitting(index: int, schedule: Schedule, is_warm_up: bool = False) -> str:
         new = sorted({max(1, int(step // size * run / old)) for step in scheduler.milestones})
         settings['milestones'] = str(new).replace(' ', '')
     changed = {'T_max': begin, 'total_steps': begin}
-    return ' '.join(
+    words = [
         f'param_scheduler.{index}.{key}={settings[key]}'
         for key, n in found.items()
         if n - changed.get(key, 0) != settings[key]
-    )
+    ]
+    return f'. Set {" ".join(words)}' if words else ''
 
 
 # -------------------------------------------------------------------------------------------- show

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from inspect import signature
@@ -33,6 +33,16 @@ KNOWN_AT_TOP = {
     *('compile', 'sync_bn', 'find_unused_parameters', 'activation_checkpointing'),
     *('efficient_conv_bn_eval', 'runner_type', 'data_root', 'dataset_type', 'vis_backends'),
     *('train_pipeline', 'val_pipeline', 'test_pipeline'),
+}
+# Read only while a config is parsed: other parts of it copy their values.
+ONLY_PARSED = {
+    *('custom_imports', 'backend_args', 'data_root', 'dataset_type', 'vis_backends'),
+    *('train_pipeline', 'val_pipeline', 'test_pipeline'),
+}
+NOT_KEYS = {
+    'data_root': 'use --data-root DIR',
+    'data_preprocessor': 'set model.data_preprocessor',
+    'custom_imports': 'write it into the file',
 }
 READERS = ('_file2dict', '_parse_lazy_import')  # of mmengine's Config, one call for each file
 # Settings of a data loader that mmengine builds or removes before torch sees the others.
@@ -103,6 +113,8 @@ def merge_options(config: Config, options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: The path does not exist, or a name in it looks like a typing error.
     """
+    for path in options:
+        refuse_variable(config, path.split('.')[0])
     for path in sorted(options, key=lambda path: not path.endswith('._delete_')):
         check_option(config, path, options[path])
         try:
@@ -132,6 +144,42 @@ def check_option(config: Config, path: str, value: Any) -> None:
             return
     if isinstance(part, dict) and 'type' in part and isinstance(value, str):
         raise ConfigError(f'--cfg-options {path}: {path} is a dict with a type; set its keys')
+
+
+def refuse_variable(config: Config, name: str) -> None:
+    """Refuses a name at the top of a config that has no effect after the config was read.
+
+    Raises:
+        ConfigError: It is such a variable, or a slip for one; the message names the keys to set.
+    """
+    read = KNOWN_AT_TOP - ONLY_PARSED
+    if 'data_preprocessor' in config.model:  # mmengine prefers it to the one at the top
+        read.remove('data_preprocessor')
+    if name in read:
+        return
+    variables = [key for key in [*config, *ONLY_PARSED, *NOT_KEYS] if key not in read]
+    for variable in [name] if name in variables else variables:
+        if name == variable or (is_slip(name, variable) and name not in config):
+            parts = {key: config[key] for key in config if key in read}
+            found = list(dict.fromkeys(places(parts, config.get(variable))))
+            keys = [key for key in found if key.rpartition('.')[2] == variable] or found
+            advice = f'set {", ".join(keys[:6])}{", ..." * (len(keys) > 6)}' if keys else ''
+            advice = NOT_KEYS.get(variable, advice)
+            slip = '' if name == variable else f'{name} is unknown, and '
+            raise ConfigError(
+                f'--cfg-options {name}: {slip}{variable} has no effect once the config file is read'
+                f'{advice and "; "}{advice}'
+            )
+
+
+def places(part: Any, value: Any) -> Iterator[str]:
+    """The keys in nested settings that have a value."""
+    items = part.items() if isinstance(part, dict) else enumerate(part)
+    for key, item in items:
+        if type(item) is type(value) and item == value:
+            yield str(key)
+        elif isinstance(item, (dict, list, tuple)):
+            yield from (f'{key}.{rest}' for rest in places(item, value))
 
 
 def check_config(config: Config, needed: Sequence[str] = ()) -> None:
