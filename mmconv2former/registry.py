@@ -54,6 +54,7 @@ HOOKS = Registry(
         'mmconv2former.engine.finite',
         'mmconv2former.engine.dry_run',
         'mmconv2former.datasets.census_hook',
+        'mmconv2former.engine.resuming',
         'mmconv2former.engine.schedule',
     ],
 )

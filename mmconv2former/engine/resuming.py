@@ -1,5 +1,8 @@
 """A resumed run follows its config, not the settings that the checkpoint was trained with.
 
+Every difference is named with both values. Only other classes are refused, because the weights
+would then mean something else.
+
 mmengine loads the rates, the schedule and the optimizer's settings from the checkpoint and ignores
 the config: with a longer schedule the rate stays 0 to the end.
 """
@@ -11,9 +14,14 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from mmengine.hooks import Hook
 from mmengine.optim import OptimWrapperDict
 from mmengine.runner import EpochBasedTrainLoop
 
+from ..checkpoint.reading import CheckpointError
+from ..registry import HOOKS, register
+
+FACTS = 'mmconv2former'  # in a checkpoint's `meta`
 # What changes with each step of a schedule.
 STATE = ('last_step', '_global_step', '_last_value', 'verbose')
 
@@ -107,3 +115,104 @@ def step_to(loop: Any, schedules: list[Any]) -> None:
             for schedule in schedules:
                 if schedule.by_epoch:
                     schedule.step()
+
+
+# --------------------------------------------------------------------------------------- other run
+@register(HOOKS)
+class RunFactsHook(Hook):
+    """Saves with each checkpoint how it was trained; see `facts_of`."""
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        checkpoint['meta'][FACTS] = facts_of(runner)
+
+
+def facts_of(runner: Any) -> dict[str, Any]:
+    """What a checkpoint has to say about its run, beyond what mmengine saves: plain data."""
+    loader = runner.train_dataloader
+    optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
+    return {
+        'batch size': getattr(loader.batch_sampler, 'batch_size', None),
+        'processes': runner.world_size,
+        'optimizer': type(optimizer).__name__ if optimizer is not None else None,
+        'samples': len(loader.dataset),
+        'data': sources(loader.dataset),
+    }
+
+
+def sources(dataset: Any) -> str:
+    """The annotation files, or else the folders, of a dataset or of those inside a wrapper."""
+    inner = getattr(dataset, 'datasets', None)
+    if inner:
+        return ', '.join(map(sources, inner))
+    if getattr(dataset, 'ann_file', None):
+        return str(dataset.ann_file)
+    prefix = getattr(dataset, 'data_prefix', None)
+    if isinstance(prefix, dict):
+        prefix = prefix.get('img_path') or prefix.get('img')
+    return str(prefix or getattr(dataset, 'data_root', '') or type(dataset).__name__)
+
+
+def check_run(runner: Any, meta: dict[str, Any], checkpoint: str) -> None:
+    """Compares the run of a checkpoint with a run that is to resume it, and names differences.
+
+    Checkpoints of mmengine's own runner say nothing about batches and data; only their classes are
+    compared.
+
+    Args:
+        runner: A runner whose training data are built.
+        meta: Of the checkpoint.
+        checkpoint: Its name, for messages.
+
+    Raises:
+        CheckpointError: The classes have another number or order.
+    """
+    found = []
+    own = (getattr(runner.train_dataloader.dataset, 'metainfo', None) or {}).get('classes')
+    saved = (meta.get('dataset_meta') or {}).get('classes')
+    if own and saved and list(own) != list(saved):
+        found.append(compare_classes(list(own), list(saved), checkpoint))
+    facts, saved_facts = facts_of(runner), meta.get(FACTS) or {}
+    different = [key for key in facts if facts[key] != saved_facts.get(key, facts[key])]
+    batch = [key for key in ('batch size', 'processes') if key in different]
+    found += [f'{key} {facts[key]} (checkpoint: {saved_facts[key]})' for key in different]
+    if not found:
+        return
+    note = describe_batch(runner) if batch else ''
+    runner.logger.warning(
+        f'Resuming {checkpoint} with other settings, as the config says: {"; ".join(found)}.{note}'
+    )
+
+
+def compare_classes(own: list[str], saved: list[str], checkpoint: str) -> str:
+    """Names the classes that differ if they were renamed only.
+
+    Raises:
+        CheckpointError: The classes have another number or order.
+    """
+    pairs = [(i, a, b) for i, (a, b) in enumerate(zip(own, saved)) if a != b]
+    is_moved = any(a in saved for _, a, _ in pairs) or any(b in own for *_, b in pairs)
+    if len(own) == len(saved) and not is_moved:
+        index, name, old = pairs[0]
+        return f'class {index} {name!r} (checkpoint: {old!r})' + ', ...' * (len(pairs) > 1)
+    first = ''
+    if pairs:
+        index, name, old = pairs[0]
+        first = f'; the first difference is class {index}: {name!r}, not {old!r}'
+    raise CheckpointError(
+        f'checkpoint {checkpoint!r} cannot be resumed from: it was trained with {len(saved)} '
+        f'classes, train_dataloader.dataset.metainfo has {len(own)}{first}. Resume with the '
+        'classes of its run, or start a new run from its weights: without --resume, with '
+        '--cfg-options load_from=FILE.'
+    )
+
+
+def describe_batch(runner: Any) -> str:
+    """What another batch size or number of processes means for the position and the rates."""
+    loop = runner.train_loop
+    if isinstance(loop, EpochBasedTrainLoop):
+        position = f'at its next epoch, which now has {len(loop.dataloader)} iterations'
+    else:
+        position = 'at its next iteration, with the samples as if all batches had had this size'
+    is_scaled = (runner.auto_scale_lr or {}).get('enable', False)
+    rates = 'are scaled to' if is_scaled else 'do not change with (--auto-scale-lr)'
+    return f' The run continues {position}. Learning rates {rates} the batch size.'

@@ -30,7 +30,7 @@ from ..registry import RUNNERS, register
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
 from .drawing import is_drawing, spare_metrics
 from .finite import check_weights, images_on_error
-from .resuming import follow_config, settings_of
+from .resuming import check_run, follow_config, settings_of
 from .seeding import PositionedSampler, ResumedBatches, give_positions
 
 PARTIAL = '.checkpoint.partial'  # one name, so that an interrupted run leaves at most one such file
@@ -112,6 +112,7 @@ class ReliableRunner(Runner):
             'batch_images': 'BatchImagesHook',
             'finite_loss': 'FiniteLossHook',
             'census': 'CensusHook',
+            'run_facts': 'RunFactsHook',
             'schedule': 'ScheduleHook',
             'dry_run': 'DryRunHook',
         }
@@ -252,6 +253,8 @@ class ReliableRunner(Runner):
         if self._resume and not isinstance(self.optim_wrapper, dict):
             check_optimizer(content['optimizer'], self.optim_wrapper, filename)
             keep_own_step(content['optimizer'], self.optim_wrapper)
+        if self._resume and isinstance(self._train_loop, BaseLoop):
+            check_run(self, content['meta'], filename)
         # Hooks may change it: EMAHook swaps the averaged weights with the others.
         self.call_hook('after_load_checkpoint', checkpoint=content)
         unwrapped(self.model).load_state_dict(content['state_dict'], strict=False)

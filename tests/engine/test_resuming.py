@@ -3,8 +3,12 @@
 import json
 
 import pytest
+import torch
 from helpers.in_process import refusal_of, with_data, write_tiny_config
 from helpers.tiny import WITHOUT_WORKERS
+
+from mmconv2former.checkpoint.reading import CheckpointError
+from mmconv2former.engine.resuming import FACTS, compare_classes
 
 WARNING = 'Resumed with other settings than the checkpoint'
 
@@ -13,11 +17,12 @@ WARNING = 'Resumed with other settings than the checkpoint'
 def train(sample, tmp_path):
     config = write_tiny_config(tmp_path / 'tiny.py')
 
-    def run(folder, end, *options, resume=False):
+    def run(folder, end, *options, resume=False, flags=()):
         """Trains to iteration `end`; returns rates by iteration, and the log."""
         work_dir = tmp_path / folder
         before = logs(work_dir, '*.log')
-        arguments = ['train', config, '--no-dry-run', *(['--resume'] if resume else [])]
+        arguments = ['train', config, '--no-dry-run', *flags]
+        arguments += ['--resume'] if resume else []
         options = [
             *WITHOUT_WORKERS,
             'train_cfg.val_begin=99',
@@ -69,3 +74,57 @@ def test_nothing_is_said_without_differences(train):
     train('run', 2)
     _, log = train('run', 4, resume=True)
     assert WARNING not in log
+
+
+@pytest.mark.parametrize('scaling', [[], ['--auto-scale-lr']], ids=['', 'scaled'])
+def test_another_batch_is_named_and_rates_follow_the_flag(train, scaling):
+    base = ['auto_scale_lr.base_batch_size=4', 'train_dataloader.batch_size=4']
+    other = [*base[:1], 'train_dataloader.batch_size=2']
+    longer = ['param_scheduler.1.end=8']
+    expected, _ = train('whole', 8, *longer, *other, flags=scaling)
+    train('run', 4, *base, flags=scaling)
+    rates, log = train('run', 8, *longer, *other, resume=True, flags=scaling)
+    assert [rates[i] for i in range(5, 9)] == [expected[i] for i in range(5, 9)]
+    assert 'batch size 2 (checkpoint: 4). The run continues at its next iteration' in log
+    assert ('rates are scaled to the batch' in log) == bool(scaling)
+
+
+def test_other_data_and_optimizers_are_named(train):
+    train('run', 2)
+    options = ['train_dataloader.dataset.indices=3', 'optim_wrapper.optimizer.type=Adam']
+    _, log = train('run', 4, *options, resume=True)
+    assert 'optimizer Adam (checkpoint: AdamW); samples 3 (checkpoint: 40)' in log
+
+
+def test_checkpoints_of_plain_mmengine_are_resumed(train, tmp_path):
+    train('run', 2)
+    path = tmp_path / 'run/iter_2.pth'
+    content = torch.load(path, weights_only=False)
+    facts = content['meta'].pop(FACTS)
+    assert facts['data'].endswith('images/training')
+    assert facts['batch size'] > 0
+    torch.save(content, path)
+    rates, log = train('run', 4, 'train_dataloader.batch_size=3', resume=True)
+    assert 4 in rates
+    assert 'with other settings' not in log
+
+
+CLASSES = ['wall', 'sky', 'tree']
+
+
+@pytest.mark.parametrize(
+    ('own', 'message'),
+    [
+        (['wall', 'sky'], 'with 3 classes, train_dataloader.dataset.metainfo has 2. Resume with'),
+        (['sky', 'wall', 'tree'], "has 3; the first difference is class 0: 'sky', not 'wall'. R"),
+    ],
+)
+def test_other_classes_are_refused(own, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        compare_classes(own, CLASSES, 'a.pth')
+    assert 'load_from=FILE' in str(caught.value)
+
+
+def test_renamed_classes_are_named():
+    said = compare_classes(['wall', 'clouds', 'tree'], CLASSES, 'a.pth')
+    assert said == "class 1 'clouds' (checkpoint: 'sky')"
