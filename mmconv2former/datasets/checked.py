@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from .images import open_image
 
 LABEL_MODES = ('L', 'P', '1')  # of Pillow: one channel of at most 8 bits
 START_OF_JPEG, END_OF_JPEG = b'\xff\xd8', b'\xff\xd9'
+COCO_NAMES = {'mask': 'segmentation', 'bbox_label': 'category_id'}  # of mmdet's fields
+OF_ANNOTATIONS = {'image_id', 'category_id', 'bbox'}
 TAIL = 1024  # bytes; some cameras append data to a JPEG
 
 
@@ -307,6 +310,26 @@ def describe(settings: Mapping) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The message of an exception on one line, with its type unless it is a plain ValueError."""
+    """The message of an exception on one line, with its type unless it is a plain ValueError.
+
+    A missing key is called a missing field; annotation files cause such errors. The entry that
+    lacks it is named by its `id` if it has one.
+    """
+    if type(error) is KeyError and len(error.args) == 1 and str(error.args[0]).isidentifier():
+        field = str(error.args[0])
+        name = f"'{field}'" + (f' (COCO: {COCO_NAMES[field]!r})' if field in COCO_NAMES else '')
+        return f'KeyError: field {name} is missing{entry_without(field, error)}'
     words = ' '.join(str(error).split())
     return words if type(error) is ValueError else f'{type(error).__name__}: {words}'
+
+
+def entry_without(field: str, error: Exception) -> str:
+    """The entry of an annotation file that was being read when a field was missing."""
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    values = list(frames[-1].f_locals.values()) if frames else []
+    entries = [v for v in values if isinstance(v, dict) and 'id' in v and field not in v]
+    entries.sort(key=lambda entry: bool(OF_ANNOTATIONS & entry.keys()))
+    if not entries:
+        return ''
+    kind = 'annotation' if OF_ANNOTATIONS & entries[-1].keys() else 'entry'
+    return f' in the {kind} with id {entries[-1]["id"]}'

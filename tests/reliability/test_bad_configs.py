@@ -232,6 +232,27 @@ def test_option_is_refused(option, sample, tmp_path, no_training_data, fault_rep
     assert_refused(arguments, OPTIONS[option], fault_report, fault, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ('backend', 'packages'),
+    [
+        ('WandbVisBackend', 'wandb'),
+        ('mmengine.MLflowVisBackend', 'mlflow'),
+        ('DVCLiveVisBackend', 'dvclive pygit2'),
+        ('TensorboardVisBackend', 'tensorboard'),
+    ],
+)
+def test_backend_without_its_package_is_refused(backend, packages, tmp_path, monkeypatch):
+    own = [*packages.split(), 'tensorboardX']
+    monkeypatch.setattr('common.config_check.find_spec', lambda name: None if name in own else 1)
+    option = f'visualizer.vis_backends=[dict(type={backend})]'
+    arguments = ['train', write_tiny_config(tmp_path / 'a.py'), '--cfg-options', option]
+    said = refusal_of(*arguments)
+    assert said.endswith(
+        f'visualizer.vis_backends.0 is {backend.rpartition(".")[2]}, which needs: '
+        f'pip install {packages}'
+    )
+
+
 def test_schedule_is_refused_before_the_first_iteration(sample, tmp_path):
     """It needs the length of the training data."""
     option = 'param_scheduler.1.powr=0.9'
