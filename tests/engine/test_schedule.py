@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT
+from helpers.in_process import refusal_of, with_data, write_tiny_config
+from helpers.tiny import WITHOUT_WORKERS
 from mmengine.config import Config
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 from mmseg.engine.schedulers import PolyLRRatio
@@ -174,3 +176,21 @@ def test_nothing_is_said_about_stock_schedules():
         length = loop.max_epochs if epoch else loop.max_iters
         scope = 'mmseg' if any(s['type'] == PolyLRRatio.__name__ for s in settings) else 'mmengine'
         assert list(unusual(schedule(settings, length, epoch, rate, scope))) == [], name
+
+
+def test_tool_warns_and_shows_the_table(sample, tmp_path, capsys):
+    config = write_tiny_config(tmp_path / 'tiny.py')
+    options = [*WITHOUT_WORKERS, 'train_cfg.max_iters=2', 'train_cfg.val_begin=99']
+    options += ['param_scheduler.0.end=2', 'param_scheduler.1.begin=2', 'param_scheduler.1.end=99']
+    warning = 'param_scheduler.1 (PolyLR) goes on to iteration 99, but the run ends at iteration 2'
+    for flag in ('--show-schedule', '--no-dry-run'):
+        arguments = with_data(['train', config, flag], sample, tmp_path / flag, *options)
+        assert refusal_of(*arguments) == ''
+        said = capsys.readouterr().out
+        has_trained = bool([*(tmp_path / flag).glob('iter_*.pth')])
+        assert has_trained == (flag == '--no-dry-run')
+        if not has_trained:
+            assert [line.split()[0] for line in said.splitlines()[-4:-1]] == ['iteration', '0', '1']
+            assert warning in said.splitlines()[-1]
+    (log,) = (tmp_path / flag).glob('*/*.log')
+    assert f'Learning rate: {warning}' in log.read_text()
