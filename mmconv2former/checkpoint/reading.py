@@ -21,15 +21,17 @@ from pickle import UnpicklingError
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import urlopen
-from zipfile import is_zipfile
+from zipfile import BadZipFile, ZipFile, is_zipfile
+from zlib import error as ZlibError
 
 import torch
 from filelock import FileLock
 from mmengine.fileio import get_file_backend, get_local_path
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..text import PrintableError, first
 from .safe_pickle import FORCE_VARIABLE, load_data
 
 TRUST_VARIABLE = 'MMCONV2FORMER_TRUST_CHECKPOINTS'
@@ -42,12 +44,13 @@ DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 UNREADABLE = (
     UnpicklingError, RuntimeError, OSError, EOFError, ImportError, ValueError, TypeError,
     AttributeError, LookupError, AssertionError, ArithmeticError, MemoryError, struct.error,
+    BadZipFile, ZlibError,
 )  # fmt: skip
 FIRST_KERNEL = 'stages.0.0.attn.att.2.weight'  # in every published network
 CLASSIFICATION_HEAD = re.compile(r'(head\.[02]|pred)\.(weight|bias)')
 
 
-class CheckpointError(ValueError):
+class CheckpointError(PrintableError, ValueError):
     """A file that is not a checkpoint, cannot be read safely, or is of another network."""
 
 
@@ -149,10 +152,10 @@ def download(address: str, path: str) -> None:
 
 
 def check_file(path: str) -> None:
-    """Recognises failed downloads, for which torch has obscure messages.
+    """Recognises failed downloads, for which torch has obscure messages, and changed bytes.
 
     Raises:
-        CheckpointError: The file is empty, a web page or truncated.
+        CheckpointError: The file is empty, a web page, truncated or damaged.
     """
     with open(path, 'rb') as file:
         start = file.read(64).lstrip()
@@ -160,8 +163,36 @@ def check_file(path: str) -> None:
         raise CheckpointError('file is empty')
     if start.startswith(b'<'):
         raise CheckpointError('file is a web page')
-    if start.startswith(b'PK') and not is_zipfile(path):
-        raise CheckpointError('file is truncated (incomplete download?)')
+    if start.startswith(b'PK'):
+        if not is_zipfile(path):
+            raise CheckpointError('file is truncated (incomplete download?)')
+        check_sums(path)
+
+
+def check_sums(path: str) -> None:
+    """Checks the CRC-32 of every record of a zip file, which torch does not.
+
+    It takes 0.2 s for 300 MB. Files of `torch.serialization.set_crc32_options(False)` have no
+    sums: all are 0.
+
+    Raises:
+        CheckpointError: A record is not what was written.
+        Exception: Of `UNREADABLE`, if the structure of the file is damaged.
+    """
+    with ZipFile(path) as archive:
+        records = archive.infolist()
+        if not any(record.CRC for record in records):
+            return
+        for record in records:
+            try:
+                with archive.open(record) as file:
+                    while file.read(2**20):
+                        pass
+            except (BadZipFile, ZlibError, EOFError) as error:
+                raise CheckpointError(
+                    f'file is damaged: record {record.filename!r} is not what was written '
+                    '(CRC-32); use another copy'
+                ) from error
 
 
 def read_safetensors(path: str, map_location: Any) -> dict[str, Tensor]:
@@ -222,7 +253,7 @@ def state_dict_of(
     if averaged and not found:
         raise CheckpointError(
             f'checkpoint {checkpoint!r} has no averaged weights (state_dict_ema, model_ema or '
-            f'ema_state_dict), got {list(content)[:8]}'
+            f'ema_state_dict), got {first(content, 8)}'
         )
     weights = found[0] if found else content
     tensors = {
@@ -232,14 +263,42 @@ def state_dict_of(
     }
     if not tensors:
         raise CheckpointError(
-            f'checkpoint {checkpoint!r} contains no tensors, only {list(weights)[:5]}'
+            f'checkpoint {checkpoint!r} contains no tensors, only {first(weights, 5)}'
         )
+    check_kinds(tensors, checkpoint)
     in_wrapper = all(name.startswith('module.') for name in tensors)
     prefix = 'module.' if in_wrapper else ''
     result = OrderedDict((name[len(prefix) :], value) for name, value in tensors.items())
     if hasattr(weights, '_metadata'):
         result._metadata = weights._metadata  # type: ignore[attr-defined]
     return result
+
+
+def check_kinds(tensors: Mapping[str, Tensor], checkpoint: str) -> None:
+    """Checks that tensors are plain arrays of numbers.
+
+    Raises:
+        CheckpointError: One is sparse, quantized, nested, of another class, or without values.
+    """
+    for name, value in tensors.items():
+        if (kind := kind_of(value)) is not None:
+            raise CheckpointError(
+                f'checkpoint {checkpoint!r} cannot be loaded: {first([name])[0]} is {kind}; only '
+                'plain dense tensors are supported'
+            )
+
+
+def kind_of(value: Tensor) -> str | None:
+    """What a tensor is if it is not a plain array of numbers."""
+    if value.is_nested:
+        return 'a nested tensor'
+    if value.is_quantized:
+        return 'a quantized tensor'
+    if value.layout is not torch.strided:
+        return f'a sparse tensor ({value.layout})'
+    if value.is_meta:
+        return 'a tensor without values (meta)'
+    return None if type(value) in (Tensor, nn.Parameter) else f'of {type(value).__name__}'
 
 
 def read_state_dict(checkpoint: str, averaged: bool = False) -> OrderedDict[str, Tensor]:

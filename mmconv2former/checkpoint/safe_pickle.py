@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import io
 import os
 import pickle
+import pickletools
 import tarfile
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from mmengine.logging import HistoryBuffer
 from torch import _weights_only_unpickler
 
 FORCE_VARIABLE = 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'  # torch's own
+DEEPEST = 100  # levels of nested objects; checkpoints have about ten
 MULTIARRAY = getattr(np, 'core' if np.__version__ < '2' else '_core').multiarray
 
 
@@ -87,6 +90,7 @@ def load_data(path: str, map_location: Any) -> Any:
         Exception: Many other types, as a forged pickle can fail in any operation.
     """
     refuse_other_formats(path)
+    refuse_deep_nesting(path)
     if hasattr(torch.serialization, 'safe_globals'):  # torch >= 2.5
         # torch would also take away what was admitted before.
         known = set(torch.serialization.get_safe_globals())
@@ -111,6 +115,81 @@ def refuse_other_formats(path: str) -> None:
         raise UnpicklingError('file is TorchScript, a program; save its state_dict() instead')
     with suppress(tarfile.TarError), tarfile.open(path, 'r:'):
         raise UnpicklingError('file is a tar archive')
+
+
+# ------------------------------------------------------------------------------------- nesting
+def refuse_deep_nesting(path: str) -> None:
+    """Refuses objects within objects within objects, without building any.
+
+    The hash of nested tuples recurses in C without a limit: as the key of a dict, they crash the
+    process. A compressed file of 600 bytes is enough.
+
+    Raises:
+        UnpicklingError: The nesting is deeper than `DEEPEST`, or the file is not a pickle.
+    """
+    if is_zipfile(path):
+        check_nesting(io.BytesIO(torch._C.PyTorchFileReader(path).get_record('data.pkl')))
+        return
+    with open(path, 'rb') as file:
+        for _ in range(5):  # magic number, protocol, system, content, keys of the storages
+            check_nesting(file)
+
+
+MARK = -1  # in the place of a depth
+PUTS = {'PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'}
+GETS = {'GET', 'BINGET', 'LONG_BINGET'}
+FILLS = {'APPEND', 'APPENDS', 'SETITEM', 'SETITEMS', 'ADDITEMS', 'BUILD'}
+
+
+def effect(opcode: pickletools.OpcodeInfo) -> tuple[int, bool, int]:
+    """How many objects an opcode takes, whether also all above the mark, and how many it pushes."""
+    before = opcode.stack_before
+    takes_slice = pickletools.markobject in before
+    taken = before.index(pickletools.markobject) if takes_slice else len(before)
+    return taken, takes_slice, len(opcode.stack_after)
+
+
+EFFECTS = {opcode.name: effect(opcode) for opcode in pickletools.opcodes}
+
+
+def check_nesting(file: BinaryIO) -> None:
+    """Follows the depth of each object on the stack of a pickle, in a time linear in its length.
+
+    The depth of a list or a dict that is filled after it was stored in the memo is not followed
+    there: no hash goes through them.
+
+    Raises:
+        UnpicklingError: See `refuse_deep_nesting`.
+    """
+    stack: list[int] = []  # depths; MARK is a mark
+    memo: dict[int, int] = {}
+    try:
+        for opcode, argument, _ in pickletools.genops(file):
+            name = opcode.name
+            if name in PUTS:
+                memo[len(memo) if argument is None else int(argument)] = stack[-1]
+            elif name in GETS:
+                stack.append(memo[int(argument)])
+            elif name == 'MARK':
+                stack.append(MARK)
+            elif name == 'POP':
+                stack.pop()
+            elif name == 'DUP':
+                stack.append(stack[-1])
+            else:
+                taken, takes_slice, pushed = EFFECTS[name]
+                inside = MARK
+                while takes_slice and (popped := stack.pop()) != MARK:
+                    inside = max(inside, popped)
+                fills = name in FILLS  # a container below what it takes
+                for _ in range(taken - fills):
+                    inside = max(inside, stack.pop())
+                depth = max(stack.pop(), inside + 1) if fills else inside + 1
+                if depth > DEEPEST:
+                    raise UnpicklingError(f'objects are nested in more than {DEEPEST} levels')
+                stack.extend([depth] * pushed)
+    except (ValueError, LookupError) as error:
+        raise UnpicklingError(f'not a file of torch.save: {error}') from error
 
 
 # ---------------------------------------------------------------------------------- torch < 2.5
