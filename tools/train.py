@@ -65,6 +65,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help='resume from a checkpoint; without a path, from the newest in the work dir',
     )
     parser.add_argument(
+        '--take-over',
+        action='store_true',
+        help='take the work dir from another run, which stops at its next checkpoint',
+    )
+    parser.add_argument(
         '--tensorboard', action='store_true', help='also log for TensorBoard (in WORK_DIR/TIME)'
     )
     parser.add_argument(
@@ -112,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.show_schedule:
             show_schedule(runner)
             return
+        runner.take_over = args.take_over
         if precision is not None:
             runner.logger.info(precision)
         if compile_settings:

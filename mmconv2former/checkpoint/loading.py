@@ -12,13 +12,14 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from mmengine.logging import print_log
-from mmengine.optim import OptimWrapperDict
 from torch import Tensor, nn
 
 from ..registry import WEIGHT_INITIALIZERS
+from ..text import first, listed, printable
 from .architecture import differences, pad_kernels
-from .reading import CheckpointError, CheckpointNotFound, read_state_dict
+from .reading import CheckpointError, CheckpointNotFound, check_kinds, read_state_dict
 
 BACKBONE = 'backbone.'
 # Prefixes of our modules in a whole model; '' is a published file or a backbone alone.
@@ -29,7 +30,6 @@ SIZE_MISMATCH = re.compile(
     r'size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from '
     r'checkpoint, the shape in current model is torch\.Size\(\[(.*?)\]\)'
 )
-OPTIMIZER_SETTINGS = ('betas', 'momentum', 'eps', 'alpha', 'rho')  # they tell optimizers apart
 HOW_TO_GET_WEIGHTS = (
     'The published weights are ImageNet checkpoints linked from the README of '
     'github.com/HVision-NKU/Conv2Former; download one and put it there, or give its path as '
@@ -161,12 +161,14 @@ def check_fit(
         which tensors of the module keep their initial values and which of the file are unused.
 
     Raises:
-        CheckpointError: A tensor is missing, the file is of a network of other depths or widths,
-            or a module cannot read its part of the file.
+        CheckpointError: A tensor is missing, not finite or not of numbers like the module's, the
+            file is of a network of other depths or widths, or a module cannot read its part of the
+            file.
     """
     expected = module.state_dict()
+    check_kinds(found, checkpoint)
     try:
-        tensors, missing, misshaped, unused = try_loading(module, found)
+        tensors, missing, misshaped, unused, damage = try_loading(module, found)
     except CheckpointError as error:
         raise CheckpointError(f'checkpoint {checkpoint!r} does not fit: {error}') from error
     loaded = set(expected).difference(missing, misshaped)
@@ -175,7 +177,7 @@ def check_fit(
     # A deeper network has all the names of a shallower one.
     reasons = [*differences(found, expected)]
     if names := [name for name in missing if name in needed]:
-        reasons += [f'{len(names)} of {len(needed)} names missing, such as {names[:3]}']
+        reasons += [f'{len(names)} of {len(needed)} names missing, such as {first(names, 3)}']
     if texts := [text for name, text in misshaped.items() if name in needed]:
         reasons += [f'{len(texts)} shapes differ, such as {"; ".join(texts[:3])}']
     if reasons:
@@ -183,8 +185,11 @@ def check_fit(
             f'checkpoint {checkpoint!r} does not fit this {type(module).__name__}: '
             f'{"; ".join(reasons)}; its names begin with {first_parts(found)}'
         )
+    if damage:
+        raise CheckpointError(f'checkpoint {checkpoint!r} is damaged: {damage}')
     summary = (
-        f'{checkpoint} has {len(loaded)} of {len(expected)} tensors of {type(module).__name__}; '
+        f'{printable(checkpoint)} has {len(loaded)} of {len(expected)} tensors of '
+        f'{type(module).__name__}; '
         f'initial values kept: {listed([*missing, *misshaped.values()])}; unused: {listed(unused)}'
     )
     return tensors, summary
@@ -192,12 +197,12 @@ def check_fit(
 
 def try_loading(
     module: nn.Module, found: Mapping[str, Tensor]
-) -> tuple[OrderedDict[str, Tensor], list[str], dict[str, str], list[str]]:
+) -> tuple[OrderedDict[str, Tensor], list[str], dict[str, str], list[str], str]:
     """Loads into a copy, through the hooks with which modules read files of earlier versions.
 
     Returns:
         The tensors that fit; names that the file lacks; descriptions of tensors of another shape,
-        by name; names that the module lacks.
+        by name; names that the module lacks; what is wrong with the values, '' if nothing is.
 
     Raises:
         CheckpointError: A module cannot read its part of the file.
@@ -219,73 +224,49 @@ def try_loading(
         except (LookupError, AttributeError, TypeError, ValueError) as error:  # in a module's hook
             raise CheckpointError(f'{type(error).__name__}: {error}') from error
     missing = [name for name in keys.missing_keys if name not in misshaped]
-    return tensors, missing, misshaped, keys.unexpected_keys
+    return tensors, missing, misshaped, keys.unexpected_keys, damage_of(tensors, trial, module)
+
+
+def damage_of(tensors: Mapping[str, Tensor], trial: nn.Module, module: nn.Module) -> str:
+    """What is wrong with loaded values; '' if nothing is.
+
+    Args:
+        tensors: What was loaded.
+        trial: The module with these values.
+        module: The module without them. Its buffers may be infinite, such as a mask.
+    """
+    expected = module.state_dict()
+    mistyped = [
+        name
+        for name, value in tensors.items()
+        if name in expected and expected[name].is_floating_point() and not value.is_floating_point()
+    ]
+    if mistyped:
+        kind = str(tensors[mistyped[0]].dtype).removeprefix('torch.')
+        return f'{len(mistyped)} weights are {kind} instead of floats, such as {first(mistyped, 3)}'
+    wrong = set(non_finite_tensors(trial))
+    if wrong:
+        wrong -= {*non_finite_tensors(module)} - {name for name, _ in module.named_parameters()}
+    names = [name for name in expected if name in wrong]
+    return f'{len(names)} tensors are NaN or infinite, such as {first(names, 3)}' if names else ''
+
+
+def non_finite_tensors(module: nn.Module) -> list[str]:
+    """Names of parameters and buffers with non-finite elements; waits for the device once."""
+    tensors = {
+        name: value
+        for name, value in module.state_dict().items()
+        if isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
+    }
+    if not tensors:
+        return []
+    finite = torch.stack([torch.isfinite(value).all() for value in tensors.values()]).tolist()
+    return [name for name, is_finite in zip(tensors, finite) if not is_finite]
 
 
 def first_parts(names: Iterable[str]) -> list[str]:
     """The first parts of names, such as `backbone` and `neck`."""
-    return sorted({name.split('.')[0] for name in names})[:8]
-
-
-def listed(names: Sequence[str]) -> str:
-    """The number of names and the first of them."""
-    return f'{len(names)} ({", ".join(names[:6])}{", ..." * (len(names) > 6)})' if names else 'none'
-
-
-# -------------------------------------------------------------------------------------- resumption
-def check_resumable(content: Mapping[str, Any], checkpoint: str) -> None:
-    """Checks that a checkpoint has what mmengine needs to resume a run.
-
-    Raises:
-        CheckpointError: It has weights only, or something unexpected under these keys.
-    """
-    meta = content.get('meta')
-    counts = [meta.get(key) for key in ('epoch', 'iter')] if isinstance(meta, dict) else [None]
-    has = {
-        'meta with epoch and iter': all(type(count) is int and count >= 0 for count in counts),
-        **{part: isinstance(content.get(part), dict) for part in ('message_hub', 'optimizer')},
-    }
-    if lacking := [part for part, is_there in has.items() if not is_there]:
-        raise CheckpointError(
-            f'checkpoint {checkpoint!r} cannot be resumed from: it has no {", no ".join(lacking)}. '
-            'To start a new run from its weights, give it as load_from '
-            '(--cfg-options load_from=FILE).'
-        )
-
-
-def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
-    """Checks that the saved state of an optimizer, or of several by name, fits the run's.
-
-    Args:
-        saved: What the checkpoint has under `optimizer`.
-        optimizer: The run's `OptimWrapper` or `OptimWrapperDict`.
-        checkpoint: Name of the file, for messages.
-
-    Raises:
-        CheckpointError: It has other parameter groups or is of another kind of optimizer.
-    """
-    if isinstance(optimizer, OptimWrapperDict):
-        for name, part in optimizer.items():
-            check_optimizer(saved.get(name), part, checkpoint)
-        return
-    sizes, settings = layout(optimizer.optimizer.param_groups)  # the wrapper adds an empty group
-    try:
-        saved_sizes, saved_settings = layout(saved['param_groups'])
-    except (TypeError, LookupError):
-        saved_sizes, saved_settings = [], []
-    if saved_sizes != sizes or not set(settings) <= set(saved_settings):
-        raise CheckpointError(
-            f'checkpoint {checkpoint!r} cannot be resumed from: its optimizer has parameter groups '
-            f'of sizes {saved_sizes} with {saved_settings}, this config has {sizes} with '
-            f'{settings}. Resume with the optim_wrapper and frozen_stages of its run, or start a '
-            'new run with it as load_from.'
-        )
-
-
-def layout(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[str]]:
-    """Sizes of parameter groups, and the settings that tell their optimizer from others."""
-    sizes = [len(group['params']) for group in param_groups]
-    return sizes, [k for k in OPTIMIZER_SETTINGS if all(k in group for group in param_groups)]
+    return first(sorted({name.split('.')[0] for name in names}), 8)
 
 
 @WEIGHT_INITIALIZERS.register_module(name='Pretrained')

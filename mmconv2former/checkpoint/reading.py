@@ -46,6 +46,7 @@ UNREADABLE = (
     AttributeError, LookupError, AssertionError, ArithmeticError, MemoryError, struct.error,
     BadZipFile, ZlibError,
 )  # fmt: skip
+FOLDER = 0x10  # attribute of a record for which torch returns memory as it finds it
 FIRST_KERNEL = 'stages.0.0.attn.att.2.weight'  # in every published network
 CLASSIFICATION_HEAD = re.compile(r'(head\.[02]|pred)\.(weight|bias)')
 
@@ -181,12 +182,13 @@ def check_sums(path: str) -> None:
     """
     with ZipFile(path) as archive:
         records = archive.infolist()
-        if not any(record.CRC for record in records):
-            return
+        has_sums = any(record.CRC for record in records)
         for record in records:
+            if record.external_attr & FOLDER:
+                raise CheckpointError(f'file is damaged: record {record.filename!r} is a folder')
             try:
                 with archive.open(record) as file:
-                    while file.read(2**20):
+                    while has_sums and file.read(2**20):
                         pass
             except (BadZipFile, ZlibError, EOFError) as error:
                 raise CheckpointError(

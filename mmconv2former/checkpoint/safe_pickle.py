@@ -19,7 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pickle import UnpicklingError
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar, cast
 from zipfile import is_zipfile
 
 import numpy as np
@@ -164,12 +164,12 @@ def check_nesting(file: BinaryIO) -> None:
     stack: list[int] = []  # depths; MARK is a mark
     memo: dict[int, int] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(file):
-            name = opcode.name
+        for opcode, number, _ in pickletools.genops(file):
+            name, argument = opcode.name, cast('int | None', number)
             if name in PUTS:
-                memo[len(memo) if argument is None else int(argument)] = stack[-1]
+                memo[len(memo) if argument is None else argument] = stack[-1]
             elif name in GETS:
-                stack.append(memo[int(argument)])
+                stack.append(memo[argument or 0])
             elif name == 'MARK':
                 stack.append(MARK)
             elif name == 'POP':

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten
 from ..engine.seeding import SampleIndex, seed_all
 from ..registry import DATASETS, register
 from .images import open_image
+from ..text import PrintableError
 
 LABEL_MODES = ('L', 'P', '1')  # of Pillow: one channel of at most 8 bits
 START_OF_JPEG, END_OF_JPEG = b'\xff\xd8', b'\xff\xd9'
@@ -35,7 +36,7 @@ OF_ANNOTATIONS = {'image_id', 'category_id', 'bbox'}
 TAIL = 1024  # bytes; some cameras append data to a JPEG
 
 
-class DataError(RuntimeError):
+class DataError(PrintableError, RuntimeError):
     """A file of a dataset cannot be used; the message names it."""
 
     def __init__(self, message: str) -> None:

@@ -24,9 +24,10 @@ from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from torch import nn
 from torch.amp import autocast
 
-from ..checkpoint.loading import check_model, check_optimizer, check_resumable
+from ..checkpoint.loading import check_model
 from ..checkpoint.reading import load_from_checked_file
 from ..datasets.images import open_image
+from ..checkpoint.resumption import check_optimizer, check_resumable
 from ..registry import HOOKS, register
 from .drawing import is_drawing
 from .finite import image_paths

@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.hooks import Hook
-from mmengine.runner import Runner, find_latest_checkpoint
-from torch import nn
+from mmengine.runner import Runner
 from torch.utils._pytree import tree_flatten
 
+from ..checkpoint.loading import non_finite_tensors
 from ..registry import HOOKS, register
+from ..text import PrintableError, first, printable
+from .work_dir import checkpoints_of
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(PrintableError, RuntimeError):
     """A loss or a weight is NaN or infinite."""
 
 
@@ -93,14 +95,14 @@ def check_weights(runner: Runner) -> None:
     if names:
         raise NonFiniteError(
             f'iteration {runner.iter}: {len(names)} tensors of the model are not finite, such as '
-            f'{names[:3]}; they are not saved; {last_checkpoint(runner)}'
+            f'{first(names, 3)}; they are not saved; {last_checkpoint(runner)}'
         )
 
 
 def last_checkpoint(runner: Runner) -> str:
     """The checkpoint from which a run can resume, for a message."""
-    checkpoint = find_latest_checkpoint(runner.work_dir)
-    return f'last good checkpoint: {checkpoint}' if checkpoint else 'no checkpoint was saved yet'
+    found = checkpoints_of(Path(runner.work_dir))
+    return f'last good checkpoint: {found[0]}' if found else 'no checkpoint was saved yet'
 
 
 @contextmanager
@@ -111,7 +113,8 @@ def images_on_error(runner: Runner) -> Iterator[None]:
     except Exception:  # from any library; raised again
         for hook in runner.hooks:
             if isinstance(hook, BatchImagesHook) and hook.images:
-                runner.logger.error(f'The failing batch has the images {", ".join(hook.images)}')
+                images = ', '.join(hook.images)
+                runner.logger.error(printable(f'The failing batch has the images {images}'))
         raise
 
 
@@ -120,16 +123,3 @@ def image_paths(data_batch: Any) -> list[str]:
     samples = tree_flatten(data_batch)[0]
     paths = (getattr(sample, 'img_path', None) for sample in samples)
     return list(dict.fromkeys(str(path) for path in paths if path is not None))
-
-
-def non_finite_tensors(model: nn.Module) -> list[str]:
-    """Names of parameters and buffers with non-finite elements; waits for the device once."""
-    tensors = {
-        name: value
-        for name, value in model.state_dict().items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point()
-    }
-    if not tensors:
-        return []
-    finite = torch.stack([torch.isfinite(value).all() for value in tensors.values()]).tolist()
-    return [name for name, is_finite in zip(tensors, finite) if not is_finite]

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 
 from ..registry import HOOKS, register
-from .runner import LAST_CHECKPOINT, PARTIAL, replace
 from .seeding import ITERATIONS, derived_seed, seed_all
+from .work_dir import LAST_CHECKPOINT, partial_name, replace
 
 SHORTEST_LOG = 10_000  # iterations; more than any average that is logged by default
 # In the message hub: iteration of the last complete validation. Not named `val...`: mmengine would
@@ -103,6 +104,8 @@ class ReliableCheckpointHook(CheckpointHook):
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
+        if isinstance(self.file_backend, LocalBackend):
+            runner.lock(str(self.out_dir))
         self.file_backend = LateRemoval(self.file_backend)
         if self.max_keep_ckpts > 0:  # the one of mmengine has no room for one more
             self.keep_ckpt_ids = list(self.keep_ckpt_ids)
@@ -140,7 +143,7 @@ class ReliableCheckpointHook(CheckpointHook):
         )
         if not is_main_process():
             return
-        partial = Path(runner.work_dir, PARTIAL)
+        partial = Path(runner.work_dir, partial_name())
         partial.write_text(self.last_ckpt)
         replace(partial, Path(runner.work_dir, LAST_CHECKPOINT))
         for old in outdated:

@@ -11,11 +11,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, master_only
 from mmengine.hooks import CheckpointHook, LoggerHook
 from mmengine.model import BaseTTAModel, is_model_wrapper
@@ -24,20 +24,26 @@ from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, R
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
-from ..checkpoint.loading import check_model, check_optimizer, check_resumable
+from ..checkpoint.loading import check_model
 from ..checkpoint.reading import CheckpointError, load_from_checked_file
+from ..checkpoint.resumption import check_optimizer, check_resumable, check_schedules
 from ..registry import RUNNERS, register
+from ..text import PrintableError
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
 from .drawing import is_drawing, spare_metrics
 from .finite import check_weights, images_on_error
 from .resuming import check_run, follow_config, settings_of
 from .seeding import PositionedSampler, ResumedBatches, give_positions
+from .work_dir import FolderLock, WorkDirError, checkpoints_of, lock_folder, partial_name, replace
 
-PARTIAL = '.checkpoint.partial'  # one name, so that an interrupted run leaves at most one such file
-LAST_CHECKPOINT = 'last_checkpoint'  # mmengine's file with the path of the newest checkpoint
+# What damaged content causes in mmengine's `resume`.
+DAMAGED = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 
 
-class CheckpointNotSaved(OSError):
+class CheckpointNotSaved(PrintableError, OSError):
     """A checkpoint could not be written; earlier ones are unchanged."""
 
 
@@ -53,6 +59,8 @@ class ReliableRunner(Runner):
     _resume: bool | str
     _has_initial_weights = False
     _checked: tuple[str, dict] | None = None  # name and content of the file, see `preflight`
+    take_over = False  # whether to take the work dir from a living run
+    _locks: dict[str, FolderLock | None] | None = None  # by folder
 
     @property
     def run_seed(self) -> int:
@@ -132,8 +140,31 @@ class ReliableRunner(Runner):
 
     # --------------------------------------------------------------------------------------- run
     def train(self) -> nn.Module:
-        with images_on_error(self):
-            return super().train()
+        """Trains as mmengine does, as the only run that writes in the work dir.
+
+        Raises:
+            WorkDirError: Another run does.
+            Exception: Of training.
+        """
+        self.lock(self.work_dir)
+        try:
+            with images_on_error(self):
+                return super().train()
+        finally:
+            for lock in (self._locks or {}).values():
+                if lock is not None:
+                    lock.release()
+            self._locks = None
+
+    def lock(self, folder: str) -> None:
+        """Makes this run the only one that writes in a folder, until the end of training.
+
+        Raises:
+            WorkDirError: See `lock_folder`.
+        """
+        self._locks = {} if self._locks is None else self._locks
+        if folder not in self._locks:
+            self._locks[folder] = lock_folder(folder, self.take_over, self.logger.warning)
 
     def val(self) -> dict:
         with images_on_error(self):
@@ -189,7 +220,14 @@ class ReliableRunner(Runner):
             CheckpointError: See `load_checkpoint`.
         """
         settings = settings_of(self)
-        super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
+        try:
+            super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
+        except (CheckpointError, torch.cuda.OutOfMemoryError):
+            raise
+        except DAMAGED as error:
+            raise CheckpointError(
+                f'checkpoint {filename!r} cannot be resumed from: {type(error).__name__}: {error}'
+            ) from error
         loop = self.train_loop
         loader = loop.dataloader
         sampler = getattr(loader.batch_sampler, 'sampler', None)
@@ -215,8 +253,10 @@ class ReliableRunner(Runner):
 
         Raises:
             CheckpointError: Pretrained weights or `load_from` cannot be read, or do not fit.
+            WorkDirError: Another run trains in the work dir.
         """
         if training:
+            self.lock(self.work_dir)
             self._init_model_weights()
         if self._load_from and self._resume != 'auto':  # which may find another checkpoint
             content = self._read(self._load_from, strict=not training or bool(self._resume))
@@ -255,8 +295,14 @@ class ReliableRunner(Runner):
             keep_own_step(content['optimizer'], self.optim_wrapper)
         if self._resume and isinstance(self._train_loop, BaseLoop):
             check_run(self, content['meta'], filename)
+        if self._resume and are_built(self.param_schedulers):
+            check_schedules(content.get('param_schedulers', []), self.param_schedulers, filename)
         # Hooks may change it: EMAHook swaps the averaged weights with the others.
         self.call_hook('after_load_checkpoint', checkpoint=content)
+        if self._resume and 'ema_state_dict' in content:
+            content['state_dict'] = check_model(
+                unwrapped(self.model), content, filename, strict=True
+            )
         unwrapped(self.model).load_state_dict(content['state_dict'], strict=False)
         self._has_loaded = True
         return content
@@ -276,16 +322,23 @@ class ReliableRunner(Runner):
         Raises:
             CheckpointNotSaved: The folder is not writable or the disk is full; earlier files are
                 unchanged.
-            NonFiniteWeightsError: Weights are NaN or infinite; earlier files are unchanged.
+            NonFiniteError: Weights are NaN or infinite; earlier files are unchanged.
+            WorkDirError: Another run took the folder.
         """
+        lock = (self._locks or {}).get(out_dir)
+        if lock is not None and not lock.is_held():
+            raise WorkDirError(
+                f'iteration {self.iter}: another training run took {out_dir}; this one ends and '
+                'saves nothing there'
+            )
         check_weights(self)
         is_local = backend_args is None and kwargs.get('file_client_args') is None
         if not is_local or '://' in out_dir:  # storage that writes whole objects
             super().save_checkpoint(out_dir, filename, *args, backend_args=backend_args, **kwargs)
             return
-        partial, path = Path(out_dir, PARTIAL), Path(out_dir, filename)
+        partial, path = Path(out_dir, partial_name()), Path(out_dir, filename)
         try:
-            super().save_checkpoint(out_dir, PARTIAL, *args, **kwargs)
+            super().save_checkpoint(out_dir, partial.name, *args, **kwargs)
             replace(partial, path)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             partial.unlink(missing_ok=True)
@@ -299,33 +352,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def replace(partial: Path, path: Path) -> None:
-    """Replaces a file with a new one, so that a crash leaves one or the other."""
-    with partial.open('rb') as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def checkpoints_of(work_dir: Path) -> list[Path]:
-    """The checkpoints from which a run can be resumed, newest first.
-
-    The first is the one that `last_checkpoint` names; this folder is searched first, in case it was
-    moved. All others follow by number.
-    """
-    named: list[Path] = []
-    marker = work_dir / LAST_CHECKPOINT
-    if marker.is_file() and (text := marker.read_text(errors='replace').strip()):
-        named = [path for path in (work_dir / Path(text).name, Path(text)) if path.is_file()][:1]
-    numbered = [
-        (int(digits), path)
-        for pattern in ('epoch_*.pth', 'iter_*.pth')
-        for path in work_dir.glob(pattern)
-        if (digits := path.stem.rpartition('_')[2]).isdecimal()
-    ]
-    others = [path for _, path in sorted(numbered, reverse=True)]
-    return named + [path for path in others if path not in named]
+def are_built(schedules: Any) -> bool:
+    """Whether the schedules of a runner are objects, not settings."""
+    parts = schedules.values() if isinstance(schedules, dict) else [schedules or []]
+    return all(
+        isinstance(part, list) and all(hasattr(item, 'state_dict') for item in part)
+        for part in parts
+    )

@@ -12,7 +12,7 @@ from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 
 from mmconv2former import ReliableRunner
 from mmconv2former.checkpoint.reading import CheckpointError
-from mmconv2former.engine.runner import checkpoints_of
+from mmconv2former.engine.work_dir import checkpoints_of
 
 
 def assert_equal(actual, expected):

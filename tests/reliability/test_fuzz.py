@@ -29,13 +29,14 @@ from mmengine.utils import digit_version
 from safetensors.torch import save
 
 from mmconv2former import Conv2Former, Conv2FormerIsotropic
-from mmconv2former.checkpoint.loading import check_resumable, load_model, load_pretrained
+from mmconv2former.checkpoint.loading import load_model, load_pretrained
 from mmconv2former.checkpoint.reading import (
     UNREADABLE,
     CheckpointError,
     load_from_checked_file,
     read_state_dict,
 )
+from mmconv2former.checkpoint.resumption import check_resumable
 from mmconv2former.checkpoint.safe_pickle import DataUnpickler, admitted_globals
 from mmconv2former.models.conv2former import Arch
 

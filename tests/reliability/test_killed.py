@@ -2,6 +2,7 @@
 
 import random
 import time
+from contextlib import suppress
 
 import pytest
 import torch
@@ -48,10 +49,11 @@ class Run:
 
     def partial_time(self):
         """When the checkpoint that is being written was last changed; None if there is none."""
-        try:
-            return (self.work_dir / '.checkpoint.partial').stat().st_mtime_ns
-        except FileNotFoundError:
-            return None
+        times = []
+        for path in self.work_dir.glob('.checkpoint.*partial'):
+            with suppress(FileNotFoundError):
+                times.append(path.stat().st_mtime_ns)
+        return max(times, default=None)
 
     def check(self):
         """All checkpoint files are complete, and no progress is lost."""

@@ -45,14 +45,16 @@ from mmconv2former.engine.dry_run import DryRunError
 from mmconv2former.engine.finite import NonFiniteError
 from mmconv2former.engine.runner import CheckpointNotSaved, ReliableRunner
 from mmconv2former.engine.schedule import ScheduleError
+from mmconv2former.engine.work_dir import WorkDirError
 from mmconv2former.models.baselines import BASELINES
+from mmconv2former.text import printable
 
 # The default of mmengine if a config has no visualizer.
 DEFAULT_VISUALIZER = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
 # Their messages say what is wrong with the user's file or setting, and what to do.
 ERRORS_OF_USERS = (
     CheckpointError, CheckpointNotSaved, ConfigError, DataError, NonFiniteError, ScheduleError,
-    VaryingSizeError,
+    VaryingSizeError, WorkDirError,
 )  # fmt: skip
 # How torch reports a data worker that the system killed, and one that raised an error.
 DEAD_WORKER = re.compile(
@@ -189,7 +191,7 @@ def run_errors(traceback: bool) -> Iterator[None]:
         message = None if traceback else explain_error(error)
         if message is None:
             raise
-        raise SystemExit(f'error: {message}') from None
+        raise SystemExit(f'error: {printable(message)}') from None
 
 
 def explain_error(error: Exception) -> str | None:

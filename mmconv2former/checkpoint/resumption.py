@@ -1,0 +1,213 @@
+"""Whether a run can be resumed from the content of a checkpoint, before anything is loaded.
+
+mmengine notices damaged content late or never: a best score that is a text fails after the next
+validation, a schedule that is a text after the data are loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import OptimWrapperDict
+from torch import Tensor
+
+from ..text import first, printable
+from .reading import CheckpointError, kind_of
+
+OPTIMIZER_SETTINGS = ('betas', 'momentum', 'eps', 'alpha', 'rho')  # they tell optimizers apart
+SEEDS = range(2**32)  # of NumPy
+POSITION = {'last_step', '_global_step'}  # of a schedule
+# In the message hub, what hooks use later; also with the name of a metric behind it.
+USED_LATER = {
+    'best_score': (int, float),
+    'best_ckpt': (str, type(None)),
+    'last_ckpt': (str, type(None)),
+    'keep_ckpt_ids': (list,),
+}
+
+
+def check_resumable(content: Mapping[str, Any], checkpoint: str) -> None:
+    """Checks that a checkpoint has what mmengine needs to resume a run.
+
+    Raises:
+        CheckpointError: It has weights only, or something unexpected under these keys.
+    """
+    meta = content.get('meta')
+    counts = [meta.get(key) for key in ('epoch', 'iter')] if isinstance(meta, dict) else [None]
+    has = {
+        'meta with epoch and iter': all(type(count) is int and count >= 0 for count in counts),
+        **{part: isinstance(content.get(part), dict) for part in ('message_hub', 'optimizer')},
+    }
+    if lacking := [part for part, is_there in has.items() if not is_there]:
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r} cannot be resumed from: it has no {", no ".join(lacking)}. '
+            'To start a new run from its weights, give it as load_from '
+            '(--cfg-options load_from=FILE).'
+        )
+    seed = content['meta'].get('seed')
+    if seed is not None and not (type(seed) is int and seed in SEEDS):
+        raise damaged(checkpoint, f'meta.seed is {shown(seed)}, not a number below 2**32')
+    for problem in problems_of_log(content['message_hub']):
+        raise damaged(checkpoint, f'message_hub.{problem}')
+
+
+def problems_of_log(hub: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the content of a message hub."""
+    for part in ('log_scalars', 'runtime_info', 'resumed_keys'):
+        if not isinstance(hub.get(part), dict):
+            yield f'{part} is {shown(hub.get(part))}, not a dict'
+            return
+    for name, history in hub['log_scalars'].items():
+        if not isinstance(history, HistoryBuffer):
+            continue  # mmengine skips it
+        values = [getattr(history, key, None) for key in ('_log_history', '_count_history')]
+        kinds = [getattr(getattr(value, 'dtype', None), 'kind', 'O') for value in values]
+        shapes = [getattr(value, 'shape', ()) for value in values]
+        if 'O' in kinds or shapes[0] != shapes[1] or len(shapes[0]) != 1:
+            yield f'log_scalars.{first([name])[0]} has no list of numbers'
+    for name, value in hub['runtime_info'].items():
+        key = next((key for key in USED_LATER if str(name).startswith(key)), None)
+        if key is None:
+            continue
+        is_wanted = isinstance(value, USED_LATER[key])
+        if key == 'keep_ckpt_ids' and is_wanted:
+            is_wanted = all(type(step) is int for step in value)
+        if not is_wanted and not (key == 'best_score' and is_number(value)):
+            yield f'runtime_info.{first([name])[0]} is {shown(value)}'
+
+
+def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
+    """Checks that the saved state of an optimizer, or of several by name, fits the run's.
+
+    Args:
+        saved: What the checkpoint has under `optimizer`.
+        optimizer: The run's `OptimWrapper` or `OptimWrapperDict`.
+        checkpoint: Name of the file, for messages.
+
+    Raises:
+        CheckpointError: It has other parameter groups, is of another kind of optimizer, or has
+            values that no optimizer has.
+    """
+    if isinstance(optimizer, OptimWrapperDict):
+        for name, part in optimizer.items():
+            check_optimizer(saved.get(name), part, checkpoint)
+        return
+    sizes, settings = layout(optimizer.optimizer.param_groups)  # the wrapper adds an empty group
+    try:
+        saved_sizes, saved_settings = layout(saved['param_groups'])
+    except (TypeError, LookupError):
+        saved_sizes, saved_settings = [], []
+    if saved_sizes != sizes or not set(settings) <= set(saved_settings):
+        raise CheckpointError(
+            f'checkpoint {checkpoint!r} cannot be resumed from: its optimizer has parameter groups '
+            f'of sizes {saved_sizes} with {saved_settings}, this config has {sizes} with '
+            f'{settings}. Resume with the optim_wrapper and frozen_stages of its run, or start a '
+            'new run with it as load_from.'
+        )
+    own = optimizer.state_dict()
+    for key in own.keys() & saved.keys() - {'state'}:
+        for problem in unlike(saved[key], own[key], key):
+            raise damaged(checkpoint, f'optimizer.{problem}')
+    parameters = [p for group in optimizer.optimizer.param_groups for p in group['params']]
+    numbers = [number for group in saved['param_groups'] for number in group['params']]
+    for problem in problems_of_state(saved.get('state'), dict(zip(numbers, parameters))):
+        raise damaged(checkpoint, f'optimizer.state{problem}')
+
+
+def layout(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[str]]:
+    """Sizes of parameter groups, and the settings that tell their optimizer from others."""
+    sizes = [len(group['params']) for group in param_groups]
+    return sizes, [k for k in OPTIMIZER_SETTINGS if all(k in group for group in param_groups)]
+
+
+def problems_of_state(state: Any, parameters: Mapping[int, Tensor]) -> Iterator[str]:
+    """What is wrong with an optimizer's averages of the gradients of parameters, by number."""
+    if not isinstance(state, dict):
+        yield f' is {shown(state)}, not a dict'
+        return
+    for number, averages in state.items():
+        if not isinstance(averages, dict):
+            yield f'[{shown(number)}] is {shown(averages)}, not a dict'
+            return
+        for name, value in averages.items():
+            place = f'[{shown(number)}].{shown(name)}'
+            if not isinstance(value, Tensor):
+                continue
+            if (kind := kind_of(value)) is not None:
+                yield f'{place} is {kind}'
+            elif not torch.isfinite(value).all():
+                yield f'{place} is NaN or infinite'
+            # A factored average has the size 1 where it was averaged.
+            elif number in parameters and value.dim() == parameters[number].dim():
+                own = parameters[number].shape
+                if any(a not in (1, b) for a, b in zip(value.shape, own)):
+                    yield f'{place} has the shape {tuple(value.shape)}, its parameter {tuple(own)}'
+
+
+def check_schedules(saved: Any, schedules: Any, checkpoint: str) -> None:
+    """Checks the saved states of schedules of learning rates and other settings.
+
+    Args:
+        saved: What the checkpoint has under `param_schedulers`.
+        schedules: The run's, built; a list, or a dict of lists for several optimizers.
+        checkpoint: Name of the file, for messages.
+
+    Raises:
+        CheckpointError: They are no states of schedules.
+    """
+    if isinstance(schedules, dict):
+        for name, part in schedules.items():
+            states = saved.get(name) if isinstance(saved, dict) else None
+            check_schedules(states, part, checkpoint)
+        return
+    if not isinstance(saved, list):
+        raise damaged(checkpoint, f'param_schedulers is {shown(saved)}, not a list')
+    for index, (state, schedule) in enumerate(zip(saved, schedules)):
+        name = f'param_schedulers.{index}'
+        if not isinstance(state, dict) or not state.keys() >= POSITION:
+            raise damaged(checkpoint, f'{name} is {shown(state)}, not a state of a schedule')
+        for problem in unlike(state, schedule.state_dict(), name):
+            raise damaged(checkpoint, problem)
+
+
+def unlike(value: Any, own: Any, name: str) -> Iterator[str]:
+    """Where a saved value is of another kind than the run's own, which may have another value."""
+    if isinstance(own, bool):
+        is_like = value is None or isinstance(value, (bool, int))
+    elif is_number(own):
+        is_like = is_number(value) and (math.isfinite(value) or not math.isfinite(own))
+    elif isinstance(own, (list, tuple)):
+        is_like = isinstance(value, (list, tuple))
+    else:
+        is_like = isinstance(value, type(own)) if isinstance(own, (str, dict)) else True
+    if not is_like:
+        yield f'{name} is {shown(value)}, in this run {shown(own)}'
+    elif isinstance(own, dict):
+        for key in own.keys() & value.keys():
+            yield from unlike(value[key], own[key], f'{name}.{shown(key)}')
+    elif isinstance(own, (list, tuple)) and own:
+        for index, item in enumerate(value):
+            yield from unlike(item, own[min(index, len(own) - 1)], f'{name}.{index}')
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a real number, also as NumPy and torch have them, and not a bool."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and kind_of(value) is None and not value.is_complex()
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """A value in a message, if it is short; else what it is."""
+    is_short = value is None or isinstance(value, (bool, int, float, str))
+    return printable(repr(value), 60) if is_short else f'of type {type(value).__name__}'
+
+
+def damaged(checkpoint: str, problem: str) -> CheckpointError:
+    """The error about content that is not what a run saves."""
+    return CheckpointError(f'checkpoint {checkpoint!r} cannot be resumed from: {problem}')
