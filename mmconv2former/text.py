@@ -18,17 +18,17 @@ def printable(text: object, limit: int = LONGEST) -> str:
 
     Args:
         text: Converted by `str`.
-        limit: Longest result in characters, before escaping.
+        limit: Longest result in characters.
     """
     text = str(text)
+    if not text.isprintable():
+        text = ''.join(
+            char if char.isprintable() else char.encode('unicode_escape').decode() for char in text
+        )
     if len(text) > limit:
         half = (limit - 5) // 2
         text = f'{text[:half]} ... {text[-half:]}'
-    if text.isprintable():
-        return text
-    return ''.join(
-        char if char.isprintable() else char.encode('unicode_escape').decode() for char in text
-    )
+    return text
 
 
 def listed(names: Collection[object], shown: int = SHOWN) -> str:

@@ -225,8 +225,9 @@ class ReliableRunner(Runner):
         except (CheckpointError, torch.cuda.OutOfMemoryError):
             raise
         except DAMAGED as error:
+            words = ' '.join(str(error).split())
             raise CheckpointError(
-                f'checkpoint {filename!r} cannot be resumed from: {type(error).__name__}: {error}'
+                f'checkpoint {filename!r} cannot be resumed from: {type(error).__name__}: {words}'
             ) from error
         loop = self.train_loop
         loader = loop.dataloader

@@ -1,17 +1,21 @@
 """Checkpoints that are damaged, hostile or of another model, through every way into the tools."""
 
+import io
 import socket
 import time
+import zipfile
 from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers.checkpoints import CALLED, write_call, write_getattr_chain
+from helpers.checkpoints import CALLED, replace_pickle, write_call, write_getattr_chain
 from helpers.in_process import refusal_of, with_data, write_tiny_config
+from helpers.tiny import tiny_config
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
+from mmconv2former import ReliableRunner
 from mmconv2former.checkpoint import reading
 
 AREA = 'Checkpoints'
@@ -40,6 +44,12 @@ def content_of_a_run(config_file, **options):
     )
 
 
+def hostile_names():
+    """Escape sequences, forged lines and lone surrogates, and 20,000 of them."""
+    names = ['\x1b[2K\rok', 'a\nerror: none', '\udc80.b', 'x' * 10**6]
+    return {name: torch.ones(1) for name in [*names, *map('key{}'.format, range(20_000))]}
+
+
 def of_other_network(path, **changes):
     def write(tmp_path):
         config = write_tiny_config(tmp_path / 'other.py', **changes)
@@ -63,7 +73,54 @@ RUN = dict(
     optimizer=dict(state={}, param_groups=[]),
     message_hub=dict(log_scalars={}, runtime_info={}, resumed_keys={}),
 )
+
+
+def overwrite(path, good):
+    """Bytes of a tensor are overwritten in the middle, as by a bad disk."""
+    data = bytearray(good.read_bytes())
+    with zipfile.ZipFile(good) as archive:
+        record = max(archive.infolist(), key=lambda record: record.file_size)
+    start = record.header_offset + 256
+    size = min(4096, record.file_size // 2)
+    data[start : start + size] = bytes(size)
+    path.write_bytes(data)
+
+
+def mark_as_folder(path, good):
+    """One byte of the directory, for which torch returns memory as it finds it."""
+    data = bytearray(good.read_bytes())
+    with zipfile.ZipFile(good) as archive:
+        start = archive.start_dir
+    data[data.find(b'data/0', start) - len('good/') - 46 + 38] ^= 0x10
+    path.write_bytes(data)
+
+
+def with_weights(change):
+    """Writes a checkpoint with changed weights, of the same names."""
+
+    def write(path, good):
+        content = reading.read_checkpoint(str(good))
+        weights = content['state_dict']
+        content['state_dict'] = {name: change(name, value) for name, value in weights.items()}
+        torch.save(content, path)
+
+    return write
+
+
+def nested_tuples(path, good):
+    """A key of a dict whose hash would recurse once for each of its levels, in a small file."""
+    whole, program = io.BytesIO(), b'\x80\x02)' + b'\x85' * 400_000 + b'q\x00}h\x00Ns.'
+    torch.save({}, whole)
+    replace_pickle(whole, path, lambda _: program)
+
+
 CANNOT = 'cannot be read: '
+NAN, LAST = float('nan'), 'decode_head.conv_seg.weight'
+OTHER_KINDS = {
+    'sparse': lambda value: value.to_sparse(),
+    'quantized': lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+    'meta': lambda value: value.to('meta'),
+}
 # What is written, what every way says about it, and what the converter says if it differs.
 FAULTS = {
     'text file': (lambda path, _: path.write_text('not weights\n' * 99), CANNOT, None),
@@ -116,6 +173,39 @@ FAULTS = {
         None,
     ),
     'a tensor': (lambda path, _: torch.save(torch.ones(3), path), 'must hold a', None),
+    'a tensor that is overwritten in part': (overwrite, 'file is damaged: record ', None),
+    'a record that is marked as a folder': (mark_as_folder, 'file is damaged: record ', None),
+    'nested tuples': (nested_tuples, 'objects are nested in more than 100 levels', None),
+    'weights that are NaN': (
+        with_weights(lambda _, value: value * NAN if value.is_floating_point() else value),
+        ' tensors are NaN or infinite, such as [',
+        '--arch tiny was expected',
+    ),
+    'one infinite statistic of BatchNorm': (
+        with_weights(lambda name, value: value / 0 if name.endswith('.2.running_var') else value),
+        'is damaged: 1 tensors are NaN or infinite',
+        '--arch tiny was expected',
+    ),
+    'weights that are integers': (
+        with_weights(lambda _, value: value.to(torch.int8)),
+        ' weights are int8 instead of floats, such as [',
+        '--arch tiny was expected',
+    ),
+    **{
+        f'a {kind} tensor': (
+            with_weights(
+                lambda name, value, change=change: change(value) if name == LAST else value
+            ),
+            f'cannot be loaded: {LAST} is ',
+            None,
+        )
+        for kind, change in OTHER_KINDS.items()
+    },
+    'names that a terminal would obey': (
+        lambda path, _: torch.save(dict(RUN, state_dict=hostile_names()), path),
+        'names missing',
+        'is not a Conv2Former',
+    ),
 }
 
 
@@ -160,7 +250,8 @@ def test_refused_by_every_way_in_one_line(fault, sample, tmp_path, no_data, faul
 
 
 def is_refusal(text, message):
-    return text.startswith('error: ') and message in text and '\n' not in text
+    is_line = text.isprintable() and len(text) < 5000
+    return text.startswith('error: ') and message in text and is_line
 
 
 ADDRESSES = {
@@ -301,3 +392,150 @@ def test_averaged_weights_are_trained_resumed_and_augmented(sample, tmp_path):
     torch.testing.assert_close(last['ema_state_dict'], first['ema_state_dict'])
     arguments = ['test', config, work_dir / 'iter_4.pth', '--tta']
     assert refusal_of(*with_data(arguments, sample, work_dir)) == ''
+
+
+# ------------------------------------------------------------------------- the newest is damaged
+def of_state(change):
+    def changed(content):
+        change(content['optimizer']['state'])
+
+    return changed
+
+
+def history(content, name):
+    return content['message_hub']['log_scalars'][name]
+
+
+DAMAGED = {  # change of the content of the newest checkpoint, message
+    'an optimizer without its state': (
+        lambda content: content['optimizer'].pop('state'), 'optimizer.state is None'
+    ),
+    'an average of gradients that is NaN': (
+        of_state(lambda state: state[0]['exp_avg'].fill_(NAN)),
+        "optimizer.state[0].'exp_avg' is NaN or infinite",
+    ),
+    'an average of gradients of another shape': (
+        of_state(lambda state: state[0].update(exp_avg=state[0]['exp_avg'][:3])),
+        "optimizer.state[0].'exp_avg' has the shape (3,",
+    ),
+    'a learning rate that is a text': (
+        lambda content: content['optimizer']['param_groups'][0].update(lr='fast'),
+        "optimizer.param_groups.0.'lr' is 'fast'",
+    ),
+    'no schedules': (
+        lambda content: content.update(param_schedulers=None), 'param_schedulers is None'
+    ),
+    'a schedule at no position': (
+        lambda content: content['param_schedulers'][0].update(last_step='third'),
+        "param_schedulers.0.'last_step' is 'third'",
+    ),
+    'a seed out of range': (
+        lambda content: content['meta'].update(seed=2**32), 'meta.seed is 4294967296'
+    ),
+    'a best score that is a text': (
+        lambda content: content['message_hub']['runtime_info'].update(best_score='high'),
+        "message_hub.runtime_info.best_score is 'high'",
+    ),
+    'a list of checkpoints that is a number': (
+        lambda content: content['message_hub']['runtime_info'].update(keep_ckpt_ids=2),
+        'message_hub.runtime_info.keep_ckpt_ids is 2',
+    ),
+    'a log without values': (
+        lambda content: setattr(history(content, 'train/loss'), '_log_history', None),
+        'message_hub.log_scalars.train/loss has no list of numbers',
+    ),
+    'no log': (
+        lambda content: content['message_hub'].update(log_scalars=3),
+        'message_hub.log_scalars is 3, not a dict',
+    ),
+    'weights that are NaN': (
+        lambda content: content['state_dict'][LAST].fill_(NAN), '1 tensors are NaN or infinite'
+    ),
+    'an averaged weight that is NaN': (
+        lambda content: content.update(
+            ema_state_dict={
+                f'module.{LAST}': content['state_dict'][LAST] * NAN, 'steps': torch.tensor(2)
+            }
+        ),
+        '1 tensors are NaN or infinite',
+    ),
+    'averaged weights that are a text': (
+        lambda content: content.update(ema_state_dict='none'), 'cannot be resumed from: '
+    ),
+    'a parameter that is a list': (
+        lambda content: content['optimizer']['param_groups'][0]['params'].__setitem__(0, []),
+        "optimizer.param_groups.0.'params'.0 is of type list, in this run 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def two_checkpoints(sample, tmp_path_factory):
+    """The work dir of a run that has written iter_2.pth and iter_4.pth."""
+    work_dir = tmp_path_factory.mktemp('finished')
+    config = tiny_config('segmentation', sample, work_dir, 4, 2)
+    ReliableRunner.from_cfg(config).train()
+    return work_dir
+
+
+@pytest.fixture(scope='module')
+def runner(sample, two_checkpoints):
+    """A runner that is about to load or resume, with a list of its warnings."""
+    config = tiny_config('segmentation', sample, two_checkpoints, 4, 2)
+    config.resume = 'auto'
+    config.custom_hooks = [dict(type='EMAHook')]
+    runner = ReliableRunner.from_cfg(config)
+    runner.warnings = []
+    runner.logger.warning = runner.warnings.append
+    runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+    runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+    runner.call_hook('before_run')
+    return runner
+
+
+def resume(runner, two_checkpoints, work_dir):
+    """Resumes from the newest readable of two checkpoints, which may be in the work dir."""
+    for name in ('iter_2.pth', 'iter_4.pth'):
+        if not (work_dir / name).exists():
+            (work_dir / name).symlink_to(two_checkpoints / name)
+    runner._work_dir, runner._has_loaded, runner._resume = str(work_dir), False, 'auto'
+    runner.warnings.clear()
+    runner.load_or_resume()
+
+
+@pytest.mark.parametrize('fault', DAMAGED)
+def test_the_one_before_is_taken(fault, runner, two_checkpoints, tmp_path, fault_report):
+    change, message = DAMAGED[fault]
+    content = reading.read_checkpoint(str(two_checkpoints / 'iter_4.pth'))
+    change(content)
+    torch.save(content, tmp_path / 'iter_4.pth')
+    resume(runner, two_checkpoints, tmp_path)
+    said = next(text for text in runner.warnings if 'Trying the previous checkpoint' in text)
+    survived = runner.iter == 2 and message in said and said.isprintable()
+    seen = said.replace(f'{tmp_path}/', '')
+    fault_report(AREA, f'--resume, the newest with {fault}', 1, int(survived), seen)
+    assert survived, runner.warnings
+    before = reading.read_checkpoint(str(two_checkpoints / 'iter_2.pth'))
+    torch.testing.assert_close(dict(runner.model.state_dict()), dict(before['state_dict']))
+
+
+GARBLED = {
+    'zeros': b'\0' * 300,
+    'a checkpoint': b'PK\3\4\xff\n' * 10_000,
+    'a long name': b'x' * 3000,
+}
+
+
+@pytest.mark.parametrize('fault', GARBLED)
+def test_garbled_last_checkpoint(fault, runner, two_checkpoints, tmp_path, fault_report):
+    (tmp_path / 'last_checkpoint').write_bytes(GARBLED[fault])
+    resume(runner, two_checkpoints, tmp_path)
+    survived = runner.iter == 4 and not runner.warnings
+    seen = 'the checkpoint with the highest number is taken'
+    fault_report(AREA, f'`last_checkpoint` contains {fault}', 1, int(survived), seen)
+    assert survived, runner.warnings
+
+
+def test_unchanged_checkpoint_is_resumed(runner, two_checkpoints, tmp_path):
+    resume(runner, two_checkpoints, tmp_path)
+    assert (runner.iter, runner.warnings) == (4, [])

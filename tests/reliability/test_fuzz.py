@@ -284,6 +284,39 @@ def test_reader_of_weights(kind, where, slow, tmp_path, fault_report, request):
     fault_report(AREAS['reader'], f'fuzzing: {kind}{where}', number, number, seen)
 
 
+def values_of(content):
+    """All tensors of the checkpoint of a run, by name."""
+    step = content['optimizer']['state'][0]['step']
+    return {**content['state_dict'], 'optimizer.step': step}
+
+
+def test_one_changed_byte(slow, tmp_path, fault_report):
+    """Anywhere in the file: in tensors, names, sizes, padding and the directory of the archive."""
+    path, data = tmp_path / 'file.pth', REAL['zip']
+    path.write_bytes(data)
+    expected = values_of(load_from_checked_file(str(path)))
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    random = np.random.default_rng(0)
+    count = 2000 if slow else 200
+    accepted = 0
+    for number in range(count):
+        # Every second one is in the directory, which is a small part of the file.
+        place = random.integers(directory * (number % 2), len(data))
+        changed = bytearray(data)
+        changed[place] ^= 1 << random.integers(8)
+        path.write_bytes(changed)
+        try:
+            found = values_of(load_from_checked_file(str(path)))
+        except CheckpointError:
+            continue
+        accepted += 1
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert 0 < accepted < count / 2
+    seen = f'{accepted} accepted with the same weights, the others refused with a CheckpointError'
+    fault_report(AREAS['reader'], 'one changed byte of a file', count, count, seen)
+
+
 def state_of_admitted():
     """Attributes of all classes and functions that a file may name, which it must not change."""
     return {name: dict(vars(value)) for name, value in admitted_globals().items()
