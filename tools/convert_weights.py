@@ -32,6 +32,7 @@ from mmconv2former.checkpoint.loading import (
     check_fit,
     find_prefix,
     first_parts,
+    non_finite,
 )
 from mmconv2former.checkpoint.reading import (
     FIRST_KERNEL,
@@ -41,6 +42,7 @@ from mmconv2former.checkpoint.reading import (
 )
 from mmconv2former.models.arguments import parse_arch, parse_kernel_size
 from mmconv2former.models.conv2former import ARCH_LETTERS, ARCHS
+from mmconv2former.text import first, printable
 
 HEAD_NAMES = [
     f'{layer}.{kind}' for layer in ('head.0', 'head.2', 'pred') for kind in ('weight', 'bias')
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         convert(args)
     except (ValueError, OSError) as error:
-        raise SystemExit(f'error: {error}') from None
+        raise SystemExit(f'error: {printable(error)}') from None
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -114,10 +116,16 @@ def convert(args: argparse.Namespace) -> None:
             )
         used |= {head_prefix + name for name in head}
         weights = dict(in_whole_model(weights | head))
+    if names := non_finite(weights):
+        raise CheckpointError(
+            f'checkpoint {str(args.checkpoint)!r} is damaged: {len(names)} tensors are NaN or '
+            f'infinite, such as {first(names, 3)}'
+        )
     dropped = Counter(name.split('.')[0] for name in state_dict if name not in used)
     count = sum(value.numel() for value in weights.values())
     print(f'used      {len(weights)} tensors, {count / 1e6:.2f} M numbers')
-    print(f'dropped   {", ".join(f"{n} of {part}" for part, n in dropped.items()) or "none"}')
+    parts = first((f'{n} of {part}' for part, n in dropped.most_common()), 8)
+    print(f'dropped   {", ".join(parts) or "none"}{", ..." * (len(dropped) > 8)}')
     if kernel_size != architecture.kernel_size:
         print(f'padded    kernels to {shorten(kernel_size)}')
 

@@ -48,6 +48,7 @@ from torch import nn
 
 from mmconv2former.datasets.checked import CheckedPipeline, DataError, reason
 from mmconv2former.engine.dry_run import with_threshold
+from mmconv2former.text import printable
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm')
 VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpeg', '.wmv')
@@ -103,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 failures.append(f'video {source.path}: {why(error)}')
     print(f'{len(sources) - len(failures)} of {len(sources)} inputs predicted: {args.out}')
     if failures:
-        raise SystemExit('\n  '.join(['error: these could not be predicted:', *failures]))
+        lines = map(printable, failures)
+        raise SystemExit('\n  '.join(['error: these could not be predicted:', *lines]))
 
 
 def find_device(name: str | None) -> str:

@@ -67,6 +67,7 @@ from mmconv2former.models.blocks import Block
 from mmconv2former.models.conv2former import ARCH_LETTERS, ARCHS
 from mmconv2former.models.fusion import FUSIONS
 from mmconv2former.models.isotropic import ISOTROPIC_LETTERS
+from mmconv2former.text import printable
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp')
 FIGURE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')
@@ -92,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         args.run(args)
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f'error: {error}') from None
+        raise SystemExit(f'error: {printable(error)}') from None
     finally:
         logger.setLevel(level)
 

@@ -224,16 +224,20 @@ def try_loading(
         except (LookupError, AttributeError, TypeError, ValueError) as error:  # in a module's hook
             raise CheckpointError(f'{type(error).__name__}: {error}') from error
     missing = [name for name in keys.missing_keys if name not in misshaped]
-    return tensors, missing, misshaped, keys.unexpected_keys, damage_of(tensors, trial, module)
+    damage = damage_of(tensors, trial, module, {*missing, *misshaped})
+    return tensors, missing, misshaped, keys.unexpected_keys, damage
 
 
-def damage_of(tensors: Mapping[str, Tensor], trial: nn.Module, module: nn.Module) -> str:
+def damage_of(
+    tensors: Mapping[str, Tensor], trial: nn.Module, module: nn.Module, kept: Collection[str]
+) -> str:
     """What is wrong with loaded values; '' if nothing is.
 
     Args:
         tensors: What was loaded.
         trial: The module with these values.
         module: The module without them. Its buffers may be infinite, such as a mask.
+        kept: Names that keep their initial values, which may be undefined.
     """
     expected = module.state_dict()
     mistyped = [
@@ -244,18 +248,18 @@ def damage_of(tensors: Mapping[str, Tensor], trial: nn.Module, module: nn.Module
     if mistyped:
         kind = str(tensors[mistyped[0]].dtype).removeprefix('torch.')
         return f'{len(mistyped)} weights are {kind} instead of floats, such as {first(mistyped, 3)}'
-    wrong = set(non_finite_tensors(trial))
+    wrong = set(non_finite(trial.state_dict())).difference(kept)
     if wrong:
-        wrong -= {*non_finite_tensors(module)} - {name for name, _ in module.named_parameters()}
+        wrong -= {*non_finite(expected)} - {name for name, _ in module.named_parameters()}
     names = [name for name in expected if name in wrong]
     return f'{len(names)} tensors are NaN or infinite, such as {first(names, 3)}' if names else ''
 
 
-def non_finite_tensors(module: nn.Module) -> list[str]:
-    """Names of parameters and buffers with non-finite elements; waits for the device once."""
+def non_finite(state_dict: Mapping[str, Any]) -> list[str]:
+    """Names of tensors with non-finite elements; waits for the device once."""
     tensors = {
         name: value
-        for name, value in module.state_dict().items()
+        for name, value in state_dict.items()
         if isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
     }
     if not tensors:

@@ -17,7 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.utils._pytree import tree_flatten
 
-from ..checkpoint.loading import non_finite_tensors
+from ..checkpoint.loading import non_finite
 from ..registry import HOOKS, register
 from ..text import PrintableError, first, printable
 from .work_dir import checkpoints_of
@@ -91,7 +91,7 @@ def check_weights(runner: Runner) -> None:
         NonFiniteError: A weight is NaN or infinite, e.g. after an update with a non-finite
             gradient.
     """
-    names = non_finite_tensors(runner.model)
+    names = non_finite(runner.model.state_dict())
     if names:
         raise NonFiniteError(
             f'iteration {runner.iter}: {len(names)} tensors of the model are not finite, such as '

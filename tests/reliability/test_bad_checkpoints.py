@@ -79,7 +79,8 @@ def overwrite(path, good):
     """Bytes of a tensor are overwritten in the middle, as by a bad disk."""
     data = bytearray(good.read_bytes())
     with zipfile.ZipFile(good) as archive:
-        record = max(archive.infolist(), key=lambda record: record.file_size)
+        tensors = [record for record in archive.infolist() if '/data/' in record.filename]
+    record = max(tensors, key=lambda record: record.file_size)
     start = record.header_offset + 256
     size = min(4096, record.file_size // 2)
     data[start : start + size] = bytes(size)
@@ -173,7 +174,11 @@ FAULTS = {
         None,
     ),
     'a tensor': (lambda path, _: torch.save(torch.ones(3), path), 'must hold a', None),
-    'a tensor that is overwritten in part': (overwrite, 'file is damaged: record ', None),
+    'a tensor that is overwritten in part': (
+        overwrite,
+        "file is damaged: record 'good/data/",
+        None,
+    ),
     'a record that is marked as a folder': (mark_as_folder, 'file is damaged: record ', None),
     'nested tuples': (nested_tuples, 'objects are nested in more than 100 levels', None),
     'weights that are NaN': (
