@@ -160,7 +160,7 @@ def test_all_processes_are_told(process, tmp_path, monkeypatch):
         values[0] = 'in use'
 
     monkeypatch.setattr(work_dir, 'broadcast_object_list', broadcast_object_list)
-    with pytest.raises(WorkDirError, match='^in use$'):
+    with pytest.raises(WorkDirError, match='in use'):
         lock_folder(tmp_path)
 
 
