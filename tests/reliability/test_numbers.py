@@ -14,9 +14,10 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
 from mmconv2former import ReliableRunner
+from mmconv2former.checkpoint.loading import non_finite
 from mmconv2former.checkpoint.reading import read_checkpoint, read_state_dict
 from mmconv2former.engine.amp import CpuAmpOptimWrapper
-from mmconv2former.engine.finite import NonFiniteError, image_paths, non_finite_tensors
+from mmconv2former.engine.finite import NonFiniteError, image_paths
 
 TASKS = ('detection', 'segmentation')
 # One term of the loss by task: its module, and its name in the log.
@@ -170,12 +171,12 @@ def test_paths_of_images():
 
 def test_non_finite_parameters_and_buffers():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    assert non_finite_tensors(model) == []
+    assert non_finite(model.state_dict()) == []
     with torch.no_grad():
         model[0].weight[1, 1] = math.inf
         model[1].running_var[0] = math.nan
-    assert non_finite_tensors(model) == ['0.weight', '1.running_var']
-    assert non_finite_tensors(torch.nn.Identity()) == []
+    assert non_finite(model.state_dict()) == ['0.weight', '1.running_var']
+    assert non_finite({}) == []
 
 
 # ---------------------------------------------------------------------------------- low precision
