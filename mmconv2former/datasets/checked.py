@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_flatten
 
 from ..engine.seeding import SampleIndex, seed_all
 from ..registry import DATASETS, register
-from .images import open_image
 from ..text import PrintableError
+from .images import open_image
 
 LABEL_MODES = ('L', 'P', '1')  # of Pillow: one channel of at most 8 bits
 START_OF_JPEG, END_OF_JPEG = b'\xff\xd8', b'\xff\xd9'

@@ -26,8 +26,8 @@ from torch.amp import autocast
 
 from ..checkpoint.loading import check_model
 from ..checkpoint.reading import load_from_checked_file
-from ..datasets.images import open_image
 from ..checkpoint.resumption import check_optimizer, check_resumable
+from ..datasets.images import open_image
 from ..registry import HOOKS, register
 from .drawing import is_drawing
 from .finite import image_paths
