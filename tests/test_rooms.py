@@ -8,7 +8,7 @@ from helpers import ROOT
 PACKAGE = 'mmconv2former'
 # From the ground up; a room may import rooms of its own floor and below.
 FLOORS = [
-    {'compat', 'registry', 'text', 'version'},
+    {'compat', 'images', 'registry', 'text', 'version'},
     {'ops'},
     {'models'},
     {'checkpoint', 'datasets', 'engine'},

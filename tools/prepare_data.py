@@ -46,7 +46,7 @@ from torch.utils.data import DataLoader, Dataset
 from mmconv2former.datasets.census import take_census
 from mmconv2former.datasets.census_hook import folder_classes, follow
 from mmconv2former.datasets.checked import CheckedDataset, DataError
-from mmconv2former.datasets.images import open_image
+from mmconv2former.images import open_image
 
 TOLERANCE = 1.0  # pixels by which official boxes and polygons exceed their image, by rounding
 NEEDED_FIELDS = {

@@ -61,7 +61,7 @@ from mmconv2former import Baseline, Conv2Former, Conv2FormerIsotropic
 from mmconv2former.checkpoint.architecture import recognise_arch
 from mmconv2former.checkpoint.loading import find_prefix, load_pretrained
 from mmconv2former.checkpoint.reading import CheckpointError, read_state_dict
-from mmconv2former.datasets.images import open_image
+from mmconv2former.images import open_image
 from mmconv2former.models.baselines import BASELINES
 from mmconv2former.models.blocks import Block
 from mmconv2former.models.conv2former import ARCH_LETTERS, ARCHS

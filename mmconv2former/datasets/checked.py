@@ -25,9 +25,9 @@ from mmengine.registry import DATASETS as ROOT_DATASETS
 from torch.utils._pytree import tree_flatten
 
 from ..engine.seeding import SampleIndex, seed_all
+from ..images import open_image
 from ..registry import DATASETS, register
 from ..text import PrintableError
-from .images import open_image
 
 LABEL_MODES = ('L', 'P', '1')  # of Pillow: one channel of at most 8 bits
 START_OF_JPEG, END_OF_JPEG = b'\xff\xd8', b'\xff\xd9'

@@ -27,7 +27,7 @@ from torch.amp import autocast
 from ..checkpoint.loading import check_model
 from ..checkpoint.reading import load_from_checked_file
 from ..checkpoint.resumption import check_optimizer, check_resumable
-from ..datasets.images import open_image
+from ..images import open_image
 from ..registry import HOOKS, register
 from .drawing import is_drawing
 from .finite import image_paths

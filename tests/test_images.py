@@ -4,8 +4,8 @@ import pytest
 from PIL import Image
 
 from mmconv2former.datasets.checked import check_label_mode
-from mmconv2former.datasets.images import open_image
 from mmconv2former.engine.dry_run import image_size
+from mmconv2former.images import open_image
 
 
 @pytest.fixture
