@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from mmengine.registry import DATASETS, METRICS, init_default_scope
+from pycocotools import mask as coco_mask
 
 NAMES = ('kite', 'ball', 'food')
 
@@ -86,3 +87,55 @@ def test_ids_used_twice_are_not_hidden(write):
 def test_images_without_objects_are_known(write):
     path = write(lambda content: content['annotations'].clear())
     assert build(path).all_images == ['0.jpg', '1.jpg', '2.jpg']
+
+
+def mask(**changes):
+    return lambda content: content['annotations'][3].update(changes)
+
+
+@pytest.mark.parametrize(
+    ('change', 'problem'),
+    [
+        (mask(segmentation=[[1, 1, float('nan'), 1, 9, 9]]), 'annotation 4 has polygon [1, 1, nan'),
+        (mask(segmentation=[[1, 1, float('inf'), 1, 9, 9]]), 'annotation 4 has polygon [1, 1, inf'),
+        (mask(segmentation=[[1, 1, 1e308, 1, 9, 9]]), 'annotation 4 has polygon [1, 1, 1e+308'),
+        (mask(segmentation=[[1, 1, -1e9, 1, 9, 9]]), 'annotation 4 has polygon [1, 1, -1000000000'),
+        (mask(segmentation=[[1, 1, '9', 1, 9, 9]]), "annotation 4 has polygon [1, 1, '9'"),
+        (mask(segmentation=[{}]), 'annotation 4 has polygon {}'),
+        (mask(bbox=[0, 0, float('nan'), 4]), 'annotation 4 has bbox [0, 0, nan, 4]'),
+        (mask(bbox=[0, 0, 4]), 'annotation 4 has bbox [0, 0, 4]'),
+        (mask(bbox=None), 'annotation 4 has bbox None'),
+        (
+            mask(segmentation=dict(size=[10**6, 10**6], counts=[10**12])),
+            'annotation 4 has a mask of size [1000000, 1000000], its image has height 40, width 50',
+        ),
+        (
+            mask(segmentation=dict(size=[40, 50], counts=[10**12])),
+            'annotation 4 has a mask whose counts are not those of its size',
+        ),
+        (
+            mask(segmentation=dict(size=[40, 50], counts=[2010, -10])),
+            'annotation 4 has a mask whose counts are not those of its size',
+        ),
+        (
+            lambda content: content['images'][1].update(height=10**6, width=10**6),
+            'image 1 has height 1000000, width 1000000',
+        ),
+        (lambda content: content['images'][1].update(height=-3), 'image 1 has height -3, width 50'),
+    ],
+)
+def test_numbers_are_checked_before_pycocotools_sees_them(change, problem, write):
+    path = write(change)
+    for read in (lambda: build(path).full_init(), lambda: score_of_truth(build(path))):
+        with pytest.raises(ValueError, match=r'; correct or remove it$') as caught:
+            read()
+        assert str(caught.value).startswith(f'{path}: {problem}')
+
+
+def test_masks_of_both_kinds_are_read(write):
+    """As lists of counts, and compressed."""
+    counts = dict(size=[40, 50], counts=[400, 100, 1500])
+    compressed = coco_mask.frPyObjects(counts, 40, 50)
+    compressed['counts'] = compressed['counts'].decode()
+    for segmentation in (counts, compressed, [[1, 1, 9, 1, 9, 9]]):
+        assert score_of_truth(build(write(mask(segmentation=segmentation)))) == 1
