@@ -56,6 +56,7 @@ HOOKS = Registry(
         'mmconv2former.datasets.census_hook',
         'mmconv2former.engine.resuming',
         'mmconv2former.engine.schedule',
+        'mmconv2former.engine.stopping',
     ],
 )
 DATASETS = Registry(

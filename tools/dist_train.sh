@@ -5,11 +5,44 @@
 #   tools/dist_train.sh CONFIG PROCESSES [--work-dir DIR ...]
 #
 # Several machines: run it on each with NNODES, NODE_RANK (0, 1, ...), MASTER_ADDR, MASTER_PORT set.
+# SIGTERM, SIGUSR1 or Ctrl-C: the run saves a checkpoint and this script ends with the exit code 75.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+MMCONV2FORMER_COMMAND=$(printf '%q ' "$0" "$@")
+MMCONV2FORMER_COMMAND=${MMCONV2FORMER_COMMAND% }
+MMCONV2FORMER_MESSAGE_FILE=$(mktemp)
+# torchrun kills processes that have not ended by then; torch before 2.9 does not read this.
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+export MMCONV2FORMER_COMMAND MMCONV2FORMER_MESSAGE_FILE TORCH_ELASTIC_SHUTDOWN_TIMEOUT
+trap 'rm -f "$MMCONV2FORMER_MESSAGE_FILE"' EXIT
 config=$1 processes=$2
 shift 2
-exec python -m torch.distributed.run --nproc_per_node="$processes" \
+python -m torch.distributed.run --nproc_per_node="$processes" \
   --nnodes="${NNODES:-1}" --node_rank="${NODE_RANK:-0}" \
   --master_addr="${MASTER_ADDR:-127.0.0.1}" --master_port="${MASTER_PORT:-29500}" \
-  "$(dirname "$0")/train.py" "$config" --launcher pytorch "$@"
+  "$(dirname "$0")/train.py" "$config" --launcher pytorch "$@" &
+torchrun=$!
+received=0
+# torchrun's processes have sessions of their own. It hands SIGTERM on to them, but ends at SIGUSR1
+# and at a second signal.
+# shellcheck disable=SC2329  # the trap calls it
+hand_on() {
+  received=$((received + 1))
+  if [ "$received" -eq 1 ]; then
+    kill -TERM "$torchrun"
+  else
+    pkill -TERM -P "$torchrun"
+  fi
+}
+trap hand_on TERM USR1 INT
+code=0
+wait "$torchrun" || code=$?
+while kill -0 "$torchrun" 2>/dev/null; do  # a signal ends `wait`
+  code=0
+  wait "$torchrun" || code=$?
+done
+if [ -s "$MMCONV2FORMER_MESSAGE_FILE" ]; then  # torchrun has its own exit code
+  cat "$MMCONV2FORMER_MESSAGE_FILE" >&2
+  code=75
+fi
+exit "$code"

@@ -28,6 +28,8 @@ USED_LATER = {
     'best_ckpt': (str, type(None)),
     'last_ckpt': (str, type(None)),
     'keep_ckpt_ids': (list,),
+    'stopped_at': (int,),
+    'epoch_position': (list,),
 }
 
 
@@ -77,6 +79,9 @@ def problems_of_log(hub: Mapping[str, Any]) -> Iterator[str]:
         is_wanted = isinstance(value, USED_LATER[key])
         if key == 'keep_ckpt_ids' and is_wanted:
             is_wanted = all(type(step) is int for step in value)
+        if key == 'epoch_position' and is_wanted:
+            are_counts = all(type(count) is int for count in value)
+            is_wanted = len(value) == 2 and are_counts and 0 <= value[0] < value[1]
         if not is_wanted and not (key == 'best_score' and is_number(value)):
             yield f'runtime_info.{first([name])[0]} is {shown(value)}'
 

@@ -19,6 +19,10 @@ SHORTEST_LOG = 10_000  # iterations; more than any average that is logged by def
 # In the message hub: iteration of the last complete validation. Not named `val...`: mmengine would
 # log it as a metric.
 VALIDATED = 'last_validation'
+# In the message hub, of a checkpoint between two ordinary ones: its iteration, until another is
+# written; and in an epoch-based run the finished iterations of its epoch, and of how many.
+STOPPED_AT = 'stopped_at'
+EPOCH_POSITION = 'epoch_position'
 
 
 @register(HOOKS)
@@ -101,9 +105,11 @@ class ReliableCheckpointHook(CheckpointHook):
 
     file_backend: Any
     keep_ckpt_ids: list[int]  # mmengine has a `deque` there
+    saved: int | None = None  # iteration of the newest checkpoint
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
+        self.saved = runner.iter or None  # resumed from it
         if isinstance(self.file_backend, LocalBackend):
             runner.lock(str(self.out_dir))
         self.file_backend = LateRemoval(self.file_backend)
@@ -141,15 +147,53 @@ class ReliableCheckpointHook(CheckpointHook):
             backend_args=self.backend_args,
             **self.args,
         )
-        if not is_main_process():
+        self.saved = meta['iter']
+        names = [self.filename_tmpl.format(old) for old in outdated]
+        stopped = runner.message_hub.runtime_info.pop(STOPPED_AT, None)
+        if stopped is not None and name_between(stopped) != filename:
+            names.append(name_between(stopped))
+        if is_main_process():
+            self._remember_last(runner, self.last_ckpt)
+            for name in names:
+                self.file_backend.remove(self.file_backend.join_path(self.out_dir, name))
+            self._remove_outdated()
+
+    def save_between(self, runner: Any, iteration: int, epoch: int) -> None:
+        """Saves a checkpoint between two ordinary ones, if this iteration has none yet.
+
+        It does not count for `max_keep_ckpts`. The next checkpoint replaces it.
+
+        Args:
+            runner: The runner.
+            iteration: Number of finished iterations.
+            epoch: Number of finished epochs.
+        """
+        if self.saved == iteration:
             return
+        stopped = runner.message_hub.runtime_info.get(STOPPED_AT)
+        runner.message_hub.update_info(STOPPED_AT, iteration)
+        name = name_between(iteration)
+        runner.save_checkpoint(
+            self.out_dir,
+            name,
+            meta=dict(epoch=epoch, iter=iteration),
+            by_epoch=False,
+            backend_args=self.backend_args,
+            **self.args,
+        )
+        self.saved = iteration
+        if is_main_process():
+            self._remember_last(runner, self.file_backend.join_path(self.out_dir, name))
+            if stopped is not None:
+                old = self.file_backend.join_path(self.out_dir, name_between(stopped))
+                self.file_backend.remove(old)
+            self._remove_outdated()
+
+    @staticmethod
+    def _remember_last(runner: Any, path: str) -> None:
         partial = Path(runner.work_dir, partial_name())
-        partial.write_text(self.last_ckpt)
+        partial.write_text(path)
         replace(partial, Path(runner.work_dir, LAST_CHECKPOINT))
-        for old in outdated:
-            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(old))
-            self.file_backend.remove(path)
-        self._remove_outdated()
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, float]) -> None:
         super()._save_best_checkpoint(runner, metrics)
@@ -162,6 +206,11 @@ class ReliableCheckpointHook(CheckpointHook):
         self.file_backend.remove_outdated(best)
 
 
+def name_between(iteration: int) -> str:
+    """File name of a checkpoint between two ordinary ones."""
+    return f'iter_{iteration}.pth'
+
+
 def validation_is_due(runner: Any) -> bool:
     """Whether a resumed run is at a validation of its loop that has not run yet."""
     loop = runner.train_loop
@@ -170,5 +219,7 @@ def validation_is_due(runner: Any) -> bool:
         return False
     loop._decide_current_val_interval()
     counts_epochs = isinstance(loop, EpochBasedTrainLoop)
+    if counts_epochs and loop.iter != loop.epoch * len(loop.dataloader):
+        return False  # within an epoch
     done, last = (loop.epoch, loop.max_epochs) if counts_epochs else (loop.iter, loop.max_iters)
     return done >= loop.val_begin and (done % loop.val_interval == 0 or done == last)

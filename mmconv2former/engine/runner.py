@@ -32,8 +32,10 @@ from ..text import PrintableError
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
 from .drawing import is_drawing, spare_metrics
 from .finite import check_weights, images_on_error
+from .hooks import EPOCH_POSITION
 from .resuming import check_run, follow_config, settings_of
-from .seeding import PositionedSampler, ResumedBatches, give_positions
+from .seeding import PositionedSampler, ResumedBatches, give_positions, skip_batches
+from .stopping import StoppingHook, make_patient
 from .work_dir import FolderLock, WorkDirError, checkpoints_of, lock_folder, partial_name, replace
 
 # What damaged content causes in mmengine's `resume`.
@@ -61,6 +63,7 @@ class ReliableRunner(Runner):
     _checked: tuple[str, dict] | None = None  # name and content of the file, see `preflight`
     take_over = False  # whether to take the work dir from a living run
     _locks: dict[str, FolderLock | None] | None = None  # by folder
+    _skipped_batches = 0  # of the current epoch, which the run before this one has used
 
     @property
     def run_seed(self) -> int:
@@ -85,6 +88,7 @@ class ReliableRunner(Runner):
             dataset = dict(type='mmconv2former.CheckedDataset', dataset=dataloader['dataset'])
             dataloader = {**dataloader, 'dataset': dataset}
         loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        make_patient(loader)
         if seed is not None:
             give_positions(loader, seed - get_rank() if diff_rank_seed else seed)
         return loader
@@ -123,6 +127,7 @@ class ReliableRunner(Runner):
             'run_facts': 'RunFactsHook',
             'schedule': 'ScheduleHook',
             'dry_run': 'DryRunHook',
+            'stopping': 'StoppingHook',
         }
         for name, type_ in ours.items():
             hooks.setdefault(name, dict(type=f'mmconv2former.{type_}'))
@@ -151,6 +156,9 @@ class ReliableRunner(Runner):
             with images_on_error(self):
                 return super().train()
         finally:
+            for hook in self.hooks:
+                if isinstance(hook, StoppingHook):
+                    hook.restore()
             for lock in (self._locks or {}).values():
                 if lock is not None:
                     lock.release()
@@ -165,6 +173,14 @@ class ReliableRunner(Runner):
         self._locks = {} if self._locks is None else self._locks
         if folder not in self._locks:
             self._locks[folder] = lock_folder(folder, self.take_over, self.logger.warning)
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Calls hooks as mmengine does, which counts the batches of a resumed epoch from 0."""
+        if fn_name in ('before_train_iter', 'after_train_iter'):
+            kwargs['batch_idx'] += self._skipped_batches
+        super().call_hook(fn_name, **kwargs)
+        if fn_name == 'after_train_epoch':
+            self._skipped_batches = 0
 
     def val(self) -> dict:
         with images_on_error(self):
@@ -233,8 +249,11 @@ class ReliableRunner(Runner):
         loader = loop.dataloader
         sampler = getattr(loader.batch_sampler, 'sampler', None)
         if isinstance(loop, EpochBasedTrainLoop):
-            # The earlier epochs may have had another number of processes.
-            loop._iter = loop.epoch * len(loader)
+            # The earlier epochs may have had another number of processes, and so may this one.
+            done, length = self.message_hub.runtime_info.pop(EPOCH_POSITION, (0, 1))
+            self._skipped_batches = done * len(loader) // length if loader.batch_sampler else 0
+            skip_batches(loader, self._skipped_batches)
+            loop._iter = loop.epoch * len(loader) + self._skipped_batches
         follow_config(self, settings)
         if not isinstance(sampler, PositionedSampler):
             return

@@ -113,6 +113,37 @@ def give_positions(dataloader: DataLoader, seed: int) -> None:
         batch_sampler.sampler = PositionedSampler(batch_sampler.sampler, seed)
 
 
+class LaterBatches:
+    """Wraps a batch sampler whose next iteration leaves out its first batches, without loading.
+
+    Args:
+        batch_sampler: Of any type; batches need not be consecutive samples.
+        skip: Number of batches.
+    """
+
+    def __init__(self, batch_sampler: Any, skip: int) -> None:
+        self.batch_sampler = batch_sampler
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[Any]:
+        first, self.skip = self.skip, 0
+        return islice(iter(self.batch_sampler), first, None)
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'batch_sampler':  # not set yet while this object is being copied
+            raise AttributeError(name)
+        return getattr(self.batch_sampler, name)
+
+
+def skip_batches(dataloader: DataLoader, skip: int) -> None:
+    """Makes the next iteration over a data loader leave out its first batches."""
+    if skip:  # the data loader refuses a new batch sampler
+        vars(dataloader)['batch_sampler'] = LaterBatches(dataloader.batch_sampler, skip)
+
+
 class ResumedBatches:
     """Endless batches of a data loader from a position on, without loading earlier batches.
 

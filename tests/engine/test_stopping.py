@@ -1,0 +1,105 @@
+"""A run that is asked to stop saves, and goes on later as if it had not been asked."""
+
+import signal
+
+import pytest
+import torch
+from helpers.runs import NOT_REPRODUCED, run
+from helpers.tiny import scalars, tiny_config
+from mmengine.hooks import Hook
+
+from mmconv2former import ReliableRunner
+from mmconv2former.engine.hooks import EPOCH_POSITION, STOPPED_AT
+from mmconv2former.engine.stopping import SIGNALS, STOPPED
+
+
+class SignalHook(Hook):
+    """Sends this process a signal at a point of the run, and remembers the batches it was told."""
+
+    def __init__(self, point, count, number):
+        self.point, self.count, self.number = point, count, number
+        self.batches = []
+        setattr(self, point, self.send)
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        self.batches.append(batch_idx)
+
+    def send(self, runner, *args, **kwargs):
+        if self.point == 'before_train_iter':
+            self.batches.append(kwargs['batch_idx'])
+        self.count -= 1
+        if self.count == 0:
+            signal.raise_signal(self.number)
+
+
+def start(config, point='before_train_iter', count=0, number=signal.SIGTERM, resume=False):
+    config = config.copy()
+    config.update(resume='auto' if resume else False, experiment_name=f'{config.experiment_name}_')
+    config.visualizer.name = config.experiment_name
+    runner = ReliableRunner.from_cfg(config)
+    hook = SignalHook(point, count, number)
+    runner.register_hook(hook)
+    try:
+        runner.train()
+    except SystemExit as stop:
+        return hook, stop.code
+    return hook, None
+
+
+def last(work_dir):
+    return torch.load((work_dir / 'last_checkpoint').read_text(), weights_only=False)
+
+
+def files(work_dir):
+    return {path.name for path in work_dir.iterdir() if not path.is_dir()}
+
+
+@pytest.fixture(scope='module')
+def whole(sample, tmp_path_factory):
+    """Finished runs by task, three of four iterations each."""
+    folders = {}
+    for task, length, interval in (('detection', 2, 1), ('segmentation', 8, 4)):
+        folders[task] = tmp_path_factory.mktemp(task)
+        run(tiny_config(task, sample, folders[task], length, interval))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ('task', 'point', 'count', 'saved', 'batches'),
+    [
+        ('detection', 'before_train_iter', 6, 'iter_6.pth', [2, 3]),  # within an epoch
+        ('detection', 'before_train_iter', 4, 'epoch_1.pth', [0, 1, 2, 3]),  # at its end
+        ('detection', 'before_val_iter', 2, 'epoch_1.pth', [0, 1, 2, 3]),
+        ('segmentation', 'before_train_iter', 6, 'iter_6.pth', None),
+        ('segmentation', 'before_train_iter', 4, 'iter_4.pth', None),
+        ('segmentation', 'before_val_iter', 2, 'iter_4.pth', None),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    task, point, count, saved, batches, whole, sample, tmp_path, capfd
+):
+    length, interval = {'detection': (2, 1), 'segmentation': (8, 4)}[task]
+    config = tiny_config(task, sample, tmp_path, length, interval)
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    assert start(config, point, count)[1] == STOPPED
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+    said = capfd.readouterr().err
+    assert (
+        f'stopped by SIGTERM after iteration {"6" if "6" in saved else "4"}; resume with:' in said
+    )
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / saved)
+
+    hook, code = start(config, resume=True)
+    assert code is None
+    if batches is not None:
+        assert hook.batches == batches
+    for part in ('state_dict', 'optimizer'):
+        expected = last(whole[task])[part]
+        torch.testing.assert_close(last(tmp_path)[part], expected, rtol=0, atol=0)
+    assert files(tmp_path) == files(whole[task])
+    logged = [
+        {key: value for key, value in scalars(folder).items() if key[0] not in NOT_REPRODUCED}
+        for folder in (tmp_path, whole[task])
+    ]
+    assert logged[0] == logged[1]
+    assert not {STOPPED_AT, EPOCH_POSITION} & last(tmp_path)['message_hub']['runtime_info'].keys()
