@@ -235,8 +235,8 @@ SCRIPTS = [  # arguments, what they start with which environment
      '--master_addr=127.0.0.1 --master_port=29500 tools/test.py CONFIG a b.pth --launcher pytorch'),
     ('slurm_train', ['gpu', 'my job', 'CONFIG'],
      'srun|--partition=gpu --job-name=my job --gres=gpu:8 --ntasks=16 --ntasks-per-node=8 '
-     '--cpus-per-task=5 --kill-on-bad-exit=1 --time=3-0 --qos=high python -u tools/train.py CONFIG '
-     '--launcher slurm'),
+     '--cpus-per-task=5 --kill-on-bad-exit=1 --signal=USR1@120 --time=3-0 --qos=high python -u '
+     'tools/train.py CONFIG --launcher slurm'),
     ('slurm_test', ['gpu', 'my job', 'CONFIG', 'a b.pth'],
      'srun|--partition=gpu --job-name=my job --gres=gpu:8 --ntasks=16 --ntasks-per-node=8 '
      '--cpus-per-task=5 --kill-on-bad-exit=1 --time=3-0 --qos=high python -u tools/test.py CONFIG '
