@@ -11,7 +11,7 @@ set -euo pipefail
 MMCONV2FORMER_COMMAND=$(printf '%q ' "$0" "$@")
 MMCONV2FORMER_COMMAND=${MMCONV2FORMER_COMMAND% }
 MMCONV2FORMER_MESSAGE_FILE=$(mktemp)
-# torchrun kills processes that have not ended by then; torch before 2.9 does not read this.
+# torchrun kills processes that have not ended by then; older torch waits 30 s.
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export MMCONV2FORMER_COMMAND MMCONV2FORMER_MESSAGE_FILE TORCH_ELASTIC_SHUTDOWN_TIMEOUT
 trap 'rm -f "$MMCONV2FORMER_MESSAGE_FILE"' EXIT
@@ -23,18 +23,19 @@ python -m torch.distributed.run --nproc_per_node="$processes" \
   "$(dirname "$0")/train.py" "$config" --launcher pytorch "$@" &
 torchrun=$!
 received=0
-# torchrun's processes have sessions of their own. It hands SIGTERM on to them, but ends at SIGUSR1
-# and at a second signal.
-# shellcheck disable=SC2329  # the trap calls it
+# torchrun hands SIGTERM and Ctrl-C, which it receives itself, on to its processes. They have sessions
+# of their own. It would end at SIGUSR1, and at a second signal.
+# shellcheck disable=SC2329  # the traps call it
 hand_on() {
   received=$((received + 1))
-  if [ "$received" -eq 1 ]; then
-    kill -TERM "$torchrun"
-  else
+  if [ "$received" -gt 1 ]; then
     pkill -TERM -P "$torchrun"
+  elif [ "$1" != INT ]; then
+    kill -TERM "$torchrun"
   fi
 }
-trap hand_on TERM USR1 INT
+trap 'hand_on TERM' TERM USR1
+trap 'hand_on INT' INT
 code=0
 wait "$torchrun" || code=$?
 while kill -0 "$torchrun" 2>/dev/null; do  # a signal ends `wait`

@@ -9,8 +9,10 @@ from helpers.tiny import scalars, tiny_config
 from mmengine.hooks import Hook
 
 from mmconv2former import ReliableRunner
-from mmconv2former.engine.hooks import EPOCH_POSITION, STOPPED_AT
-from mmconv2former.engine.stopping import SIGNALS, STOPPED
+from mmconv2former.engine import stopping
+from mmconv2former.engine.hooks import EPOCH_POSITION
+from mmconv2former.engine.seeding import LaterBatches
+from mmconv2former.engine.stopping import SIGNALS, STOPPED, command
 
 
 class SignalHook(Hook):
@@ -102,4 +104,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         for folder in (tmp_path, whole[task])
     ]
     assert logged[0] == logged[1]
-    assert not {STOPPED_AT, EPOCH_POSITION} & last(tmp_path)['message_hub']['runtime_info'].keys()
+    assert EPOCH_POSITION not in last(tmp_path)['message_hub']['runtime_info']
+
+
+def test_batches_are_left_out_once():
+    batches = LaterBatches([[0], [1], [2]], 2)
+    assert len(batches) == 3
+    assert list(batches) == [[2]]
+    assert list(batches) == [[0], [1], [2]]
+
+
+def test_the_command_to_resume_with(monkeypatch):
+    monkeypatch.setattr('sys.argv', ['tools/train.py', 'a b.py'])
+    assert command() == "python tools/train.py 'a b.py' --resume"
+    monkeypatch.setenv(stopping.COMMAND, 'tools/dist_train.sh CONFIG 2 --resume')
+    assert command() == 'tools/dist_train.sh CONFIG 2 --resume'
