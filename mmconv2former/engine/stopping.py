@@ -6,6 +6,7 @@ had not been interrupted. A second signal ends the run at once.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shlex
 import signal
@@ -209,9 +210,11 @@ class PatientWorker:
     def __call__(self, worker: int) -> None:
         for number in (signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
-        # Only a thread that waits for a signal learns who sent it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=end_for, args=(os.getppid(),), daemon=True).start()
+        parent = multiprocessing.parent_process()  # not the system's, which may be a fork server
+        if parent is not None:
+            # Only a thread that waits for a signal learns who sent it.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            threading.Thread(target=end_for, args=(parent.pid,), daemon=True).start()
         if self.initialize is not None:
             self.initialize(worker)
 
