@@ -261,6 +261,24 @@ def test_what_scripts_start(script, arguments, expected, tmp_path):
     assert result.stdout == f'{expected} --work-dir a b'
 
 
+@pytest.mark.parametrize(
+    ('code', 'requeue', 'expected'),
+    [(75, '1', '--resume|requeue 42'), (75, '0', '|'), (1, '1', '--resume|')],
+)
+def test_slurm_requeues_stopped_jobs(code, requeue, expected, tmp_path):
+    write_command(tmp_path / 'srun', f'for last; do :; done; printf "%s|" "$last"; exit {code}')
+    write_command(tmp_path / 'scontrol', 'printf "%s" "$*"')
+    environment = os.environ | {
+        'PATH': f'{tmp_path}:{os.environ["PATH"]}',
+        'REQUEUE': requeue,
+        'SLURM_JOB_ID': '42',
+        'SLURM_RESTART_COUNT': '1',
+    }
+    command = ['tools/slurm_train.sh', 'gpu', 'job', 'CONFIG', '']
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (code, expected)
+
+
 # ----------------------------------------------------------------------------- the whole recipe
 def test_real_images(real_samples, detector, tmp_path):
     """A greyscale one, some without objects, crowd regions: only the data root changes."""
