@@ -20,6 +20,7 @@ from mmengine.runner import EpochBasedTrainLoop
 
 from ..checkpoint.reading import CheckpointError
 from ..registry import HOOKS, register
+from ..text import printable
 
 FACTS = 'mmconv2former'  # in a checkpoint's `meta`
 # What changes with each step of a schedule.
@@ -101,7 +102,7 @@ def differences(
 
 def shown(value: Any) -> str:
     """A value with four digits, if it is a number."""
-    return f'{value:.4g}' if isinstance(value, float) else str(value)
+    return f'{value:.4g}' if isinstance(value, float) else printable(str(value), 100)
 
 
 def step_to(loop: Any, schedules: list[Any]) -> None:
@@ -174,7 +175,7 @@ def check_run(runner: Any, meta: dict[str, Any], checkpoint: str) -> None:
     facts, saved_facts = facts_of(runner), meta.get(FACTS) or {}
     different = [key for key in facts if facts[key] != saved_facts.get(key, facts[key])]
     batch = [key for key in ('batch size', 'processes') if key in different]
-    found += [f'{key} {facts[key]} (checkpoint: {saved_facts[key]})' for key in different]
+    found += [f'{key} {facts[key]} (checkpoint: {shown(saved_facts[key])})' for key in different]
     if not found:
         return
     note = describe_batch(runner) if batch else ''

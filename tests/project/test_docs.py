@@ -61,6 +61,7 @@ RUN_BY = {
     'tools/make_tables.py': 'configs/test_configs.py::test_tables_are_up_to_date',
 }
 NOT_RUN = {
+    'sbatch': 'needs Slurm; tools/slurm_train.sh is run with stand-ins for srun and scontrol',
     'tools/evidence.py': 'hours on real data; its results are in docs/evidence.json',
     'tools/compatibility.py': 'hours, and the space of two environments',
     'tools/benchmark_depthwise.py': 'minutes on an idle machine; its parts are tested',
