@@ -41,7 +41,7 @@ class StoppingHook(Hook):
 
     The process ends with the exit code `STOPPED`. With several processes, all stop after the same
     iteration, at most `EVERY` iterations after the signal; one of them needs to receive it. A
-    validation is left at once if its iteration has a checkpoint, and made up for by the resumed
+    validation is left at once if its iteration has a checkpoint, and run by the resumed
     run; otherwise it is finished first.
 
     Without effect outside of the main thread, where Python allows no handlers of signals.
