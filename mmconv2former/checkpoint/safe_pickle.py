@@ -135,7 +135,7 @@ def refuse_deep_nesting(path: str) -> None:
             check_nesting(file)
 
 
-MARK = -1  # in the place of a depth
+MARK = -1  # instead of a depth
 PUTS = {'PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'}
 GETS = {'GET', 'BINGET', 'LONG_BINGET'}
 FILLS = {'APPEND', 'APPENDS', 'SETITEM', 'SETITEMS', 'ADDITEMS', 'BUILD'}

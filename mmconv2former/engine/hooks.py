@@ -61,7 +61,7 @@ class ReliableLoggerHook(LoggerHook):
     so the end of a longer one can remain after a shorter one: invalid JSON.
 
     Scalars of training that cannot be written, such as on a full disk, are reported once. Training
-    goes on without them.
+    continues without them.
     """
 
     is_reported = False

@@ -211,7 +211,9 @@ def describe_batch(runner: Any) -> str:
     """What another batch size or number of processes means for the position and the rates."""
     loop = runner.train_loop
     if isinstance(loop, EpochBasedTrainLoop):
-        position = f'at its next epoch, which now has {len(loop.dataloader)} iterations'
+        position = (
+            f'at the same place in its epoch, which now has {len(loop.dataloader)} iterations'
+        )
     else:
         position = 'at its next iteration, with the samples as if all batches had had this size'
     is_scaled = (runner.auto_scale_lr or {}).get('enable', False)

@@ -155,7 +155,7 @@ def unusual(schedule: Schedule) -> Iterator[str]:
 
     if len(rates) > end * (1 + MARGIN) and abs(rates[-1] - run[-1]) > 0.01 * base:
         yield (
-            f'{named(last, schedule)} goes on to {schedule.moment(steps[last])}, but the run ends '
+            f'{named(last, schedule)} lasts until {schedule.moment(steps[last])}, but the run ends '
             f'at {schedule.moment(end)}: its last rate is {run[-1]:.3g} instead of '
             f'{rates[-1]:.3g}{fitting(last, schedule, is_warm_up=rates[-1] > run[-1])}'
         )

@@ -201,7 +201,8 @@ class FolderLock:
         if owner.get('machine') == self.owner['machine']:
             if owner.get('pid') == os.getpid():  # an earlier run of this process
                 return False
-            return start_of(owner['pid']) == owner.get('start')
+            start = start_of(owner['pid'])
+            return start is not None and start == owner.get('start')
         # Clocks of machines differ, so it is watched. A file without content is being written.
         warn(
             f'{self.path} is of a run on another machine ({described(text)}); watching for up to '

@@ -70,7 +70,7 @@ BAD = {
     ),
     'steps in a shorter run': (
         [WARM_UP, STEPS], 6, 100,
-        'param_scheduler.1 (MultiStepLR) goes on to epoch 12, but the run ends at epoch 6: its '
+        'param_scheduler.1 (MultiStepLR) lasts until epoch 12, but the run ends at epoch 6: its '
         'last rate is 1 instead of 0.01. Set param_scheduler.1.end=6 '
         'param_scheduler.1.milestones=[4,5]',
     ),
@@ -81,7 +81,7 @@ BAD = {
     ),
     'steps without an end in a shorter run': (
         [STEPS_WITHOUT_END], 50, 100,
-        'param_scheduler.0 (MultiStepLR) goes on to epoch 91, but the run ends at epoch 50: its '
+        'param_scheduler.0 (MultiStepLR) lasts until epoch 91, but the run ends at epoch 50: its '
         'last rate is 0.1 instead of 0.01. Set param_scheduler.0.end=50 '
         'param_scheduler.0.milestones=[15,30,45]',
     ),
@@ -101,7 +101,7 @@ BAD = {
         '(CosineAnnealingLR). Set param_scheduler.0.T_max=300',
     ),
     'cosine without an end in a shorter run': (
-        [COSINE_WITHOUT_END], 50, 100, 'goes on to epoch 100, but the run ends at epoch 50',
+        [COSINE_WITHOUT_END], 50, 100, 'lasts until epoch 100, but the run ends at epoch 50',
     ),
     'poly in a longer run': (
         [WARM_UP, POLY], 4000, None,
@@ -182,7 +182,7 @@ def test_tool_warns_and_shows_the_table(sample, tmp_path, capsys):
     config = write_tiny_config(tmp_path / 'tiny.py')
     options = [*WITHOUT_WORKERS, 'train_cfg.max_iters=2', 'train_cfg.val_begin=99']
     options += ['param_scheduler.0.end=2', 'param_scheduler.1.begin=2', 'param_scheduler.1.end=99']
-    warning = 'param_scheduler.1 (PolyLR) goes on to iteration 99, but the run ends at iteration 2'
+    warning = 'param_scheduler.1 (PolyLR) lasts until iteration 99, but the run ends at iteration 2'
     for flag in ('--show-schedule', '--no-dry-run'):
         arguments = with_data(['train', config, flag], sample, tmp_path / flag, *options)
         assert refusal_of(*arguments) == ''

@@ -1,4 +1,4 @@
-"""A run that is asked to stop saves, and goes on later as if it had not been asked."""
+"""A run that is asked to stop saves, and continues later as if it had not been asked."""
 
 import signal
 

@@ -143,7 +143,7 @@ def leaf_settings(settings: ConfigDict) -> Iterator[ConfigDict]:
 
 
 def settings_of_files(config: Config) -> ConfigDict:
-    """The settings of the test data, of which several datasets must read images in one way.
+    """The settings of the test data. Several datasets must read images in the same way.
 
     Raises:
         SystemExit: There are no test data, their pipelines differ, or make several views of an
