@@ -53,6 +53,7 @@ from make_tables import (
     OURS,
     ROOT,
     backbone_names,
+    is_on_public_data,
     read_evidence,
     recipes,
     task,
@@ -183,6 +184,13 @@ STEP_SIDES = {'detection': 192, 'segmentation': 256, 'classification': 64, 'abla
 def measure_steps(name: str, recipe: Path) -> dict:
     """Two iterations and an evaluation on each real sample for this kind of recipe."""
     kind = task(recipe)
+    if is_on_public_data(recipe):
+        folder = f'public/{name.split("_")[-1]}'
+        with tempfile.TemporaryDirectory() as temporary:
+            config = Path(temporary, f'{name}.py')
+            steps_config(recipe).dump(config)
+            result = train_and_evaluate(config, sample_folder(folder), Path(temporary))
+        return {folder: result}
     samples = [ADE_SAMPLE, 'semantic_sample'] if kind == 'segmentation' else ['coco_sample']
     results = {}
     for sample in samples:
@@ -209,11 +217,15 @@ def steps_config(recipe: Path) -> Config:
     for part in ('train', 'val', 'test'):
         if config[f'{part}_dataloader'] is not None:  # 22K recipes are not evaluated
             config[f'{part}_dataloader'].num_workers = 1
-    if kind == 'segmentation':
+    if config.train_cfg.get('type') == 'IterBasedTrainLoop':
         config.train_cfg.update(max_iters=2, val_interval=2)
         config.default_hooks.checkpoint.interval = 2
     else:
         config.train_cfg.max_epochs = 1
+    if is_on_public_data(recipe):  # whole datasets
+        config.train_dataloader.batch_size = 2
+        for part in ('val', 'test'):
+            config[f'{part}_dataloader'].dataset.indices = 2
     if kind == 'detection':  # after two iterations no score is above the threshold
         config.model.test_cfg.rcnn.score_thr = 0.0
     elif kind in ('classification', 'ablations'):
@@ -491,15 +503,24 @@ def measure_cost(name: str, config: Path) -> dict:
 def bytes_kept(config: Config, with_cp: bool) -> int:
     """Bytes that the backbone keeps between forward and backward, float32, the batch of one GPU.
 
-    Detection at 800x1280, segmentation at its crop.
+    Detection on COCO at 800x1280 and on BCCD at 480x640, segmentation at its crop.
     """
     init_default_scope(config.default_scope)
     config.model.backbone.merge(dict(init_cfg=None, with_cp=with_cp))
-    size = config.model.data_preprocessor.get('size') or DETECTION_SIZE
+    size = config.model.data_preprocessor.get('size') or detection_size(config)
     with torch.device('meta'):
         backbone = MODELS.build(config.model.backbone).train()
         images = torch.empty(config.train_dataloader.batch_size, 3, *size)
     return count_bytes_kept(backbone, images)
+
+
+def detection_size(config: Config) -> tuple[int, int]:
+    """Height and width of a detector's images: the papers' on COCO, otherwise the recipe's own."""
+    if config.test_dataloader.dataset.type == 'CocoDataset':
+        return DETECTION_SIZE
+    resize = next(step for step in config.test_dataloader.dataset.pipeline if step.type == 'Resize')
+    width, height = resize.scale
+    return height, width
 
 
 def measure_baselines() -> dict:
@@ -515,7 +536,7 @@ def measure_baselines() -> dict:
 def count_cost(config: Config) -> dict:
     """Parameters and FLOPs (multiply-adds, as the papers count) of a whole model.
 
-    Detection at 800x1280, segmentation at the recipe's test scale (512x2048 or 640x2560),
+    Detection at `detection_size`, segmentation at the recipe's test scale (512x2048 or 640x2560),
     classification at its crop.
     """
     init_default_scope(config.default_scope)
@@ -529,7 +550,7 @@ def count_cost(config: Config) -> dict:
     elif config.default_scope == 'mmpretrain':
         size = (config.train_dataloader.dataset.pipeline[1].scale,) * 2
     else:
-        size = DETECTION_SIZE
+        size = detection_size(config)
     model = MODELS.build(config.model).eval()
     parameters = count_parameters(model)
     if config.default_scope == 'mmpretrain':
@@ -617,7 +638,8 @@ MASKS = 100  # for which the papers count the mask heads; boxes for 1,000 propos
 def limit_masks(model: torch.nn.Module) -> None:
     """Limits mask heads to 100 proposals, which mmdet's counting does not do for cascades."""
     roi_head = getattr(model, 'roi_head', None)
-    if roi_head is None or not isinstance(roi_head.mask_head, torch.nn.ModuleList):
+    mask_head = getattr(roi_head, 'mask_head', None)
+    if roi_head is None or not isinstance(mask_head, torch.nn.ModuleList):
         return
     stock = roi_head._mask_forward
 

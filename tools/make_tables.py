@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
+from statistics import mean, stdev
 from typing import NamedTuple
 
 import yaml
@@ -22,10 +24,14 @@ from mmconv2former.models.baselines import BASELINES as TABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / 'docs/evidence.json'
-PAGES = [ROOT / 'README.md', ROOT / 'docs/model_zoo.md', ROOT / 'docs/baselines.md']
+PAGES = [
+    ROOT / name
+    for name in ('README.md', 'docs/model_zoo.md', 'docs/baselines.md', 'docs/public_data.md')
+]
 # The keys in evidence.json that are not recipes: whole models of others, and backbones.
 BASELINES = 'baselines'
 BACKBONES = 'backbones'
+PUBLIC = 'public_test'  # of a recipe: its runs on a public dataset
 
 
 class Published(NamedTuple):
@@ -54,6 +60,7 @@ LEVELS = (
     'steps on real data',
     'fits real data',
     'fits at full size on a GPU',
+    'tested on a public test split',
     'trained to the published number',
 )
 LEAST_IMAGES = 8  # minimum for the level of a fit at full size
@@ -76,7 +83,7 @@ def write_tables(dry_run: bool = False) -> list[str]:
     """Updates the pages and returns the names of those that were out of date."""
     evidence = read_evidence(EVIDENCE)
     tables = {
-        'recipes': zoo_table(evidence, DENSE),
+        'recipes': zoo_table(evidence, DENSE, with_public=False),
         'detection': zoo_table(evidence, ['detection'], with_memory=True),
         'segmentation': zoo_table(evidence, ['segmentation'], with_memory=True),
         'classification': zoo_table(evidence, ['classification']),
@@ -85,6 +92,8 @@ def write_tables(dry_run: bool = False) -> list[str]:
         'counter': counter_table(evidence),
         'backbones': backbone_table(evidence),
         'backbones in dense prediction': dense_backbone_table(evidence),
+        'public test splits': public_table(evidence),
+        **{f'classes of {name}': class_table(evidence, name) for name in PUBLIC_METRICS},
     }
     outdated = []
     for page in PAGES:
@@ -123,6 +132,11 @@ def task(config: Path) -> str:
     return config.parent.name
 
 
+def is_on_public_data(config: Path) -> bool:
+    """Whether a recipe is for a dataset of docs/public_data.md."""
+    return config.stem.split('_')[-1] in PUBLIC_METRICS
+
+
 def read_evidence(path: Path) -> dict[str, dict]:
     """What `tools/evidence.py` measured, by recipe."""
     return json.loads(path.read_text()) if path.exists() else {}
@@ -130,6 +144,8 @@ def read_evidence(path: Path) -> dict[str, dict]:
 
 def level(record: dict) -> str:
     """The evidence level of a recipe."""
+    if record.get(PUBLIC):
+        return LEVELS[4]
     on_gpu = [result for result in record.get('true_size', {}).values() if is_on_gpu(result)]
     if any(fits(result) and result['images'] >= LEAST_IMAGES for result in on_gpu):
         return LEVELS[3]
@@ -148,13 +164,20 @@ def is_on_gpu(result: dict) -> bool:
 
 
 # ---------------------------------------------------------------------------------------- recipes
-def zoo_table(evidence: dict[str, dict], tasks: Collection[str], with_memory: bool = False) -> str:
+def zoo_table(
+    evidence: dict[str, dict],
+    tasks: Collection[str],
+    with_memory: bool = False,
+    with_public: bool = True,
+) -> str:
     """Size, cost, published number and status of the recipes of some tasks."""
     header = ['recipe', 'backbone from', 'parameters', 'FLOPs', 'published', 'shown here']
     if with_memory:
         header[4:4] = ['kept by the backbone', 'with `with_cp`']
     rows = []
     for model in models_of(tasks):
+        if is_on_public_data(Path(model['Config'])) and not with_public:
+            continue
         record = evidence.get(model['Name'], {})
         row = [
             link(model),
@@ -254,6 +277,75 @@ def memory_cells(cost: dict | None) -> list[str]:
     if cost is None:
         return ['', '']
     return [f'{cost["kept"][key] / 2**30:.1f} GiB' for key in ('default', 'with_cp')]
+
+
+# ------------------------------------------------------------------------------------ public data
+# Metrics of the test split by dataset: the factor to percent, and what names the classes' own.
+PUBLIC_METRICS = {
+    'bccd': ({'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP50'}, 100, r'coco/(.+)_precision'),
+    'camvid': ({'mIoU': 'mIoU', 'aAcc': 'pixel accuracy'}, 1, r'IoU/(.+)'),
+}
+
+
+def public_runs(evidence: dict[str, dict], dataset: str) -> dict[str, list[dict]]:
+    """The runs on a dataset by what was trained, the seeds of which differ."""
+    groups: dict[str, list[dict]] = {}
+    for record in evidence.values():
+        for result in record.get(PUBLIC, {}).values():
+            if result['dataset'] == dataset:
+                size = result['kernel_size']
+                kernel = '' if size == 11 else f', {size}x{size}'
+                groups.setdefault(result['backbone'] + kernel, []).append(result)
+    return groups
+
+
+def public_table(evidence: dict[str, dict]) -> str:
+    """Results on public test splits: mean and spread over the seeds."""
+    rows = []
+    for dataset, (metrics, factor, _) in PUBLIC_METRICS.items():
+        for name, results in public_runs(evidence, dataset).items():
+            untrained = [one['untrained'] for one in results if one['untrained']]
+            for what, tested in ((name, [one['metrics'] for one in results]),
+                                 (f'{name}, untrained', untrained)):  # fmt: skip
+                if not tested:
+                    continue
+                cells = [
+                    mean_and_spread([factor * one.get(key, 0.0) for one in tested])
+                    for key in metrics
+                ]
+                first = results[0]
+                minutes = [one['seconds'] / 60 for one in results]
+                rows.append(
+                    [
+                        dataset,
+                        what,
+                        f'{first["parameters"] / 1e6:.1f} M',
+                        f'{first["backbone_flops"] / 1e9:.2f} G',
+                        str(len(tested)),
+                        *cells,
+                        '' if tested is untrained else f'{sum(minutes) / len(minutes):.0f} min',
+                    ]
+                )
+    header = ['data', 'backbone', 'parameters', "backbone's FLOPs", 'seeds', 'AP or mIoU']
+    return table([*header, 'AP50 or pixel accuracy', 'training'], rows)
+
+
+def class_table(evidence: dict[str, dict], dataset: str) -> str:
+    """AP or IoU of each class, the mean over the seeds."""
+    _, factor, pattern = PUBLIC_METRICS[dataset]
+    rows, header = [], ['backbone']
+    for name, results in public_runs(evidence, dataset).items():
+        keys = [key for key in results[0]['metrics'] if re.fullmatch(pattern, key)]
+        header = ['backbone', *(re.sub(pattern, r'\1', key) for key in keys)]
+        means = (mean(factor * one['metrics'][key] for one in results) for key in keys)
+        rows.append([name, *(f'{value:.1f}' for value in means)])
+    return table(header, rows)
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """The mean and, for several values, their standard deviation."""
+    text = f'{mean(values):.1f}'
+    return text if len(values) == 1 else f'{text} ± {stdev(values):.1f}'
 
 
 # -------------------------------------------------------------------------------------- backbones

@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use('Agg')
-from matplotlib import pyplot as plt
+from matplotlib import pyplot
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def read_scalars(work_dir: Path, metric_names: list[str]) -> tuple[Curves, Curve
 
 def draw(losses: Curves, metrics: Curves, out: Path) -> None:
     """Draws losses on the left and metrics, if there are any, on the right."""
-    figure, axes = plt.subplots(1, 2 if metrics else 1, figsize=(11, 4), squeeze=False)
+    figure, axes = pyplot.subplots(1, 2 if metrics else 1, figsize=(11, 4), squeeze=False)
     for axis, curves, title, label in zip(
         axes[0],
         (losses, metrics),

@@ -2,12 +2,13 @@
 
     python tools/prepare_data.py coco                 # data/coco
     python tools/prepare_data.py ade --root /data/ADEChallengeData2016
+    python tools/prepare_data.py camvid               # also bccd; see docs/public_data.md
     python tools/prepare_data.py configs/custom/mask_rcnn_shapes.py     # the data of any config
 
-For COCO and ADE20K in their official layouts, reads every annotation and decodes every image, in as
-many processes as there are cores. An error would stop a run or spoil its result, and makes the exit
-status 1. A note is worth knowing, such as a count that is not the official one. If files are
-missing, the tool says what to download and where each file goes.
+For COCO, ADE20K, BCCD and CamVid in the layouts that the recipes expect, reads every annotation and
+decodes every image, in as many processes as there are cores. An error would stop a run or spoil its
+result, and makes the exit status 1. A note is worth knowing, such as a count that is not the
+official one. If files are missing, the tool says what to download and where each file goes.
 
 For a config, loads every sample of its training and validation data as a run would, names those
 that cannot be used, and prints the census that a run logs, here of all masks.
@@ -22,21 +23,25 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import numpy as np
 from common.cli import add_config_arguments, check_files, load_config
 from common.data_layout import (
-    ADE_CLASSES,
-    ADE_IMAGES,
-    ADE_SPLITS,
+    ADE,
+    BCCD_CLASSES,
+    BCCD_IMAGES,
+    CAMVID,
     COCO_IDS,
     COCO_IMAGES,
     COCO_OBJECTS,
     COCO_SPLITS,
     DEFAULT_ROOT,
     HOW_TO_GET,
+    LabelledImages,
 )
 from mmengine.registry import init_default_scope
 from PIL import ExifTags, Image
@@ -55,6 +60,7 @@ NEEDED_FIELDS = {
     'categories': {'id', 'name'},
 }
 THIN_BOX = 'box thinner than a pixel (not used in training)'  # not an error
+VOC_BOX = ('xmin', 'ymin', 'xmax', 'ymax')
 SHOWN = 10  # findings of a kind that are printed; the report file has all
 
 
@@ -280,10 +286,58 @@ def check_image(path: Path, size: tuple[int, int] | None) -> list[Finding]:
     return []
 
 
-# ---------------------------------------------------------------------------------------- ADE20K
-def check_ade(root: Path, workers: int) -> Iterator[Finding]:
-    """ADE20K's layout: for each image a label image of the same name, with values up to 150."""
-    for split, name in ADE_SPLITS.items():
+# ------------------------------------------------------------------------------------------- BCCD
+def check_bccd(root: Path, workers: int) -> Iterator[Finding]:
+    """BCCD's layout: lists of images, and for each image a file of boxes in VOC's form."""
+    for split, official in BCCD_IMAGES.items():
+        path = root / f'ImageSets/Main/{split}.txt'
+        if not path.is_file():
+            yield Finding('list of images is missing', str(path))
+            continue
+        names = path.read_text().split()
+        if len(names) != official:
+            text = f'{split}: {len(names):,} images, {official:,} in the official files'
+            yield Finding('not the official count', text, is_error=False)
+        rows = [(root, name) for name in names]
+        for findings in map_files(check_voc_image, rows, workers, split):
+            yield from findings
+
+
+def check_voc_image(root: Path, name: str) -> list[Finding]:
+    """What is wrong with an image and its file of boxes."""
+    path = root / f'Annotations/{name}.xml'
+    if not path.is_file():
+        return [Finding('annotation file is missing', str(path))]
+    try:
+        content = ElementTree.parse(path)
+        size = tuple(int(content.findtext(f'size/{side}', '')) for side in ('width', 'height'))
+        objects = [
+            (one.findtext('name'), [float(one.findtext(f'bndbox/{key}', '')) for key in VOC_BOX])
+            for one in content.iterfind('object')
+        ]
+    except (ElementTree.ParseError, ValueError) as error:
+        return [Finding('annotation file cannot be read', f'{path}: {error}')]
+    findings = check_image(root / f'JPEGImages/{name}.jpg', (size[0], size[1]))
+    if not objects:
+        findings.append(Finding('image without objects', str(path), is_error=False))
+    for class_name, box in objects:
+        item = f'{path}: {class_name} {box}'
+        if class_name not in BCCD_CLASSES:
+            findings.append(Finding(f'class is none of {", ".join(BCCD_CLASSES)}', item))
+        left, top, right, bottom = box
+        if not all(map(is_number, box)) or right < left or bottom < top:
+            findings.append(Finding('box is not two corners', item))
+        elif right - left < 1 or bottom - top < 1:
+            findings.append(Finding(THIN_BOX, item, is_error=False))
+        elif not is_inside([left, right], [top, bottom], *size):
+            findings.append(Finding('box outside its image', item))
+    return findings
+
+
+# ------------------------------------------------------------------------------ ADE20K and CamVid
+def check_labelled_images(root: Path, workers: int, dataset: LabelledImages) -> Iterator[Finding]:
+    """For each image a label image of the same name, with known labels."""
+    for name, official in dataset.images.items():
         images, labels = root / 'images' / name, root / 'annotations' / name
         missing = [folder for folder in (images, labels) if not folder.is_dir()]
         if missing:
@@ -301,22 +355,23 @@ def check_ade(root: Path, workers: int) -> Iterator[Finding]:
         pairs = sorted(stems & label_stems)
         if not pairs:
             yield Finding('images are missing', str(images))
-        if len(pairs) != ADE_IMAGES[split]:
-            text = f'{name}: {len(pairs):,} pairs, {ADE_IMAGES[split]:,} in the official files'
+        if len(pairs) != official:
+            text = f'{name}: {len(pairs):,} pairs, {official:,} in the official files'
             yield Finding('not the official count', text, is_error=False)
         present: set[int] = set()
-        rows = [(stem, images, labels) for stem in pairs]
+        last = max(*dataset.classes, dataset.void)
+        rows = [(stem, images, labels, last) for stem in pairs]
         for findings, values in map_files(check_pair, rows, workers, name):
             present |= values
             yield from findings
-        classes = len(present - {0})
-        if classes < ADE_CLASSES:
-            text = f'{name}: {classes} of {ADE_CLASSES}'
+        classes = len(present & set(dataset.classes))
+        if classes < len(dataset.classes):
+            text = f'{name}: {classes} of {len(dataset.classes)}'
             yield Finding('classes that occur', text, is_error=False)
 
 
-def check_pair(stem: str, images: Path, labels: Path) -> tuple[list[Finding], set[int]]:
-    """What is wrong with an image and its labels, and the values of the labels."""
+def check_pair(stem: str, images: Path, labels: Path, last: int) -> tuple[list[Finding], set[int]]:
+    """What is wrong with an image and its labels up to `last`, and the values of the labels."""
     path = labels / f'{stem}.png'
     findings = check_image(images / f'{stem}.jpg', None) + check_image(path, None)
     if findings:
@@ -326,8 +381,8 @@ def check_pair(stem: str, images: Path, labels: Path) -> tuple[list[Finding], se
         values = set(np.unique(np.asarray(label_image)).tolist()) if mode in ('L', 'P') else set()
     if mode not in ('L', 'P'):
         findings.append(Finding('label image is not one channel with 8 bits', f'{path}: {mode}'))
-    elif max(values) > ADE_CLASSES:
-        findings.append(Finding(f'label above {ADE_CLASSES}', f'{path}: {max(values)}'))
+    elif max(values) > last:
+        findings.append(Finding(f'label above {last}', f'{path}: {max(values)}'))
     if size != label_size:
         text = f'{path}: {label_size}, its image is {size}'
         findings.append(Finding('labels of another size than their image', text))
@@ -390,7 +445,9 @@ class Samples(Dataset):
 
 CHECKS: dict[str, Callable[[Path, int], Iterator[Finding]]] = {
     'coco': check_coco,
-    'ade': check_ade,
+    'ade': partial(check_labelled_images, dataset=ADE),
+    'bccd': check_bccd,
+    'camvid': partial(check_labelled_images, dataset=CAMVID),
 }
 
 if __name__ == '__main__':

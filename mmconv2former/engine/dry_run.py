@@ -147,6 +147,8 @@ def try_validation(runner: Any, batches: Sequence[Any]) -> list[str]:
     predictions, drawn = 0, 0
     was_training = model.training
     model.eval()
+    # CocoMetric without `ann_file` keeps the truth of the images that it evaluates first.
+    attributes = [dict(vars(metric)) for metric in metrics]
     try:
         with torch.no_grad(), any_score(model), compiled_later():
             for batch in batches:
@@ -162,7 +164,9 @@ def try_validation(runner: Any, batches: Sequence[Any]) -> list[str]:
         scores = dict(pair for metric in metrics for pair in evaluate(metric).items())
     finally:
         model.train(was_training)
-        for metric in metrics:
+        for metric, before in zip(metrics, attributes):
+            vars(metric).clear()
+            vars(metric).update(before)
             metric.results.clear()
     check_wanted(runner, scores)
     done = [f'{predictions} predictions', f'{len(scores)} metrics']

@@ -306,7 +306,7 @@ class ReliableRunner(Runner):
         Raises:
             CheckpointError: It cannot be read, or does not fit; the model is then unchanged.
         """
-        (name, content), self._checked = self._checked or ('', {}), None
+        (name, content), self._checked = self._checked or (None, {}), None
         if name != filename:
             is_tuning = isinstance(self._train_loop, BaseLoop) and not self._resume
             content = self._read(filename, strict=not is_tuning)

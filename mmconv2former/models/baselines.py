@@ -52,6 +52,7 @@ class Family:
         taps: For timm's networks: the stages or blocks whose outputs are taken.
         is_single_scale: Whether all of these have stride 16.
         classifier_only: A part of mmpretrain's network that dense prediction does not use.
+        layer_scale_argument: The argument with the initial value of its layer scales, if any.
         no_weight_decay: Parts of names of parameters that the published recipes do not decay, in
             addition to norms, biases and other one-dimensional parameters.
     """
@@ -68,6 +69,7 @@ class Family:
     taps: tuple[int, ...] = ()
     is_single_scale: bool = False
     classifier_only: str | None = None
+    layer_scale_argument: str | None = None
     no_weight_decay: tuple[str, ...] = ()
 
     def locate(self, name: str) -> Location | None:
@@ -112,6 +114,7 @@ CONVNEXT = Family(
     arguments=dict(type='ConvNeXt'),
     dense=FOUR_NORMALIZED_STAGES,
     classification=LAST_STAGE,
+    layer_scale_argument='layer_scale_init_value',
 )
 SWIN = Family(
     source='arXiv 2103.14030, github.com/microsoft/Swin-Transformer',

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from common.data_layout import BCCD_CLASSES, BCCD_IMAGES, CAMVID
 from helpers import ROOT
 from helpers.tiny import SMALL_DETECTION
 from make_tables import LEVELS, level, metafiles, models, read_evidence, recipes, task, write_tables
@@ -20,16 +21,22 @@ from mmengine.registry import MODELS, init_default_scope
 CONFIGS = sorted((ROOT / 'configs').rglob('*.py'))
 LEAVES = [path for path in CONFIGS if not {'_base_', 'comparison', 'demo'} & set(path.parts)]
 NAMES = [path.stem for path in LEAVES]
-DENSE = [path for path in LEAVES if task(path) in ('detection', 'segmentation')]
-CLASSIFICATION = [path for path in LEAVES if path not in DENSE]
-SEGMENTATION = [path for path in LEAVES if path.parent.name == 'segmentation']
-DETECTION = [path for path in LEAVES if path.parent.name == 'detection']
+ON_PUBLIC_DATA = [path for path in LEAVES if path.stem.endswith(('_bccd', '_camvid'))]
+DENSE = [
+    path
+    for path in LEAVES
+    if task(path) in ('detection', 'segmentation') and path not in ON_PUBLIC_DATA
+]
+CLASSIFICATION = [path for path in LEAVES if path not in DENSE + ON_PUBLIC_DATA]
+SEGMENTATION = [path for path in DENSE if path.parent.name == 'segmentation']
+DETECTION = [path for path in DENSE if path.parent.name == 'detection']
 MARKS = ('_delete_', '_scope_')
 
 PROMISED = {
     'mask_rcnn_conv2former': ('n', 't', 's'),
     'cascade_mask_rcnn_conv2former': ('t', 's', 'b', 'b_in22k', 'l_in22k'),
-    'upernet_conv2former': ('n', 't', 's', 'b', 'b_in22k', 'l_in22k'),
+    'faster_rcnn_conv2former': ('n_bccd', 't_bccd'),
+    'upernet_conv2former': ('n', 't', 's', 'b', 'b_in22k', 'l_in22k', 'n_camvid', 't_camvid'),
     'conv2former': (
         *('n_in1k', 't_in1k', 's_in1k', 'b_in1k', 's_in22k', 'b_in22k', 'l_in22k'),
         *(f'{size}_in22k_finetune_in1k' for size in 'sbl'),
@@ -76,7 +83,8 @@ def test_metafiles_list_every_recipe_once():
 def test_published_numbers_are_the_same_everywhere():
     for model in models():
         docstring = ast.get_docstring(ast.parse((ROOT / model['Config']).read_text()))
-        assert 'not trained here' in docstring or 'nothing published' in docstring
+        said = ('not trained here', 'nothing published', 'results in docs/public_data.md')
+        assert any(text in docstring for text in said)
         if model['Published'] is None:
             assert not re.search(r'\d\.\d', docstring)
         else:
@@ -260,6 +268,51 @@ def test_crop_is_one_size_throughout(path):
         assert loader.dataset.pipeline[1].scale == (4 * side, side)
     scales = [resize.scale for resize in config.tta_pipeline[1].transforms[0]]
     assert [scale[1] / side for scale in scales] == [0.5, 0.75, 1.0, 1.25, 1.5, 1.75]
+
+
+@pytest.mark.parametrize('path', ON_PUBLIC_DATA, ids=lambda path: path.stem)
+def test_recipes_on_public_data(path):
+    config, model = load(path), build(path)
+    backbone = config.model.backbone
+    assert backbone.arch == ARCHS[path.stem.split('conv2former_')[1][0]]
+    assert backbone.get('init_cfg') is None
+    assert backbone.layer_scale_init_value == 0.1
+    assert config.optim_wrapper.paramwise_cfg.decay_rate == 1.0
+    warmup, decay = config.param_scheduler
+    assert (warmup.begin, warmup.end, decay.end) == (0, decay.begin, config.train_cfg.max_iters)
+    interval = config.train_cfg.val_interval
+    assert config.train_cfg.max_iters % interval == 0
+    assert config.default_hooks.checkpoint.interval == interval
+    channels = list(model.backbone.channels)
+    # what the bases' comments say
+    batch = config.train_dataloader.batch_size
+    images, epochs = (205, 234) if 'bccd' in path.stem else (367, 262)
+    assert round(config.train_cfg.max_iters * batch / images) == epochs
+    metadata = next(model['Metadata'] for model in models() if model['Name'] == path.stem)
+    assert metadata['Iterations'] == config.train_cfg.max_iters
+    assert metadata['Batch Size'] == batch == config.auto_scale_lr.base_batch_size
+    if 'camvid' in path.stem:
+        heads = (model.decode_head, model.auxiliary_head)
+        assert list(model.decode_head.in_channels) == channels
+        assert model.auxiliary_head.in_channels == channels[2]
+        assert {head.num_classes for head in heads} == {CAMVID.void} == {len(CAMVID.classes)}
+        loaders = [config[f'{part}_dataloader'].dataset for part in ('train', 'val', 'test')]
+        evaluators = [config.val_evaluator, config.test_evaluator]
+        crop = config.train_dataloader.dataset.pipeline[3]
+        ignoring = [config.model.decode_head, config.model.auxiliary_head, *loaders, *evaluators]
+        assert {part.ignore_index for part in (*ignoring, crop)} == {CAMVID.void}
+        assert config.model.data_preprocessor.seg_pad_val == CAMVID.void
+        assert config.model.data_preprocessor.size == crop.crop_size
+        assert {loader.data_prefix.img_path for loader in loaders} == {
+            f'images/{name}' for name in CAMVID.images
+        }
+    else:
+        assert model.neck.in_channels == channels
+        assert model.roi_head.bbox_head.num_classes == len(BCCD_CLASSES)
+        assert config.metainfo.classes == BCCD_CLASSES
+        assert [
+            config[f'{part}_dataloader'].dataset.ann_file for part in ('train', 'val', 'test')
+        ] == [f'ImageSets/Main/{split}.txt' for split in BCCD_IMAGES]
 
 
 @pytest.mark.parametrize('path', LEAVES, ids=NAMES)

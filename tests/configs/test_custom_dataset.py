@@ -13,16 +13,19 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from common.data_layout import BCCD_CLASSES
 from common.image_sizes import scale_images
+from evidence import narrow_heads
 from helpers import ROOT
 from helpers.in_process import run_command
 from helpers.pages import files_of, read_blocks, write_files
-from helpers.tiny import ARCH, DETECTION, FOUR_ITERATIONS, SEGMENTATION, WITHOUT_WORKERS
+from helpers.tiny import ARCH, CHANNELS, DETECTION, FOUR_ITERATIONS, SEGMENTATION, WITHOUT_WORKERS
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmseg.datasets.transforms import LoadAnnotations
 from pycocotools.coco import COCO
+from train_public import set_iterations
 
 from mmconv2former.checkpoint.reading import read_state_dict
 
@@ -132,7 +135,7 @@ def test_page_names_its_files():
         'mask_rcnn_12_epochs.py', 'mask_rcnn_shapes.py', 'cascade_mask_rcnn_shapes.py',
         'mask_rcnn_shapes_from_coco.py', 'upernet_scenes.py', 'upernet_void.py',
     }  # fmt: skip
-    assert set(COMMANDS) == {'detection', 'fine-tuning', 'segmentation'}
+    assert set(COMMANDS) == {'detection', 'fine-tuning', 'segmentation', 'public'}
 
 
 def test_shorter_schedule(project, monkeypatch):
@@ -285,6 +288,51 @@ def test_detection(run, small_project):
                  for item in content['instances']}  # fmt: skip
         assert found == {(0, 'ball', 0.45, True), (2, 'food', 0.4, True)}
         assert np.abs(drawing - image).max() > 60
+
+
+@pytest.fixture
+def public_project(small_project, real_samples):
+    """The project with BCCD and CamVid, and their recipes with small images and heads."""
+    for name, path in (
+        ('bccd', 'detection/faster_rcnn_conv2former_t_bccd.py'),
+        ('camvid', 'segmentation/upernet_conv2former_t_camvid.py'),
+    ):
+        if not (real_samples / 'public' / name).is_dir():
+            pytest.skip(f'MMCONV2FORMER_SAMPLES has no public/{name}')
+        (small_project / 'data' / name).symlink_to(real_samples / 'public' / name)
+        config = Config.fromfile(ROOT / 'configs' / path)
+        scale_images(config, 96)
+        narrow_heads(config.model)
+        set_iterations(config, 4)
+        if name == 'bccd':
+            config.model.backbone.arch = ARCH
+            config.model.neck.in_channels = CHANNELS
+            config.model.test_cfg.rcnn.score_thr = 0.0
+        for part in ('train', 'val', 'test'):
+            config[f'{part}_dataloader'].dataset.indices = 4
+        config.train_dataloader.batch_size = 2
+        config.randomness.seed = 0
+        (small_project / 'configs' / path).parent.mkdir(exist_ok=True)
+        config.dump(small_project / 'configs' / path)
+    return small_project
+
+
+def test_public(run, public_project):
+    train, evaluate, draw, predict, train_other, evaluate_other = COMMANDS['public']
+    work_dir = public_project / 'work_dirs/faster_rcnn_conv2former_t_bccd'
+    run(train)
+    training, validation = scalars(work_dir)
+    assert all(np.isfinite(line['loss']) for line in training)
+    assert 0 <= validation[-1]['coco/bbox_mAP'] <= 1
+    assert 'coco/bbox_mAP' in run(evaluate)
+    assert len(list(work_dir.glob('*/drawings/**/*.jpg'))) == 4
+    run(draw)
+    assert cv2.imread(str(public_project / 'bccd.jpg')) is not None
+    run(predict)
+    for content, _, _ in predictions(public_project, 'bccd'):
+        assert {item['class'] for item in content['instances']} <= set(BCCD_CLASSES)
+    run(train_other)
+    assert 'mIoU' in run(evaluate_other)
 
 
 @pytest.fixture

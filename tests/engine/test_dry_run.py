@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import torch
 from helpers.in_process import refusal_of, with_data, write_tiny_config
 from helpers.tiny import WITHOUT_WORKERS, tiny_config
 from helpers.tools import run_tool
+from mmengine.evaluator import BaseMetric, Evaluator
 from PIL import Image
 
 from mmconv2former.engine.drawing import spare_metrics
-from mmconv2former.engine.dry_run import FILE, two_images, unchanged_random_numbers
+from mmconv2former.engine.dry_run import FILE, try_validation, two_images, unchanged_random_numbers
 
 
 @pytest.fixture(scope='module')
@@ -184,3 +186,32 @@ def test_two_images_of_different_sizes_are_chosen():
     assert two_images(Dataset(sizes[:4])) == [0, 3]
     assert two_images(Dataset(sizes[:1])) == [0]
     assert two_images(sizes) == [0, 6]
+
+
+class FirstTruth(BaseMetric):
+    """Keeps the truth of its first evaluation, as CocoMetric without `ann_file` does."""
+
+    default_prefix = ''
+    truth = None
+
+    def process(self, data_batch, data_samples):
+        self.results.extend(data_samples)
+
+    def compute_metrics(self, results):
+        self.truth = self.truth or list(results)
+        return {'images': len(self.truth)}
+
+
+def test_metrics_forget_the_dry_run():
+    model = torch.nn.Linear(1, 1)
+    model.val_step = lambda batch: batch
+    metric = FirstTruth()
+    evaluator = Evaluator([metric])
+    runner = SimpleNamespace(
+        model=model, hooks=[], val_loop=SimpleNamespace(evaluator=evaluator, fp16=False)
+    )
+    assert '1 metrics' in try_validation(runner, [['a'], ['b']])
+    assert metric.results == []
+    assert metric.truth is None
+    metric.process({}, ['a', 'b', 'c'])
+    assert evaluator.evaluate(3) == {'images': 3}

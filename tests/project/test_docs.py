@@ -63,6 +63,7 @@ RUN_BY = {
 NOT_RUN = {
     'sbatch': 'needs Slurm; tools/slurm_train.sh is run with stand-ins for srun and scontrol',
     'tools/evidence.py': 'hours on real data; its results are in docs/evidence.json',
+    'tools/train_public.py': 'hours on real data; test_train_public.py runs it in small',
     'tools/compatibility.py': 'hours, and the space of two environments',
     'tools/benchmark_depthwise.py': 'minutes on an idle machine; its parts are tested',
     'cd': 'changes the working directory of the user',

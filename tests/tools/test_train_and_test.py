@@ -429,8 +429,9 @@ def test_refuses_with_one_message(case, sample, tmp_path):
 def test_missing_files_are_named(sample, tmp_path):
     assert 'config none.py: it does not exist' in run_tool('train', 'none.py', succeeds=False)
     options = ['--data-root', sample / 'coco', '--work-dir', tmp_path]
-    output = run_tool('test', CONFIG, 'none.pth', *options, succeeds=False)
-    assert "checkpoint 'none.pth' does not exist" in output
+    for checkpoint in ('none.pth', ''):  # such as "$(cat FOLDER/last_checkpoint)" without that file
+        output = run_tool('test', CONFIG, checkpoint, *options, succeeds=False)
+        assert f'checkpoint {checkpoint!r} does not exist' in output
 
 
 def make_machine(folder, without=()):

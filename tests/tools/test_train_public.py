@@ -1,0 +1,206 @@
+"""`train_public.py`: runs differ in one thing only, stop and go on, and give the tables."""
+
+import json
+import shutil
+
+import pytest
+import train_public
+from helpers.tiny import ARCH, CHANNELS
+from helpers.tools import run_tool
+from make_tables import (
+    LEVELS,
+    PUBLIC,
+    PUBLIC_METRICS,
+    class_table,
+    level,
+    mean_and_spread,
+    public_table,
+)
+from mmengine.config import Config
+from train_public import DATASETS, Run, count, plan, set_iterations, thinned, training_seconds
+
+
+def without(config, *keys):
+    """The config as a dict, without the named parts."""
+    content = json.loads(json.dumps(config.to_dict(), default=str))
+    for key in keys:
+        *parents, last = key.split('.')
+        part = content
+        for parent in parents:
+            part = part[parent]
+        part.pop(last, None)
+    return content
+
+
+def test_most_telling_runs_come_first():
+    runs = plan(['bccd', 'camvid'], full_size=False, iterations=None)
+    labels = [(run.dataset, run.backbone, run.seed) for run in runs if run.kernel_size == 11]
+    assert labels[:3] == [
+        ('bccd', 'conv2former', 0),
+        ('camvid', 'conv2former', 0),
+        ('bccd', 'convnext_tiny', 0),
+    ]
+    assert len(set(labels)) == len(labels) == 2 * 3 * 3
+    assert {run.kernel_size for run in runs if run.dataset == 'camvid'} == {5, 7, 11, 15}
+    assert len({run.stem for run in runs}) == len(runs)
+
+
+@pytest.mark.parametrize('dataset', DATASETS)
+def test_runs_differ_in_the_backbone_and_the_seed_only(dataset):
+    readers = {
+        'bccd': ['model.neck'],
+        'camvid': ['model.decode_head.in_channels', 'model.auxiliary_head.in_channels'],
+    }
+    parts = ['model.backbone', 'randomness', 'optim_wrapper.paramwise_cfg', *readers[dataset]]
+    ours = Run(dataset, 'conv2former', 0, 11, False, 100)
+    expected = without(ours.config, *parts)
+    for other in (Run(dataset, 'convnext_tiny', 1, 11, False, 100),
+                  Run(dataset, 'swin_tiny', 2, 11, False, 100),
+                  Run(dataset, 'conv2former', 0, 5, False, 100)):  # fmt: skip
+        assert without(other.config, *parts) == expected
+        assert other.config.randomness.seed == other.seed
+    convnext = Run(dataset, 'convnext_tiny', 1, 11, False, 100).config.model.backbone
+    scale = ours.config.model.backbone.layer_scale_init_value
+    assert convnext.options.layer_scale_init_value == scale == 0.1
+    parameters, flops = count(ours.config)
+    assert 1e7 < parameters < 2e7
+    assert 5e8 < flops < 3e9
+
+
+def test_full_size_is_the_recipe():
+    config = Run('camvid', 'conv2former', 0, 11, True, 12_000).config
+    recipe = Config.fromfile(train_public.recipes()['upernet_conv2former_t_camvid'])
+    assert config.model == recipe.model
+    assert config.train_dataloader == recipe.train_dataloader
+    assert config.param_scheduler == recipe.param_scheduler
+
+
+def test_schedule_covers_the_iterations():
+    config = Run('bccd', 'conv2former', 0, 11, False, 50).config
+    set_iterations(config, 50)
+    warmup, decay = config.param_scheduler
+    assert (warmup.end, decay.begin, decay.end) == (2, 2, 50)
+    assert config.train_cfg.val_interval == config.default_hooks.checkpoint.interval == 10
+
+
+# ------------------------------------------------------------------------------------- real data
+@pytest.fixture
+def data(real_samples, tmp_path):
+    """CamVid with six images of each split."""
+    source = real_samples / 'public/camvid'
+    if not source.is_dir():
+        pytest.skip('MMCONV2FORMER_SAMPLES has no public/camvid')
+    for kind in ('images', 'annotations'):
+        for split in ('train', 'val', 'test'):
+            folder = tmp_path / 'data/camvid' / kind / split
+            folder.mkdir(parents=True)
+            for path in sorted((source / kind / split).iterdir())[:6]:
+                shutil.copy(path, folder)
+    return tmp_path / 'data'
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Networks and images of no size."""
+    monkeypatch.setitem(
+        train_public.DATASETS,
+        'camvid',
+        train_public.Public('upernet_conv2former_{}_camvid', 'mIoU', 32, 2, 4),
+    )
+    stock = Run.config.func
+
+    def config(run):
+        small = stock(run)
+        small.model.backbone.update(arch=ARCH)
+        small.model.decode_head.update(in_channels=CHANNELS, channels=8)
+        small.model.auxiliary_head.update(in_channels=CHANNELS[2], channels=8)
+        for part in ('train', 'val', 'test'):
+            small[f'{part}_dataloader'].update(num_workers=0, persistent_workers=False)
+        return small
+
+    monkeypatch.setattr(Run, 'config', property(config))
+
+
+def test_run_in_small(data, small, tmp_path, monkeypatch, capfd):
+    out = tmp_path / 'evidence.json'
+    command = ['tools/train_public.py', str(data), 'camvid', '--runs', '1', '--out', str(out),
+               '--work-dir', str(tmp_path / 'work')]  # fmt: skip
+    monkeypatch.setattr('sys.argv', [*command, '--minutes', '1e-4'])
+    train_public.main()  # the time is over before the training begins
+    assert not out.exists()
+    monkeypatch.setattr('sys.argv', command)
+    train_public.main()
+    record = json.loads(out.read_text())['upernet_conv2former_n_camvid']
+    ((label, result),) = record[PUBLIC].items()
+    assert label == 'conv2former, seed 0, 4 iterations'
+    for tested in (result['metrics'], result['untrained']):
+        assert 0 <= tested['mIoU'] <= 100
+        assert {'IoU/sky', 'IoU/bicyclist'} <= tested.keys()
+    assert result['seconds'] >= 0
+    assert level(record) == LEVELS[4] == 'tested on a public test split'
+    log = tmp_path / result['log']
+    assert 'Iter(train)' in log.read_text()
+    curves = json.loads(log.with_suffix('.json').read_text())
+    assert [step for step, _ in curves['metric']] == [1, 2, 3, 4]
+    assert (tmp_path / 'images/camvid_curves.png').stat().st_size > 1000
+    assert (tmp_path / 'images/camvid_predictions.jpg').stat().st_size > 1000
+    capfd.readouterr()
+    monkeypatch.setattr('sys.argv', [*command, '--list'])
+    train_public.main()
+    assert f'done: upernet_conv2former_n_camvid, {label}' in capfd.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------- results
+def fake(backbone, seed, value, untrained=None, kernel_size=11):
+    return {
+        'dataset': 'camvid', 'backbone': backbone, 'seed': seed, 'kernel_size': kernel_size,
+        'parameters': 15.7e6, 'backbone_flops': 1.9e9, 'seconds': 600,
+        'metrics': {'mIoU': value, 'aAcc': 80.0, 'IoU/sky': 90.0, 'IoU/car': value},
+        'untrained': untrained,
+    }  # fmt: skip
+
+
+def test_tables_have_means_and_spreads():
+    runs = {
+        'a': fake('conv2former', 0, 40.0, {'mIoU': 2.0, 'aAcc': 9.0}),
+        'b': fake('conv2former', 1, 42.0),
+        'c': fake('swin_tiny', 0, 39.0),
+        'd': fake('conv2former', 0, 38.0, kernel_size=5),
+    }
+    evidence = {'upernet_conv2former_n_camvid': {PUBLIC: runs}}
+    lines = public_table(evidence).splitlines()
+    assert (
+        '| camvid | conv2former | 15.7 M | 1.90 G | 2 | 41.0 ± 1.4 | 80.0 ± 0.0 | 10 min |' in lines
+    )
+    assert '| camvid | conv2former, untrained | 15.7 M | 1.90 G | 1 | 2.0 | 9.0 |  |' in lines
+    assert '| camvid | swin_tiny | 15.7 M | 1.90 G | 1 | 39.0 | 80.0 | 10 min |' in lines
+    assert any(line.startswith('| camvid | conv2former, 5x5 | ') for line in lines)
+    assert '| conv2former | 90.0 | 41.0 |' in class_table(evidence, 'camvid').splitlines()
+    assert set(PUBLIC_METRICS) == set(DATASETS)
+    assert mean_and_spread([1.0]) == '1.0'
+
+
+def test_helpers(tmp_path):
+    assert thinned({}) == []
+    assert thinned({step: step / 3 for step in range(1, 101)}, 40)[-1] == (100, 33.3333)
+    assert len(thinned(dict.fromkeys(range(100), 0.0), 40)) <= 40
+    for name, records in (('1', [(1, 2.0), (4, 1.0)]), ('2', [(4, 3.0), (6, 1.0)])):
+        path = tmp_path / name / 'vis_data/scalars.json'
+        path.parent.mkdir(parents=True)
+        lines = [json.dumps({'loss': 1.0, 'step': step, 'time': time}) for step, time in records]
+        path.write_text('\n'.join([*lines, json.dumps({'mIoU': 1.0, 'step': 4})]))
+    assert training_seconds(tmp_path) == 1 * 2.0 + 3 * 3.0 + 2 * 1.0
+    assert plan(['bccd'], True, 7)[0].stem == (
+        'faster_rcnn_conv2former_t_bccd_conv2former_seed_0_7_iterations'
+    )
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['coco'], 'unknown: coco; known: bccd, camvid'),
+        ([], 'bccd is missing; docs/data.md says where to get it'),
+    ],
+)
+def test_wrong_arguments_are_refused(options, message, tmp_path):
+    assert message in run_tool('train_public.py', tmp_path, *options, succeeds=False)
