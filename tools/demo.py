@@ -1,4 +1,4 @@
-"""Trains Mask R-CNN with Conv2Former-T from scratch on the embedded sample.
+"""Trains Mask R-CNN with Conv2Former-N from scratch on the embedded sample.
 
     python tools/demo.py
 
