@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument('--work-dir', type=Path, default=WORK_DIR)
     parser.add_argument('--train', type=int, default=240, help='number of training images')
     parser.add_argument('--val', type=int, default=60, help='number of held-out images')
-    parser.add_argument('--epochs', type=int, default=9)
+    parser.add_argument('--epochs', type=int, default=11)
     args = parser.parse_args()
     try:
         demo(args, parser.error)
