@@ -80,8 +80,9 @@ setup(
             'mmpretrain>=1.2.0',
         ],
         'export': EXPORT,
-        # openmim needs pkg_resources; without the lower bound, pip takes a setuptools of 2022.
-        'mim': ['openmim', 'setuptools>=64,<82'],
+        # openmim needs pkg_resources, of which later ones warn four times a call; without the lower
+        # bound, pip takes a setuptools of 2022.
+        'mim': ['openmim', 'setuptools>=64,<80.9'],
         'test': [
             'hypothesis',
             'markdown-it-py',

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import common  # noqa: F401  (before torch)
 from benchmark_report import FULL, QUICK, write_report
 from common import model_specs
 from common.measuring import DTYPES, Cost, Setting, machine

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import common  # noqa: F401  (before torch)
 import torch
 from common.config_check import in_one_line
 from common.measuring import (

@@ -26,6 +26,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import common  # noqa: F401  (before torch)
 import cv2
 import numpy as np
 import torch

@@ -12,6 +12,7 @@ import logging
 from importlib import import_module
 from pathlib import Path
 
+import common  # noqa: F401  (before torch)
 import torch
 from common.quiet import hide_known_messages
 from mmengine.config import Config

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import common  # noqa: F401  (before torch)
 import torch
 from common.cli import add_trust_argument, guard_checkpoints
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Trains Mask R-CNN with Conv2Former-T from scratch on the embedded sample.
+"""Trains Mask R-CNN with Conv2Former-N from scratch on the embedded sample.
 
     python tools/demo.py
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument('--work-dir', type=Path, default=WORK_DIR)
     parser.add_argument('--train', type=int, default=240, help='number of training images')
     parser.add_argument('--val', type=int, default=60, help='number of held-out images')
-    parser.add_argument('--epochs', type=int, default=9)
+    parser.add_argument('--epochs', type=int, default=11)
     args = parser.parse_args()
     try:
         demo(args, parser.error)
@@ -121,9 +121,10 @@ def demo(args: argparse.Namespace, refuse: Callable[[str], Any]) -> None:
     print(f'curves of loss and AP           {work_dir}/curves.png')
     print(f'checkpoint                     {checkpoint}')
     print(f'{(time.time() - start) / 60:.1f} minutes in all')
-    predict = ['tools/predict.py', work_dir / 'train' / Path(CONFIG).name, checkpoint,
+    predict = ['predict', work_dir / 'train' / Path(CONFIG).name, checkpoint,
                args.data / 'coco/val2017', '--out', work_dir / 'predict']  # fmt: skip
-    print(f'\nTry it on images of your own: python {shlex.join(map(str, predict))}')
+    # Also works where there is no clone.
+    print(f'\nTry it on other images: python -m mmconv2former {shlex.join(map(str, predict))}')
 
 
 def run_tool(tool: str, *args: str, log: Path) -> None:

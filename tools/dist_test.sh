@@ -6,6 +6,7 @@
 # Several machines: see tools/dist_train.sh.
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # as torchrun, which writes a note about it
 config=$1 checkpoint=$2 processes=$3
 shift 3
 exec python -m torch.distributed.run --nproc_per_node="$processes" \

@@ -15,6 +15,7 @@ MMCONV2FORMER_MESSAGE_FILE=$(mktemp)
 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 export MMCONV2FORMER_COMMAND MMCONV2FORMER_MESSAGE_FILE TORCH_ELASTIC_SHUTDOWN_TIMEOUT
 trap 'rm -f "$MMCONV2FORMER_MESSAGE_FILE"' EXIT
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # as torchrun, which writes a note about it
 config=$1 processes=$2
 shift 2
 python -m torch.distributed.run --nproc_per_node="$processes" \

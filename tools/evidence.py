@@ -37,6 +37,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import common  # noqa: F401  (before torch)
 import mmcv
 import mmengine
 import torch

@@ -30,6 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import common  # noqa: F401  (before torch)
 import torch
 import torch.nn.functional as F
 from common.cli import run_errors

@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import common  # noqa: F401  (before torch)
 import cv2
 import mmcv
 import numpy as np

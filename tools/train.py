@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import common  # noqa: F401  (before torch)
 import torch
 from common.cli import (
     DEFAULT_VISUALIZER,

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import common  # noqa: F401  (before torch)
 import matplotlib
 
 matplotlib.use('Agg')

@@ -7,17 +7,17 @@ and the neck's channels.
 _base_ = './mask_rcnn.py'
 
 # --------------------------------------------------------------------------------------- schedule
-max_epochs = 9
-train_cfg = dict(max_epochs=max_epochs, val_interval=3)
+max_epochs = 11
+train_cfg = dict(max_epochs=max_epochs, val_interval=4)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=60),  # warm-up
-    dict(type='MultiStepLR', begin=0, end=max_epochs, by_epoch=True, milestones=[7, 8], gamma=0.1),
+    dict(type='MultiStepLR', begin=0, end=max_epochs, by_epoch=True, milestones=[9, 10], gamma=0.1),
 ]
 optim_wrapper = dict(
     optimizer=dict(lr=4e-4),
     paramwise_cfg=dict(decay_rate=1.0),  # smaller rates in early layers are for pretrained weights
 )
-default_hooks = dict(checkpoint=dict(interval=3), logger=dict(interval=10))
+default_hooks = dict(checkpoint=dict(interval=4), logger=dict(interval=10))
 
 # ------------------------------------------------------------------------------------------ model
 channels = 96

@@ -1,5 +1,5 @@
-"""The demo: Mask R-CNN with Conv2Former-T on the embedded sample (docs/demo.md)."""
+"""The demo: Mask R-CNN with Conv2Former-N on the embedded sample (docs/demo.md)."""
 
 _base_ = '../_base_/mask_rcnn_small.py'
 
-model = dict(backbone=dict(arch='tiny'), neck=dict(in_channels=[72, 144, 288, 576]))
+model = dict(backbone=dict(arch='nano'), neck=dict(in_channels=[64, 128, 256, 512]))

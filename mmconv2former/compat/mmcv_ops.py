@@ -10,6 +10,7 @@ the formulas of mmcv's kernels.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader
@@ -54,9 +55,10 @@ class CompiledOrStandIn(Loader):
             except ImportError as error:  # compiled for another torch, for example
                 reason = f"mmcv's compiled operators do not load ({error})"
         import_module('torchvision')  # registers its operators; the network alone does not need it
-        logging.getLogger(__name__).warning(
-            f"{reason}: using torchvision's and PyTorch's (docs/installation.md)"
-        )
+        if os.environ.get('LOCAL_RANK', '0') == '0':  # one line a machine
+            logging.getLogger(__name__).warning(
+                f"{reason}: using torchvision's and PyTorch's (docs/installation.md)"
+            )
         return StandIn(NAME)
 
     def exec_module(self, module: ModuleType) -> None:

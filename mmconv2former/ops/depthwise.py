@@ -120,6 +120,9 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
         x = x.to(autocast_dtype(x))
     if implementation == 'operator':
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    elif weight.requires_grad and not (is_compiling() or torch.jit.is_tracing()):
+        # A view, so that the gradient has the weight's strides: else DDP would copy it.
+        weight = weight.flatten(1).view_as(weight)
     return depthwise_conv(x, weight, bias, implementation)
 
 

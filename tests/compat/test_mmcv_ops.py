@@ -224,6 +224,12 @@ def test_takes_the_place_of_missing_operators():
     )
 
 
+def test_one_process_of_a_machine_says_so(monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    result = run(WITHOUT.format(spec=None))
+    assert (result.stdout, result.stderr) == ('StandIn\n', '')
+
+
 def test_takes_the_place_of_operators_that_do_not_load(tmp_path):
     """As those compiled for another torch."""
     path = tmp_path / '_ext.so'

@@ -7,12 +7,13 @@ import torch
 from helpers.runs import NOT_REPRODUCED, run
 from helpers.tiny import scalars, tiny_config
 from mmengine.hooks import Hook
+from torch.utils.data import DataLoader
 
 from mmconv2former import ReliableRunner
 from mmconv2former.engine import stopping
 from mmconv2former.engine.hooks import EPOCH_POSITION
 from mmconv2former.engine.seeding import LaterBatches
-from mmconv2former.engine.stopping import SIGNALS, STOPPED, command
+from mmconv2former.engine.stopping import SIGNALS, STOPPED, command, make_patient
 
 
 class SignalHook(Hook):
@@ -119,3 +120,15 @@ def test_the_command_to_resume_with(monkeypatch):
     assert command() == "python tools/train.py 'a b.py' --resume"
     monkeypatch.setenv(stopping.COMMAND, 'tools/dist_train.sh CONFIG 2 --resume')
     assert command() == 'tools/dist_train.sh CONFIG 2 --resume'
+
+
+def test_a_worker_that_its_process_ends_has_not_crashed():
+    """As torch's own; torch reports other exit codes with a traceback at the end of a run."""
+    loader = DataLoader(range(4), num_workers=1, persistent_workers=True)
+    make_patient(loader)
+    iterator = iter(loader)
+    next(iterator)
+    (worker,) = iterator._workers
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == 0

@@ -205,6 +205,15 @@ def test_all_implementations_agree(implementation):
     torch.testing.assert_close([out, *grads], expected)
 
 
+@pytest.mark.parametrize('implementation', ['stock', 'matmul'])
+def test_the_gradient_has_the_strides_of_the_weight(implementation, monkeypatch):
+    """DDP would copy it otherwise, and warn."""
+    monkeypatch.setattr(depthwise, 'setting', implementation)
+    conv = DepthwiseConv(64, 3)
+    conv(torch.rand(2, 8, 8, 64)).sum().backward()
+    assert conv.weight.grad.stride() == conv.weight.stride()
+
+
 @pytest.mark.parametrize('implementation', ['stock', 'matmul', BY_TRITON])
 def test_gradients_of_gradients(implementation, monkeypatch):
     monkeypatch.setattr(depthwise, 'setting', implementation)

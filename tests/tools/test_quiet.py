@@ -6,10 +6,9 @@ import subprocess
 import sys
 import warnings
 
-import mmengine.logging.logger
 import pycocotools.coco
 import pytest
-from common.quiet import KNOWN, hide_known_messages, is_known
+from common.quiet import KNOWN, PRINTING, hide_known_messages, is_known
 from helpers import ROOT
 from helpers.tiny import tiny_config
 from mmengine.logging import MMLogger, print_log
@@ -18,7 +17,7 @@ from mmengine.logging import MMLogger, print_log
 @pytest.fixture
 def quiet(monkeypatch):
     monkeypatch.setattr(MMLogger, 'callHandlers', MMLogger.callHandlers)
-    for module in (mmengine.logging.logger, pycocotools.coco):
+    for module in PRINTING:
         monkeypatch.setattr(module, 'print', print, raising=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always')

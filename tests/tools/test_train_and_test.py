@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
 import cv2
 import pytest
@@ -332,8 +331,8 @@ def test_demo_in_small(tmp_path):
     command, *_ = (work_dir / 'train.log').read_text().splitlines()
     assert command.startswith('$ python tools/train.py')
     assert f'{CONFIG} --work-dir {work_dir}/train' in command
-    script, *arguments = shlex.split(hint.partition(': python ')[2])
-    run_tool(Path(script).name, *arguments)
+    tool, *arguments = shlex.split(hint.partition(': python -m mmconv2former ')[2])
+    run_tool(f'{tool}.py', *arguments)
     assert len(list((work_dir / 'predict').glob('json/*.json'))) == 3  # of three images
 
 

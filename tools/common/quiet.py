@@ -13,6 +13,7 @@ from typing import Any
 
 import mmengine.logging.logger
 import pycocotools.coco
+import pycocotools.cocoeval
 from mmengine.logging import MMLogger
 
 # How a message begins, and why it is of no use to the reader.
@@ -32,15 +33,29 @@ KNOWN = {
     'Hooks will be executed in the following order': '80 lines that no user asked for',
     'Exp name:': 'the folder of the log has the same name',
     'Loads checkpoint by checked_file backend': 'the next line says what was loaded',
+    'bbox_mAP_copypaste': 'the next line has these numbers with their names',
+    'segm_mAP_copypaste': 'the next line has these numbers with their names',
+    '`broadcast_buffers` is deprecated': "torch 2.14 says it of mmengine's wrapper",
+    'Warning: The bbox is out of bounds': 'drawn as far as it is in the image',
+    'Warning: The polygon is out of bounds': 'drawn as far as it is in the image',
+    'Warning: The text is out of bounds': 'drawn as far as it is in the image',
+    'invalid escape sequence': "Python 3.12 and later say it of the libraries' code",
     # Needed to reproduce a run, not to watch it.
     'Config:': 'in the log file and WORK_DIR/TIME/vis_data/config.py',
     '-' * 60 + '\nSystem environment:': 'in the log file',
-    # pycocotools, for each annotation file.
+    # pycocotools, for each annotation file and evaluation.
     'loading annotations into memory': 'no question of seconds',
     'Done (t=': 'belongs to the line before',
     'creating index': 'no question of seconds',
     'index created': 'belongs to the line before',
+    'Loading and preparing results': 'no question of seconds',
+    'DONE (t=': 'belongs to the line before',
+    'Running per image evaluation': 'the table of the results follows',
+    'Evaluate annotation type': 'the line before says it',
+    'Accumulating evaluation results': 'the table of the results follows',
 }
+# Modules that call `print`.
+PRINTING = (mmengine.logging.logger, pycocotools.coco, pycocotools.cocoeval)
 IS_KNOWN = re.compile('|'.join(map(re.escape, KNOWN)))
 
 
@@ -52,7 +67,7 @@ def hide_known_messages() -> None:
     """Hides them in this process and its data workers. Calling it again has no effect."""
     warnings.filterwarnings('ignore', message=rf'\s*({IS_KNOWN.pattern})')
     setattr(MMLogger, 'callHandlers', call_handlers)  # noqa: B010  (mypy refuses an assignment)
-    for module in (mmengine.logging.logger, pycocotools.coco):  # which call `print`
+    for module in PRINTING:
         setattr(module, 'print', print_unknown)  # noqa: B010
 
 
