@@ -26,6 +26,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmconv2former.engine.device_defaults import usable_loader
+from mmconv2former.text import one_line
 
 KNOWN_AT_TOP = {
     *(set(signature(Runner.__init__).parameters) - {'self', 'cfg'}),
@@ -114,7 +115,9 @@ def explain_read_error(error: Exception, path: str) -> str:
 def in_one_line(error: Exception) -> str:
     """The type of an error and the first line of its message."""
     text = str(error).strip()
-    return f'{type(error).__name__}: {text.splitlines()[0]}' if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    return f'{type(error).__name__}: {one_line(text.splitlines()[0])}'
 
 
 def merge_options(config: Config, options: Mapping[str, Any]) -> None:
