@@ -18,7 +18,7 @@ from torch import nn
 
 from ..registry import HOOKS, register
 from ..version import __version__
-from .census import Census, Report, count, shortened, spread, take_census
+from .census import Census, Report, count, place_of, shortened, spread, take_census
 from .checked import DataError, leaves
 
 FILE = 'census.json'  # in the work dir
@@ -33,6 +33,7 @@ class CensusHook(Hook):
     """Counts what is in the datasets before training, and refuses what cannot teach.
 
     - Image folders of validation and test get the class numbers of training.
+    - Classes have the same numbers in all datasets.
     - The heads have enough outputs, and all parts ignore the same label.
     - The annotation file of a metric has the images that are evaluated.
     - The main process counts images, objects and classes (see `census`), and logs the table. The
@@ -115,6 +116,7 @@ class CensusHook(Hook):
             metrics = runner.val_loop.evaluator.metrics
             wrong, oddities = compare_truth('val', datasets['val'], metrics)
         problems = [
+            *moved_classes(datasets),
             *few_outputs(datasets, runner.model),
             *different_ignored(datasets, ignored_in_training(runner.model), metrics),
         ]
@@ -166,6 +168,27 @@ def follow(dataset: Any, classes: Sequence[str] | None) -> list[Any]:
 
 
 # ------------------------------------------------------------------------------------------- parts
+def moved_classes(datasets: dict[str, Any]) -> Iterator[str]:
+    """Classes that have another number in a dataset than in the first one."""
+    first: dict[str, int] = {}
+    for split, whole in datasets.items():
+        for leaf in leaves(whole):
+            if getattr(leaf, 'return_classes', False):  # open vocabulary
+                continue
+            classes = list(getattr(leaf, 'metainfo', {}).get('classes') or ())
+            numbers = {name: classes.index(name) for name in classes}
+            first = first or numbers
+            for name in (
+                name for name in numbers if first.get(name, numbers[name]) != numbers[name]
+            ):
+                yield (
+                    f'class {name!r} has number {numbers[name]} in {split} ({place_of(leaf)}), but '
+                    f'{first[name]} in the first dataset of train: give all the same '
+                    'metainfo.classes'
+                )
+                break
+
+
 def few_outputs(datasets: dict[str, Any], model: nn.Module) -> Iterator[str]:
     """Heads that have fewer outputs than a dataset has classes."""
     heads = {

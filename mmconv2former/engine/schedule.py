@@ -149,6 +149,8 @@ def unusual(schedule: Schedule) -> Iterator[str]:
     """
     rates, base, end, epoch, schedulers = schedule
     run = rates[:end]
+    if base == 0:
+        yield "the optimizer's rate is 0: nothing is learned"
     if not schedulers or not len(run) or base <= 0:
         return
     steps = {index: last_step(scheduler, epoch) for index, scheduler in schedulers.items()}

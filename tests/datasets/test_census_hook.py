@@ -23,6 +23,7 @@ from mmconv2former.datasets.census_hook import (
     folder_classes,
     follow,
     ignored_in_training,
+    moved_classes,
 )
 from mmconv2former.datasets.checked import DataError
 
@@ -89,6 +90,28 @@ def model_of(**heads):
 
 def dataset_of(classes=2, **attributes):
     return SimpleNamespace(metainfo=dict(classes='ab'[:classes]), **attributes)
+
+
+@pytest.mark.parametrize(
+    ('train', 'val', 'moved'),
+    [
+        ('ab', 'ab', None),
+        ('ab', 'ba', 'b'),
+        ('abc', 'bc', 'b'),
+        ('ab', 'a', None),
+        ('ab', 'cd', None),
+    ],
+)
+def test_classes_with_another_number(train, val, moved):
+    datasets = {
+        split: SimpleNamespace(metainfo=dict(classes=classes), ann_file='x')
+        for split, classes in (('train', train), ('val', val))
+    }
+    found = list(moved_classes(datasets))
+    assert len(found) == bool(moved)
+    assert not moved or found[0].startswith(
+        f"class '{moved}' has number 0 in val (x), but 1 in the"
+    )
 
 
 def test_heads_with_fewer_outputs_than_classes():

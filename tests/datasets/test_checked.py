@@ -7,6 +7,7 @@ import pytest
 from helpers.tiny import tiny_config
 from mmengine.registry import init_default_scope
 
+from mmconv2former import ReliableRunner
 from mmconv2former.datasets.checked import CheckedDataset, DataError
 
 IMAGE, OBJECT = 3, 5  # entries that lose a field
@@ -59,3 +60,12 @@ def test_names_without_effect_in_metainfo(name, sample, tmp_path):
     init_default_scope('mmdet')
     with pytest.raises(DataError, match=f"CocoDataset has '{name}', which has no effect: write '"):
         CheckedDataset(settings)
+
+
+def test_less_than_one_batch(sample, tmp_path):
+    settings = tiny_config('detection', sample, tmp_path, 1, images=4).train_dataloader
+    settings.update(batch_size=16, drop_last=True)
+    settings.pop('batch_sampler')
+    init_default_scope('mmdet')
+    with pytest.raises(DataError, match='no batch of 16 can be made of 4 samples'):
+        ReliableRunner.build_dataloader(settings, seed=0)

@@ -144,7 +144,8 @@ def check_option(config: Config, path: str, value: Any) -> None:
             checks this), or a word would replace a dict with a type.
     """
     part: Any = config
-    for key in path.split('.'):
+    keys = path.split('.')
+    for number, key in enumerate(keys):
         if isinstance(part, list) and key.isdigit() and int(key) < len(part):
             part = part[int(key)]
         elif not isinstance(part, (dict, Config)):
@@ -154,6 +155,11 @@ def check_option(config: Config, path: str, value: Any) -> None:
         else:
             if 'type' not in part:
                 refuse_typo(f'--cfg-options {path}: {key}', key, part)
+            if any(later.isdigit() for later in keys[number + 1 :]):  # it would become a dict
+                raise ConfigError(
+                    f'--cfg-options {path}: the config has no list {key}: set the whole list, '
+                    f'such as "{key}=[dict(...)]"'
+                )
             return
     if isinstance(part, dict) and 'type' in part and isinstance(value, str):
         raise ConfigError(f'--cfg-options {path}: {path} is a dict with a type; set its keys')
