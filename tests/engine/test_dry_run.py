@@ -91,9 +91,9 @@ def test_metric_that_chooses_the_best_checkpoint(segmentor, sample, tmp_path):
     assert 'mFscore' in message
 
 
-def test_rule_that_keeps_the_worst_checkpoint(segmentor, tmp_path):
-    message = refusal_of('train', segmentor, '--work-dir', tmp_path, '--cfg-options',
-                         'default_hooks.checkpoint.rule=less')  # fmt: skip
+def test_rule_that_keeps_the_worst_checkpoint(segmentor, sample, tmp_path):
+    option = 'default_hooks.checkpoint.rule=less'
+    message = refusal_of('train', *with_data([segmentor], sample, tmp_path, option))
     assert "default_hooks.checkpoint.rule='less' would keep the worst mIoU" in message
 
 
