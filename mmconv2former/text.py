@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from itertools import islice
 
 LONGEST = 4000  # characters of a message; paths have up to 4096 bytes
 LONGEST_NAME = 200
 SHOWN = 6  # names of a list
+LONG_LIST = re.compile(r"((?:'[^']*', ){5})(?:'[^']*',? ?){3,}")
 
 
 def printable(text: object, limit: int = LONGEST) -> str:
@@ -41,6 +43,11 @@ def listed(names: Collection[object], shown: int = SHOWN) -> str:
 def first(names: Iterable[object], shown: int = SHOWN) -> list[str]:
     """The first of some names, safe to show."""
     return [printable(name, LONGEST_NAME) for name in islice(names, shown)]
+
+
+def one_line(text: str) -> str:
+    """A message of a library in one line, with the first five names of each long list in it."""
+    return LONG_LIST.sub(r'\1...', ' '.join(text.split()))
 
 
 class PrintableError(Exception):

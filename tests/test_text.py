@@ -9,7 +9,7 @@ from mmconv2former.datasets.checked import DataError
 from mmconv2former.engine.finite import NonFiniteError
 from mmconv2former.engine.runner import CheckpointNotSaved
 from mmconv2former.engine.work_dir import WorkDirError
-from mmconv2former.text import LONGEST, listed, printable
+from mmconv2former.text import LONGEST, listed, one_line, printable
 
 SHOWN = {
     'plain: é, 中, "quotes" and back\\slash': None,
@@ -55,3 +55,11 @@ def test_messages_of_errors(error):
     assert str(raised).startswith(r'file \x1b[31m\nx')
     assert len(str(raised)) <= LONGEST
     assert str(pickle.loads(pickle.dumps(raised))) == str(raised)
+
+
+def test_long_lists_in_messages_are_cut():
+    names = [f'c{number}' for number in range(150)]
+    assert one_line(f'new\nclasses {names} are odd') == (
+        "new classes ['c0', 'c1', 'c2', 'c3', 'c4', ...] are odd"
+    )
+    assert one_line(f'{names[:6]}') == str(names[:6])

@@ -130,7 +130,13 @@ def count_objects(split: str, dataset: Any, classes: list[str]) -> Census:
             census.oddities.append(f'{dropped:,} of {ours:,} objects have no area in their image')
     census.oddities += judge_boxes(np.reshape(boxes, (-1, 4)), np.reshape(sizes, (-1, 2)), rows)
     if not usable.any():
-        found = f'all {len(labels):,} objects are crowded (iscrowd=1)' if labels else 'no objects'
+        found = 'no objects'
+        if labels:
+            found = f'all {len(labels):,} objects are crowded (iscrowd=1)'
+        elif rows.get('objects dropped (no area, outside)'):
+            found = f'all {dropped:,} objects have no area in their image (bbox, area)'
+        elif annotated is not None and not any(annotated.values()):
+            found = "the file's list 'annotations' is missing or empty"
         census.problems.append(f'no usable object: {found}')
     return census
 
@@ -194,9 +200,9 @@ def count_pixels(
     census.rows['masks read'] = f'{read:,} of {len(dataset):,}'
     census.rows['pixels ignored'] = percent(numbers[-1] / numbers.sum())
     if len(census.present) < 2:
-        only = ''.join(f'class {name!r}' for name in census.present) or 'no class'
+        only = ''.join(f'only class {name!r}' for name in census.present) or 'no class at all'
         share = percent(numbers[-1] / numbers.sum())
-        words = f'{only} is all that the masks have; {dataset.ignore_index} is ignored ({share})'
+        words = f'the masks have {only}; {dataset.ignore_index} is ignored ({share})'
         if numbers[-1]:
             words += f': if it is a class, write it as {max(1, len(classes) - 1)}'
         # Validation may have negative examples only.

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..registry import HOOKS, register
 from ..version import __version__
-from .census import Census, Report, count, shortened, spread, take_census
+from .census import Census, Report, count, place_of, shortened, spread, take_census
 from .checked import DataError, leaves
 
 FILE = 'census.json'  # in the work dir
@@ -33,7 +33,9 @@ class CensusHook(Hook):
     """Counts what is in the datasets before training, and refuses what cannot teach.
 
     - Image folders of validation and test get the class numbers of training.
+    - Classes have the same numbers in all datasets.
     - The heads have enough outputs, and all parts ignore the same label.
+    - The annotation file of a metric has the images that are evaluated.
     - The main process counts images, objects and classes (see `census`), and logs the table. The
       counts are kept in `census.json` in the work dir, until the files change.
 
@@ -77,10 +79,20 @@ class CensusHook(Hook):
 
     def before_val(self, runner: Any) -> None:
         if runner._train_loop is None:  # validation alone
-            self._follow(runner, runner.val_loop, self.classes)
+            self._evaluate_alone(runner, runner.val_loop, 'val')
 
     def before_test(self, runner: Any) -> None:
-        self._follow(runner, runner.test_loop, self.classes)
+        self._evaluate_alone(runner, runner.test_loop, 'test')
+
+    def _evaluate_alone(self, runner: Any, loop: Any, split: str) -> None:
+        self._follow(runner, loop, self.classes)
+        datasets, metrics = {split: loop.dataloader.dataset}, loop.evaluator.metrics
+        problems = [*few_outputs(datasets, runner.model), *different_ignored(datasets, {}, metrics)]
+        wrong, oddities = compare_truth(split, loop.dataloader.dataset, metrics)
+        for text in oddities:
+            runner.logger.warning(f'Data: {text}')
+        for text in [*problems, *wrong]:
+            raise DataError(f'{text} (skip this check: default_hooks.census=None)')
 
     def _follow(self, runner: Any, loop: Any, classes: Sequence[str] | None) -> None:
         """Gives the image folders of a loop these class numbers."""
@@ -97,12 +109,20 @@ class CensusHook(Hook):
     def _report(self, runner: Any, training: Any) -> Report:
         datasets = {'train': training}
         metrics: Sequence[Any] = ()
+        wrong: list[str] = []
+        oddities: list[str] = []
         if runner.val_loop is not None:
             datasets['val'] = runner.val_loop.dataloader.dataset
             metrics = runner.val_loop.evaluator.metrics
-        problems = list(disagreements(datasets, runner.model, metrics))
+            wrong, oddities = compare_truth('val', datasets['val'], metrics)
+        problems = [
+            *moved_classes(datasets),
+            *few_outputs(datasets, runner.model),
+            *different_ignored(datasets, ignored_in_training(runner.model), metrics),
+        ]
         report = take_census(datasets, counter=Memory(Path(runner.work_dir, FILE)))
-        report.problems[:0] = problems
+        report.problems[:] = [*problems, *report.problems, *wrong]
+        report.oddities[:0] = oddities
         return report
 
 
@@ -148,14 +168,32 @@ def follow(dataset: Any, classes: Sequence[str] | None) -> list[Any]:
 
 
 # ------------------------------------------------------------------------------------------- parts
-def disagreements(
-    datasets: dict[str, Any], model: nn.Module, metrics: Sequence[Any]
-) -> Iterator[str]:
-    """Parts of a run that have fewer outputs than classes, or ignore other labels."""
-    modules = list(model.named_modules())
+def moved_classes(datasets: dict[str, Any]) -> Iterator[str]:
+    """Classes that have another number in a dataset than in the first one."""
+    first: dict[str, int] = {}
+    for split, whole in datasets.items():
+        for leaf in leaves(whole):
+            if getattr(leaf, 'return_classes', False):  # open vocabulary
+                continue
+            classes = list(getattr(leaf, 'metainfo', {}).get('classes') or ())
+            numbers = {name: classes.index(name) for name in classes}
+            first = first or numbers
+            for name in (
+                name for name in numbers if first.get(name, numbers[name]) != numbers[name]
+            ):
+                yield (
+                    f'class {name!r} has number {numbers[name]} in {split} ({place_of(leaf)}), but '
+                    f'{first[name]} in the first dataset of train: give all the same '
+                    'metainfo.classes'
+                )
+                break
+
+
+def few_outputs(datasets: dict[str, Any], model: nn.Module) -> Iterator[str]:
+    """Heads that have fewer outputs than a dataset has classes."""
     heads = {
         name: module
-        for name, module in modules
+        for name, module in model.named_modules()
         if last_word(name) in HEADS and is_number(module, 'num_classes')
     }
     for split, whole in datasets.items():
@@ -170,16 +208,34 @@ def disagreements(
                         f'model.{name}.num_classes={head.num_classes}, but {split} has {known} '
                         'classes: set it to this in every head'
                     )
-    ignored = {
+
+
+def ignored_in_training(model: nn.Module) -> dict[str, int]:
+    """The labels that the heads of a segmentor ignore, by place."""
+    return {
         f'model.{name}': module.ignore_index
-        for name, module in modules
+        for name, module in model.named_modules()
         if last_word(name).endswith('_head')
         and is_number(module, 'num_classes')
         and is_number(module, 'ignore_index')
     }
+
+
+def different_ignored(
+    datasets: dict[str, Any], ignored: dict[str, int], metrics: Sequence[Any]
+) -> Iterator[str]:
+    """Metrics and datasets that ignore other labels than each other, or than other parts do.
+
+    Args:
+        datasets: By split; the last one is evaluated.
+        ignored: What other parts ignore, by place.
+        metrics: Of the evaluation.
+    """
+    ignored = dict(ignored)
     for metric in metrics:
         if is_number(metric, 'ignore_index'):
-            ignored[f'val_evaluator ({type(metric).__name__})'] = metric.ignore_index
+            place = f'{[*datasets][-1]}_evaluator ({type(metric).__name__})'
+            ignored[place] = metric.ignore_index
     for split, whole in datasets.items():
         for leaf in leaves(whole):
             # The default in mmseg has no effect, as long as no mask has this label.
@@ -188,6 +244,55 @@ def disagreements(
     if len(set(ignored.values())) > 1:
         found = ', '.join(f'{value} in {place}' for place, value in ignored.items())
         yield f'ignore_index differs: {found}; all must have the same'
+
+
+def compare_truth(split: str, dataset: Any, metrics: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """Compares the annotation files of mmdet's metrics with the images that are evaluated.
+
+    Returns:
+        Problems and oddities: images that a file lacks, and further images of a file.
+    """
+    files = {
+        metric._coco_api.annotation_file: metric._coco_api
+        for metric in metrics
+        if hasattr(getattr(metric, '_coco_api', None), 'annotation_file')
+        and not getattr(metric, 'format_only', False)
+    }
+    parts = list(leaves(dataset))
+    problems: list[str] = []
+    oddities: list[str] = []
+    if not files or not all(hasattr(leaf, 'all_images') for leaf in parts):
+        return problems, oddities
+    loaded = {}
+    for leaf in parts:
+        for info in map(leaf.get_data_info, range(len(leaf))):
+            loaded[info['img_id']] = os.path.basename(info['img_path'])
+    objects = getattr(parts[0], 'cat_img_map', {})  # images of each object, by category
+    for path, truth in files.items():
+        place = f'{split}_evaluator.ann_file {path}'
+        if not truth.anns:
+            problems.append(f'{place} has no annotations: format_only=True writes predictions only')
+            continue
+        names = {id_: os.path.basename(i.get('file_name', '')) for id_, i in truth.imgs.items()}
+        absent = [id_ for id_, name in loaded.items() if names.get(id_) not in (name, '')]
+        if absent:
+            problems.append(
+                f'{place} has other images than {split}_dataloader: {len(absent):,} of '
+                f'{len(loaded):,} are not in it, such as {loaded[absent[0]]} with id {absent[0]}'
+            )
+        elif len(names) > len(loaded):
+            oddities.append(
+                f'{place} has {len(names) - len(loaded):,} images that {split}_dataloader does not '
+                'load: all their objects count as missed'
+            )
+        elif len(parts) == 1 and without_empty(objects) != without_empty(truth.cat_img_map):
+            oddities.append(f'{place} has other objects than {parts[0].ann_file}')
+    return problems, oddities
+
+
+def without_empty(lists: dict) -> dict:
+    """The lists that have items."""
+    return {key: value for key, value in lists.items() if value}
 
 
 def last_word(name: str) -> str:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from traceback import walk_tb
 from typing import Any
 
@@ -27,12 +29,13 @@ from torch.utils._pytree import tree_flatten
 from ..engine.seeding import SampleIndex, seed_all
 from ..images import open_image
 from ..registry import DATASETS, register
-from ..text import PrintableError
+from ..text import PrintableError, one_line
 
 LABEL_MODES = ('L', 'P', '1')  # of Pillow: one channel of at most 8 bits
 START_OF_JPEG, END_OF_JPEG = b'\xff\xd8', b'\xff\xd9'
 COCO_NAMES = {'mask': 'segmentation', 'bbox_label': 'category_id'}  # of mmdet's fields
 OF_ANNOTATIONS = {'image_id', 'category_id', 'bbox'}
+META = ('classes', 'palette')  # in a dataset's `metainfo`
 TAIL = 1024  # bytes; some cameras append data to a JPEG
 
 
@@ -73,6 +76,7 @@ class CheckedDataset:
                 '(filter_cfg)'
             )
         for leaf in leaves(self.dataset):
+            check_metainfo(leaf)
             check_categories(leaf)
             if hasattr(leaf, 'pipeline'):
                 leaf.pipeline = CheckedPipeline(leaf.pipeline, leaf)
@@ -272,16 +276,33 @@ def check_sizes(data: Mapping, new: set[str]) -> None:
         raise ValueError(f'labels have shape {np.shape(data["gt_seg_map"])}, the image has {shape}')
 
 
+def check_metainfo(dataset: Any) -> None:
+    """Checks the names in `metainfo`; datasets ignore unknown ones, such as the old `CLASSES`.
+
+    Raises:
+        DataError: A name is almost one that datasets read.
+    """
+    for name in getattr(dataset, 'metainfo', None) or ():
+        if name not in META and (near := get_close_matches(name.lower(), META, 1, cutoff=0.8)):
+            raise DataError(
+                f'metainfo of {type(dataset).__name__} has {name!r}, which has no effect: write '
+                f'{near[0]!r}'
+            )
+
+
 def check_categories(dataset: Any) -> None:
     """Checks that a COCO annotation file has all classes of its dataset.
 
     mmdet numbers the classes that it finds, so a missing one shifts the labels after it.
 
     Raises:
-        DataError: Classes are missing.
+        DataError: Classes are missing, or one is named twice.
     """
     category_ids = getattr(dataset, 'cat_ids', None)
     classes = getattr(dataset, 'metainfo', {}).get('classes') or ()
+    twice = [name for name, number in Counter(classes).items() if number > 1]
+    if category_ids is not None and twice:
+        raise DataError(f'classes of {type(dataset).__name__} have {twice[0]!r} twice')
     if category_ids is not None and len(category_ids) != len(classes):
         raise DataError(
             f'{dataset.ann_file} has {len(category_ids)} of the {len(classes)} classes of '
@@ -320,7 +341,7 @@ def reason(error: Exception) -> str:
         field = str(error.args[0])
         name = f"'{field}'" + (f' (COCO: {COCO_NAMES[field]!r})' if field in COCO_NAMES else '')
         return f'KeyError: field {name} is missing{entry_without(field, error)}'
-    words = ' '.join(str(error).split())
+    words = one_line(str(error))
     return words if type(error) is ValueError else f'{type(error).__name__}: {words}'
 
 

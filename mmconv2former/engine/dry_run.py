@@ -23,6 +23,7 @@ from mmengine.evaluator.metric import _to_cpu
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from torch import nn
 from torch.amp import autocast
+from torch.utils._pytree import tree_flatten
 
 from ..checkpoint.loading import check_model
 from ..checkpoint.reading import load_from_checked_file
@@ -34,6 +35,7 @@ from .finite import image_paths
 from .runner import unwrapped
 
 FILE = '.dry_run.pth'  # in the work dir
+LARGEST = 256  # of inputs: normalised ones are below 3, without a standard deviation below 256
 SEARCHED = 500  # validation images whose size is looked up
 ADVICE = 'Training would fail there later. Correct it, or skip the dry run: --no-dry-run'
 
@@ -46,7 +48,7 @@ class DryRunError(RuntimeError):
 class DryRunHook(Hook):
     """Tries everything that a training run needs later, on two validation images.
 
-    - The first and the last sample of the training data.
+    - The first and the last sample of the training data, as a batch that is ready for the network.
     - Two validation images of different sizes, if there are, in batches of `val_dataloader`:
       predictions, metrics, and the metrics that `save_best` and other hooks ask for.
     - The drawing of a prediction, if drawing is on. Nothing is stored.
@@ -66,13 +68,19 @@ class DryRunHook(Hook):
         start = time.monotonic()
         found: list[str] = []
         with unchanged_random_numbers(), quiet(runner.logger):
-            attempt('training data', lambda: try_dataset(runner.train_dataloader.dataset))
+            batches = attempt('training data', lambda: training_batches(runner.train_dataloader))
+            scale = attempt('training data', lambda: largest_input(runner.model, batches))
             found.append('samples')
             if runner.val_loop is not None:
                 batches = attempt('validation data', lambda: validation_batches(runner.val_loop))
                 found += attempt('validation', lambda: try_validation(runner, batches))
             if any(isinstance(hook, CheckpointHook) for hook in runner.hooks):
                 found.append(attempt('checkpoint', lambda: try_checkpoint(runner)))
+        if scale > LARGEST:
+            runner.logger.warning(
+                f'Data: images have values up to {scale:.0f} when they reach the network: mean and '
+                'std of model.data_preprocessor must be of values as they are loaded (0 to 255)'
+            )
         seconds = time.monotonic() - start
         runner.logger.info(f'Dry run passed in {seconds:.1f} s: {", ".join(found)}.')
 
@@ -99,21 +107,37 @@ def explain(name: str, error: Exception) -> str:
 
 
 # ------------------------------------------------------------------------------------------- data
-def try_dataset(dataset: Any) -> None:
-    """Loads the first and the last sample."""
-    for index in {0, len(dataset) - 1}:
-        _ = dataset[index]
+def training_batches(loader: Any) -> list[Any]:
+    """The first and the last sample, in batches as the loader makes them."""
+    indices = sorted({0, len(loader.dataset) - 1})
+    size = getattr(loader.batch_sampler, 'batch_size', None) or 1
+    return in_batches(loader, indices, size)
+
+
+def in_batches(loader: Any, indices: Sequence[int], size: int) -> list[Any]:
+    """Some samples in batches of a size."""
+    return [
+        loader.collate_fn([loader.dataset[index] for index in indices[start : start + size]])
+        for start in range(0, len(indices), size)
+    ]
+
+
+def largest_input(model: nn.Module, batches: Sequence[Any]) -> float:
+    """The largest value, without its sign, of images as they reach the network."""
+    preprocess = getattr(unwrapped(model), 'data_preprocessor', None)
+    if preprocess is None:
+        return 0.0
+    with torch.no_grad():
+        inputs = tree_flatten([preprocess(batch, training=True) for batch in batches])[0]
+    images = [x for x in inputs if isinstance(x, torch.Tensor) and x.dim() >= 4]
+    return max((float(x.abs().max()) for x in images if x.numel()), default=0.0)
 
 
 def validation_batches(loop: Any) -> list[Any]:
     """Two images in batches as the loader makes them."""
     loader = loop.dataloader
     indices = two_images(loader.dataset)
-    step = max(1, getattr(loader, 'batch_size', None) or 1)
-    return [
-        loader.collate_fn([loader.dataset[index] for index in indices[start : start + step]])
-        for start in range(0, len(indices), step)
-    ]
+    return in_batches(loader, indices, getattr(loader, 'batch_size', None) or 1)
 
 
 def two_images(dataset: Any) -> list[int]:
@@ -191,6 +215,13 @@ def check_wanted(runner: Any, scores: Mapping[str, Any]) -> None:
     for hook in runner.hooks:
         if isinstance(hook, CheckpointHook) and hook.save_best:
             wanted += [('default_hooks.checkpoint.save_best', key) for key in hook.key_indicators]
+            for key, rule in zip(hook.key_indicators, hook.rules):
+                name = next(iter(scores), '') if key == 'auto' else key
+                if rule == 'less' and any(k in name for k in hook._default_greater_keys):
+                    raise DryRunError(
+                        f"default_hooks.checkpoint.rule='less' would keep the worst {name} as the "
+                        "best checkpoint: set rule='greater'"
+                    )
         if isinstance(hook, EarlyStoppingHook):
             wanted.append(('EarlyStoppingHook.monitor', hook.monitor))
     for setting, key in wanted:

@@ -75,7 +75,8 @@ def follow_config(runner: Any, settings: Settings | None) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about steps of the schedule without the optimizer's
         step_to(runner.train_loop, schedules)
-    rates = sorted({group['lr'] for group in groups})
+    # Without the wrapper's last group, the settings as they are written, which are not scaled.
+    rates = sorted({group['lr'] for group in runner.optim_wrapper.optimizer.param_groups})
     runner.logger.warning(
         'Resumed with other settings than the checkpoint, which the config decides: '
         f'{"; ".join(dict.fromkeys(found))}. The learning rate is now {rates[-1]:.3g}.'
@@ -217,5 +218,6 @@ def describe_batch(runner: Any) -> str:
     else:
         position = 'at its next iteration, with the samples as if all batches had had this size'
     is_scaled = (runner.auto_scale_lr or {}).get('enable', False)
-    rates = 'are scaled to' if is_scaled else 'do not change with (--auto-scale-lr)'
-    return f' The run continues {position}. Learning rates {rates} the batch size.'
+    rates = 'are scaled' if is_scaled else 'are not scaled'
+    flag = '' if is_scaled else ' (--auto-scale-lr)'
+    return f' The run continues {position}. Learning rates {rates} to the batch size{flag}.'

@@ -27,6 +27,7 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..checkpoint.loading import check_model
 from ..checkpoint.reading import CheckpointError, load_from_checked_file
 from ..checkpoint.resumption import check_optimizer, check_resumable, check_schedules
+from ..datasets.checked import CheckedDataset, DataError
 from ..registry import RUNNERS, register
 from ..text import PrintableError
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
@@ -79,7 +80,7 @@ class ReliableRunner(Runner):
         """Builds a data loader as mmengine does, with checked samples that have their own seeds.
 
         Raises:
-            DataError: The dataset cannot be read, or has no samples.
+            DataError: The dataset cannot be read, or has no samples, or less than one batch.
         """
         if isinstance(dataloader, DataLoader):
             return dataloader
@@ -88,6 +89,12 @@ class ReliableRunner(Runner):
             dataset = dict(type='mmconv2former.CheckedDataset', dataset=dataloader['dataset'])
             dataloader = {**dataloader, 'dataset': dataset}
         loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        if isinstance(loader.dataset, CheckedDataset) and len(loader) == 0:
+            raise DataError(
+                f'no batch of {dataloader.get("batch_size", 1)} can be made of '
+                f'{len(loader.dataset)} samples (with drop_last, for each process): reduce '
+                'batch_size, or set drop_last=False'
+            )
         make_patient(loader)
         if seed is not None:
             give_positions(loader, seed - get_rank() if diff_rank_seed else seed)

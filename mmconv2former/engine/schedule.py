@@ -61,7 +61,9 @@ def schedule_of(runner: Any) -> Schedule | None:
         return None
     if isinstance(runner.optim_wrapper, OptimWrapperDict) or loop.max_iters > LONGEST:
         return None
-    rates = [group.get('initial_lr', group['lr']) for group in runner.optim_wrapper.param_groups]
+    # The wrapper has one more group: the settings as they are written, without --auto-scale-lr.
+    groups = runner.optim_wrapper.optimizer.param_groups
+    rates = [group.get('initial_lr', group['lr']) for group in groups]
     epoch = len(loop.dataloader) if isinstance(loop, EpochBasedTrainLoop) else None
     return play(schedulers, loop.max_iters, epoch, group=int(np.argmax(rates)))
 
@@ -147,6 +149,8 @@ def unusual(schedule: Schedule) -> Iterator[str]:
     """
     rates, base, end, epoch, schedulers = schedule
     run = rates[:end]
+    if base == 0:
+        yield "the optimizer's rate is 0: nothing is learned"
     if not schedulers or not len(run) or base <= 0:
         return
     steps = {index: last_step(scheduler, epoch) for index, scheduler in schedulers.items()}

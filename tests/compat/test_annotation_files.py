@@ -1,6 +1,8 @@
 """Annotation files that mmdet and pycocotools misread: order of categories, ids."""
 
 import json
+import re
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -82,6 +84,57 @@ def test_ids_used_twice_are_not_hidden(write):
     path = write(lambda content: content['images'][1].update(id=0))
     with pytest.raises(ValueError, match=r'truth.json: 1 of 3 images have the id of another'):
         build(path)
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        ('', 'is no valid JSON (empty or incomplete file?): Expecting value'),
+        ('{"images": [', 'is no valid JSON (empty or incomplete file?): Expecting value'),
+        ('[]', 'a COCO file has one object with the lists images, categories, annotations'),
+        ('{"images": {}, "categories": []}', "list 'images' must be a list, got {}"),
+        ('{"images": [3], "categories": []}', 'images[0] must be an object, got 3'),
+        ('{"images": [], "categories": []}', "its list 'images' is empty"),
+    ],
+)  # fmt: skip
+def test_files_of_another_format(content, message, tmp_path):
+    path = tmp_path / 'truth.json'
+    path.write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(str(path)).full_init()
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(id=6), 'several categories have the id 6'),
+        (dict(name='ball'), "categories [5, 6] are all named 'ball'; rename or remove all but one"),
+    ],
+)
+def test_categories_are_unique(change, message, write):
+    path = write(lambda content: content['categories'][0].update(change))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(path).full_init()
+
+
+@pytest.mark.parametrize('field', ['image_id', 'category_id'])
+def test_annotations_of_what_is_not_in_the_file(field, write):
+    path = write(lambda content: content['annotations'][2].update({field: 99}))
+    with patch('mmconv2former.compat.annotation_files.print_log') as log:
+        assert score_of_truth(build(path)) == 1.0
+    (message,) = [call.args[0] for call in log.call_args_list]  # once for dataset and metric
+    assert f'{path}: 1 of 6 annotations are not used: their {field} is not in' in message
+    assert message.endswith('such as 99 of annotation 3')
+
+
+def test_images_without_annotations_can_be_predicted(write):
+    path = write(lambda content: content.pop('annotations'))
+    assert len(build(path)) == 3
+
+
+def test_objects_without_iscrowd_are_not_crowded(write):
+    path = write(lambda content: [a.pop('iscrowd') for a in content['annotations']])
+    assert score_of_truth(build(path)) == 1.0
 
 
 def test_images_without_objects_are_known(write):

@@ -111,7 +111,7 @@ def test_pixels_of_each_class():
 def test_masks_of_0_and_255():
     report = take_census(dict(train=masks([[0, 255]]), val=masks([[0, 0]])))
     (problem,) = report.problems
-    assert "class 'ground' is all that the masks have; 255 is ignored (50.0%)" in problem
+    assert "the masks have only class 'ground'; 255 is ignored (50.0%)" in problem
     assert problem.endswith('write it as 1')
     (oddity,) = report.oddities
     assert oddity.startswith('val')

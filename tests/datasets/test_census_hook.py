@@ -14,7 +14,17 @@ from torch import nn
 
 from mmconv2former.datasets import census_hook
 from mmconv2former.datasets.census import Census
-from mmconv2former.datasets.census_hook import FILE, Memory, disagreements, folder_classes, follow
+from mmconv2former.datasets.census_hook import (
+    FILE,
+    Memory,
+    compare_truth,
+    different_ignored,
+    few_outputs,
+    folder_classes,
+    follow,
+    ignored_in_training,
+    moved_classes,
+)
 from mmconv2former.datasets.checked import DataError
 
 
@@ -23,6 +33,13 @@ from mmconv2former.datasets.checked import DataError
 def detector(sample, tmp_path_factory):
     path = tmp_path_factory.mktemp('detector') / 'tiny.py'
     tiny_config('detection', sample, 'unused', length=1).dump(path)
+    return path
+
+
+@pytest.fixture(scope='module')
+def segmentor(sample, tmp_path_factory):
+    path = tmp_path_factory.mktemp('segmentor') / 'tiny.py'
+    tiny_config('segmentation', sample, 'unused', length=1).dump(path)
     return path
 
 
@@ -75,12 +92,34 @@ def dataset_of(classes=2, **attributes):
     return SimpleNamespace(metainfo=dict(classes='ab'[:classes]), **attributes)
 
 
+@pytest.mark.parametrize(
+    ('train', 'val', 'moved'),
+    [
+        ('ab', 'ab', None),
+        ('ab', 'ba', 'b'),
+        ('abc', 'bc', 'b'),
+        ('ab', 'a', None),
+        ('ab', 'cd', None),
+    ],
+)
+def test_classes_with_another_number(train, val, moved):
+    datasets = {
+        split: SimpleNamespace(metainfo=dict(classes=classes), ann_file='x')
+        for split, classes in (('train', train), ('val', val))
+    }
+    found = list(moved_classes(datasets))
+    assert len(found) == bool(moved)
+    assert not moved or found[0].startswith(
+        f"class '{moved}' has number 0 in val (x), but 1 in the"
+    )
+
+
 def test_heads_with_fewer_outputs_than_classes():
     heads = model_of(bbox_head=nn.ModuleList([Head(2), Head(1)]), rpn_head=Head(1))
-    (found,) = disagreements(dict(train=dataset_of()), heads, ())
+    (found,) = few_outputs(dict(train=dataset_of()), heads)
     assert found.startswith('model.bbox_head.1.num_classes=1, but train has 2 classes')
-    assert not list(disagreements(dict(train=dataset_of(1)), heads, ()))
-    assert not list(disagreements(dict(train=dataset_of(return_classes=True)), heads, ()))
+    assert not list(few_outputs(dict(train=dataset_of(1)), heads))
+    assert not list(few_outputs(dict(train=dataset_of(return_classes=True)), heads))
 
 
 @pytest.mark.parametrize(
@@ -98,13 +137,72 @@ def test_heads_with_fewer_outputs_than_classes():
 def test_ignored_label(dataset, head, metric, agree):
     model = model_of(decode_head=Head(2, head), auxiliary_head=Head(2, head))
     found = list(
-        disagreements(
+        different_ignored(
             dict(train=dataset_of(ignore_index=dataset)),
-            model,
+            ignored_in_training(model),
             [SimpleNamespace(ignore_index=metric)],
         )
     )
     assert not found if agree else found[0].startswith('ignore_index differs: ')
+
+
+def truth(*images, **attributes):
+    """A metric with an annotation file of images with these ids."""
+    infos = {id_: dict(id=id_, file_name=f'a/{id_}.jpg') for id_ in images}
+    settings = dict(
+        annotation_file='truth.json', imgs=infos, anns=infos, cat_img_map={1: [*images]}
+    )
+    return SimpleNamespace(_coco_api=SimpleNamespace(**{**settings, **attributes}))
+
+
+class Images:
+    """A dataset of images with these ids."""
+
+    ann_file, all_images = 'data.json', ()
+
+    def __init__(self, *images, folder='b'):
+        self.infos = [dict(img_id=id_, img_path=f'{folder}/{id_}.jpg') for id_ in images]
+        self.cat_img_map = {1: [*images], 2: []}
+
+    def __len__(self):
+        return len(self.infos)
+
+    def get_data_info(self, index):
+        return self.infos[index]
+
+
+@pytest.mark.parametrize(
+    ('metric', 'problem', 'oddity'),
+    [
+        (truth(1, 2), '', ''),
+        (truth(1, 3), 'has other images than val_dataloader: 1 of 2 are not in it', ''),
+        (truth(1, 2, imgs={i: dict(file_name=f'{i}.png') for i in (1, 2)}), 'has other images', ''),
+        (truth(1, 2, anns={}), 'has no annotations: format_only=True', ''),
+        (truth(1, 2, 3), '', 'has 1 images that val_dataloader does not load'),
+        (truth(1, 2, cat_img_map={1: [1, 1]}), '', 'has other objects than data.json'),
+        (SimpleNamespace(_coco_api=None), '', ''),
+    ],
+)  # fmt: skip
+def test_annotation_file_of_a_metric(metric, problem, oddity):
+    problems, oddities = compare_truth('val', Images(1, 2), [metric])
+    for found, expected in ((problems, problem), (oddities[:1], oddity)):
+        assert len(found) == bool(expected)
+        assert not expected or f'val_evaluator.ann_file truth.json {expected}' in found[0]
+
+
+def test_written_predictions_need_no_truth():
+    metric = truth(anns={})
+    metric.format_only = True
+    assert compare_truth('test', Images(1, 2), [metric]) == ([], [])
+
+
+def test_evaluation_alone_compares_its_parts(segmentor, tmp_path):
+    option = 'test_dataloader.dataset.ignore_index=0'
+    arguments = ['--work-dir', tmp_path, '--cfg-options', option]
+    message = refusal_of('test', segmentor, 'none', *arguments)
+    assert (
+        'ignore_index differs: 255 in test_evaluator (IoUMetric), 0 in test_dataloader' in message
+    )
 
 
 # ----------------------------------------------------------------------------------- image folders

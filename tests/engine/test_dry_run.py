@@ -13,9 +13,16 @@ from helpers.tiny import WITHOUT_WORKERS, tiny_config
 from helpers.tools import run_tool
 from mmengine.evaluator import BaseMetric, Evaluator
 from PIL import Image
+from torch import nn
 
 from mmconv2former.engine.drawing import spare_metrics
-from mmconv2former.engine.dry_run import FILE, try_validation, two_images, unchanged_random_numbers
+from mmconv2former.engine.dry_run import (
+    FILE,
+    largest_input,
+    try_validation,
+    two_images,
+    unchanged_random_numbers,
+)
 
 
 @pytest.fixture(scope='module')
@@ -72,7 +79,6 @@ def test_is_skipped_on_request(detector, tmp_path):
 @pytest.mark.parametrize(
     ('change', 'said'),
     [
-        (lambda content: [a.pop('iscrowd') for a in content['annotations']], "KeyError: 'iscrowd'"),
         (lambda content: [a.pop('area') for a in content['annotations']], "KeyError: 'area'"),
     ],
 )
@@ -91,6 +97,23 @@ def test_metric_that_chooses_the_best_checkpoint(segmentor, sample, tmp_path):
     message = segmentation_refusal(segmentor, sample, tmp_path, *options)
     assert "default_hooks.checkpoint.save_best='mIoU' is no metric of val_evaluator" in message
     assert 'mFscore' in message
+
+
+def test_rule_that_keeps_the_worst_checkpoint(segmentor, sample, tmp_path):
+    option = 'default_hooks.checkpoint.rule=less'
+    message = refusal_of('train', *with_data([segmentor], sample, tmp_path, option))
+    assert "default_hooks.checkpoint.rule='less' would keep the worst mIoU" in message
+
+
+def test_largest_value_that_reaches_the_network():
+    class Model(nn.Module):
+        def data_preprocessor(self, batch, training):
+            assert training
+            return dict(inputs=batch['inputs'] / 0.2, labels=torch.tensor([999]))
+
+    batch = dict(inputs=torch.full((2, 3, 4, 4), -200.0))
+    assert largest_input(Model(), [batch]) == 1000
+    assert largest_input(nn.Identity(), [batch]) == 0
 
 
 def test_images_of_several_sizes_in_a_batch(detector, segmentor, sample, tmp_path):

@@ -137,6 +137,11 @@ def test_a_scheduler_that_would_fail_later():
         schedule([dict(ONE_CYCLE, total_steps=50)], 100)
 
 
+def test_an_optimizer_without_a_rate():
+    (line,) = unusual(schedule([WARM_UP], 40)._replace(base=0))
+    assert line == "the optimizer's rate is 0: nothing is learned"
+
+
 def test_other_settings_than_rates_are_left_out():
     momentum = dict(type='ConstantMomentum', factor=0.5)
     played = schedule([momentum], 4)

@@ -148,6 +148,7 @@ OPTIONS = {  # of the command line
     'data_preprocessor.std=1': 'set model.data_preprocessor',
     'custom_imports.imports=a': 'custom_imports has no effect once the config file is read; write',
     'param_scheduler.7.begin=1': 'Index 7 exceeds the length of list',
+    'custom_hooks.0.type=EMAHook': 'the config has no list custom_hooks: set the whole list',
     'param_scheduler.first.begin=1': '--cfg-options param_scheduler.first.begin: ',
     'param_scheduler.0=5': '--cfg-options param_scheduler.0: ',
     'model.type.name=1': '--cfg-options model.type.name: TypeError: ',

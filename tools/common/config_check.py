@@ -26,6 +26,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmconv2former.engine.device_defaults import usable_loader
+from mmconv2former.text import one_line
 
 KNOWN_AT_TOP = {
     *(set(signature(Runner.__init__).parameters) - {'self', 'cfg'}),
@@ -114,7 +115,9 @@ def explain_read_error(error: Exception, path: str) -> str:
 def in_one_line(error: Exception) -> str:
     """The type of an error and the first line of its message."""
     text = str(error).strip()
-    return f'{type(error).__name__}: {text.splitlines()[0]}' if text else type(error).__name__
+    if not text:
+        return type(error).__name__
+    return f'{type(error).__name__}: {one_line(text.splitlines()[0])}'
 
 
 def merge_options(config: Config, options: Mapping[str, Any]) -> None:
@@ -141,7 +144,8 @@ def check_option(config: Config, path: str, value: Any) -> None:
             checks this), or a word would replace a dict with a type.
     """
     part: Any = config
-    for key in path.split('.'):
+    keys = path.split('.')
+    for number, key in enumerate(keys):
         if isinstance(part, list) and key.isdigit() and int(key) < len(part):
             part = part[int(key)]
         elif not isinstance(part, (dict, Config)):
@@ -151,6 +155,11 @@ def check_option(config: Config, path: str, value: Any) -> None:
         else:
             if 'type' not in part:
                 refuse_typo(f'--cfg-options {path}: {key}', key, part)
+            if any(later.isdigit() for later in keys[number + 1 :]):  # it would become a dict
+                raise ConfigError(
+                    f'--cfg-options {path}: the config has no list {key}: set the whole list, '
+                    f'such as "{key}=[dict(...)]"'
+                )
             return
     if isinstance(part, dict) and 'type' in part and isinstance(value, str):
         raise ConfigError(f'--cfg-options {path}: {path} is a dict with a type; set its keys')
