@@ -286,7 +286,7 @@ class ReliableRunner(Runner):
                 return
             if checkpoint == found[0][-1]:
                 raise CheckpointError(problems[0])
-            self.logger.warning(f'{problems[0]}. Trying the previous checkpoint.')
+            self.logger.warning(f'{problems[0].rstrip(".")}. Trying the previous checkpoint.')
         self.logger.info(f'No checkpoint in {self.work_dir}; starting from scratch.')
         self._resume = False
         super().load_or_resume()
