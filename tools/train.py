@@ -31,6 +31,7 @@ from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
+from mmconv2former.engine.runner import locked_when_built
 from mmconv2former.engine.schedule import schedule_of, table, unusual
 
 AMP_FORMATS = ('auto', 'bfloat16', 'float16')
@@ -114,11 +115,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     compile_settings = config.pop('compile', False)
 
     with run_errors(args.traceback):
-        runner = build_runner(config)
         if args.show_schedule:
-            show_schedule(runner)
+            show_schedule(build_runner(config))
             return
-        runner.take_over = args.take_over
+        with locked_when_built(args.take_over):
+            runner = build_runner(config)
         if precision is not None:
             runner.logger.info(precision)
         if compile_settings:

@@ -56,6 +56,9 @@ def check_resumable(content: Mapping[str, Any], checkpoint: str) -> None:
         raise damaged(checkpoint, f'meta.seed is {shown(seed)}, not a number below 2**32')
     for problem in problems_of_log(content['message_hub']):
         raise damaged(checkpoint, f'message_hub.{problem}')
+    done, last = content['meta']['iter'], content['message_hub']['runtime_info'].get('iter')
+    if type(last) is int and abs(done - last) > 1:  # the iteration in which it was saved, from 0
+        raise damaged(checkpoint, f'meta.iter is {done}, message_hub.runtime_info.iter {last}')
 
 
 def problems_of_log(hub: Mapping[str, Any]) -> Iterator[str]:
@@ -114,13 +117,21 @@ def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
             f'{settings}. Resume with the optim_wrapper and frozen_stages of its run, or start a '
             'new run with it as load_from.'
         )
+    for index, group in enumerate(saved['param_groups']):
+        if missing := sorted({'lr', 'weight_decay'} - group.keys()):
+            raise damaged(checkpoint, f'optimizer.param_groups.{index} has no {", ".join(missing)}')
     own = optimizer.state_dict()
     for key in own.keys() & saved.keys() - {'state'}:
         for problem in unlike(saved[key], own[key], key):
             raise damaged(checkpoint, f'optimizer.{problem}')
-    parameters = [p for group in optimizer.optimizer.param_groups for p in group['params']]
-    numbers = [number for group in saved['param_groups'] for number in group['params']]
-    for problem in problems_of_state(saved.get('state'), dict(zip(numbers, parameters))):
+    parameters = {
+        number: (index, parameter)
+        for index, (group, own_group) in enumerate(
+            zip(saved['param_groups'], optimizer.optimizer.param_groups)
+        )
+        for number, parameter in zip(group['params'], own_group['params'])
+    }
+    for problem in problems_of_state(saved.get('state'), parameters):
         raise damaged(checkpoint, f'optimizer.state{problem}')
 
 
@@ -130,26 +141,44 @@ def layout(param_groups: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[s
     return sizes, [k for k in OPTIMIZER_SETTINGS if all(k in group for group in param_groups)]
 
 
-def problems_of_state(state: Any, parameters: Mapping[int, Tensor]) -> Iterator[str]:
-    """What is wrong with an optimizer's averages of the gradients of parameters, by number."""
+def problems_of_state(state: Any, parameters: Mapping[int, tuple[int, Tensor]]) -> Iterator[str]:
+    """What is wrong with an optimizer's averages of the gradients of parameters, by number.
+
+    Args:
+        state: Averages by number.
+        parameters: By number, each with the index of its group.
+    """
     if not isinstance(state, dict):
         yield f' is {shown(state)}, not a dict'
         return
+    # Names of averages: a group has the same, except where they are factored for matrices only.
+    alike = {number: (index, value.dim()) for number, (index, value) in parameters.items()}
+    tensors: dict[tuple[int, int], set[str]] = {}
     for number, averages in state.items():
         if not isinstance(averages, dict):
             yield f'[{shown(number)}] is {shown(averages)}, not a dict'
             return
+        if number not in alike:
+            yield f'[{shown(number)}] is of no parameter'
+        else:
+            names = tensors.setdefault(alike[number], set())
+            names |= {name for name, value in averages.items() if isinstance(value, Tensor)}
+    for number, averages in state.items():
+        names = tensors[alike[number]] if number in alike else set()
+        for name in names - averages.keys() if averages else ():
+            yield f'[{shown(number)}] has no {shown(name)}, others have'
         for name, value in averages.items():
             place = f'[{shown(number)}].{shown(name)}'
             if not isinstance(value, Tensor):
-                continue
-            if (kind := kind_of(value)) is not None:
+                if name in names or isinstance(value, str):
+                    yield f'{place} is {shown(value)}'
+            elif (kind := kind_of(value)) is not None:
                 yield f'{place} is {kind}'
             elif not torch.isfinite(value).all():
                 yield f'{place} is NaN or infinite'
             # A factored average has the size 1 where it was averaged.
-            elif number in parameters and value.dim() == parameters[number].dim():
-                own = parameters[number].shape
+            elif number in alike and value.dim() == alike[number][1]:
+                own = parameters[number][1].shape
                 if any(a not in (1, b) for a, b in zip(value.shape, own)):
                     yield f'{place} has the shape {tuple(value.shape)}, its parameter {tuple(own)}'
 

@@ -33,6 +33,7 @@ FIELDS = {
     'annotations': ('id', 'image_id', 'category_id'),
 }
 FARTHEST = 100_000  # pixels of a coordinate from the corner of its image
+LARGEST_ID = 2**53  # pycocotools keeps ids as floats
 MOST_PIXELS = 2**30  # that OpenCV decodes
 
 
@@ -45,7 +46,7 @@ def install() -> None:
 def change_reader(module: Any) -> None:
     """Makes mmdet's `COCO` order categories by name, and check and renumber ids."""
     stock_init, stock_index = module.COCO.__init__, module.COCO.createIndex
-    stock_categories = module.COCO.getCatIds
+    stock_categories, stock_mask = module.COCO.getCatIds, module.COCO.annToRLE
 
     def init(self: Any, annotation_file: Any = None) -> None:
         self.annotation_file = annotation_file
@@ -99,7 +100,14 @@ def change_reader(module: Any) -> None:
                     annotation['id'] = number
         stock_index(self)
 
+    def mask_of(self: Any, annotation: dict) -> Any:
+        mask = annotation['segmentation']
+        if isinstance(mask, list):  # pycocotools takes two points for a box, and then fails
+            mask = [[*part, *part[:2]] if len(part) == 4 else part for part in mask]
+        return stock_mask(self, {**annotation, 'segmentation': mask})
+
     module.COCO.__init__ = init
+    module.COCO.annToRLE = mask_of
     module.COCO.getCatIds = categories_by_name
     module.COCO.createIndex = create_index
 
@@ -170,6 +178,12 @@ def wrong_numbers(images: Sequence[Mapping], annotations: Sequence[Mapping]) -> 
             yield f'image {shown(image["id"])} has height {shown(height)}, width {shown(width)}'
     for annotation in annotations:
         name = f'annotation {shown(annotation.get("id"))}'
+        number = annotation.get('id', 0)
+        if type(number) not in (int, float) or not -LARGEST_ID < number < LARGEST_ID:
+            yield f'an annotation has the id {shown(number)}, which is no number'
+        is_crowd = annotation.get('iscrowd', 0)
+        if is_crowd not in (0, 1):
+            yield f'{name} has iscrowd {shown(is_crowd)}, neither 0 nor 1'
         box = annotation.get('bbox', (0, 0, 0, 0))
         if not (isinstance(box, (list, tuple)) and len(box) == 4 and are_near(box)):
             yield f'{name} has bbox {shown(box)}'
@@ -182,7 +196,8 @@ def wrong_numbers(images: Sequence[Mapping], annotations: Sequence[Mapping]) -> 
                     f'{size[0]}, width {size[1]}'
                 )
             counts = mask.get('counts')
-            if isinstance(counts, list) and not are_counts(counts, mask.get('size')):
+            is_list = isinstance(counts, list) and are_counts(counts, mask.get('size'))
+            if not is_list and not isinstance(counts, str):
                 yield f'{name} has a mask whose counts are not those of its size'
         elif isinstance(mask, list):
             for polygon in mask:

@@ -9,6 +9,8 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
+from .lost_files import LostFiles
+
 MOMENTS = ('after_val_iter', 'after_test_iter')
 
 
@@ -17,10 +19,14 @@ def is_drawing(hook: Hook) -> bool:
     return type(hook).__name__.endswith('VisualizationHook')
 
 
-def spare_metrics(hook: Hook) -> None:
+def spare_metrics(hook: Hook, lost: LostFiles) -> None:
     """Makes a hook report its first error and then stop drawing, instead of ending the run.
 
     The metrics of a whole evaluation would be lost otherwise. The methods of its class still raise.
+
+    Args:
+        hook: Draws.
+        lost: Remembers an error of writing.
     """
     has_failed = False
 
@@ -35,6 +41,8 @@ def spare_metrics(hook: Hook) -> None:
             except Exception as error:  # of any library
                 has_failed = True
                 name = type(hook).__name__
+                if isinstance(error, OSError):
+                    lost.reasons[f'drawings of {name}'] = str(error)
                 print_log(
                     f'{name} cannot draw: {type(error).__name__}: {error}. No more drawings in '
                     'this run; metrics are not affected.',

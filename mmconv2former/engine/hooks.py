@@ -59,36 +59,12 @@ class ReliableLoggerHook(LoggerHook):
 
     mmengine writes them to the same file from all processes at once. Their lines differ in length,
     so the end of a longer one can remain after a shorter one: invalid JSON.
-
-    Scalars of training that cannot be written, such as on a full disk, are reported once. Training
-    continues without them.
     """
-
-    is_reported = False
-
-    def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            super().after_train_iter(runner, *args, **kwargs)
-        except OSError as error:
-            self._report(runner, error)
-
-    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        try:
-            super().after_val_epoch(runner, metrics)
-        except OSError as error:
-            self._report(runner, error)
-
-    def _report(self, runner: Any, error: OSError) -> None:
-        if not self.is_reported:
-            runner.logger.warning(
-                f'Scalars cannot be logged in {runner.work_dir}: {error}. Training continues '
-                'without; free space there, or the next checkpoint will fail.'
-            )
-        self.is_reported = True
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         if is_main_process():
-            super().after_test_epoch(runner, metrics)
+            with runner.lost_files.spared(f'metrics in {runner.log_dir}'):
+                super().after_test_epoch(runner, metrics)
 
 
 class LateRemoval:

@@ -65,7 +65,7 @@ def follow_config(runner: Any, settings: Settings | None) -> None:
         return
     groups, schedules = runner.optim_wrapper.param_groups, runner.param_schedulers or []
     scheduled = {schedule.param_name for schedule in schedules}
-    found = list(differences(settings, groups, schedules, scheduled))
+    found = list(differences(settings, groups, schedules, scheduled, runner.train_loop))
     if not found:
         return
     for group, own in zip(groups, settings.groups):
@@ -84,7 +84,7 @@ def follow_config(runner: Any, settings: Settings | None) -> None:
 
 
 def differences(
-    settings: Settings, groups: list[dict], schedules: list[Any], scheduled: set[str]
+    settings: Settings, groups: list[dict], schedules: list[Any], scheduled: set[str], loop: Any
 ) -> Iterator[str]:
     """Names each setting that differs, with its value in the config and in the checkpoint."""
     named = set(scheduled)
@@ -95,6 +95,9 @@ def differences(
                 yield f'{key} {shown(value)} (checkpoint: {shown(group.get(key))})'
     for index, (own_state, schedule) in enumerate(zip(settings.schedules, schedules)):
         state = schedule.state_dict()
+        done = loop.epoch if schedule.by_epoch else loop.iter
+        if state.get('_global_step', done) < done:  # it was not in the checkpoint
+            yield f'param_scheduler.{index} (checkpoint: none)'
         for key, value in own_state.items():
             if key not in (*STATE, 'base_values') and value != state.get(key):
                 name = f'param_scheduler.{index}.{key}'

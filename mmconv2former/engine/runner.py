@@ -11,16 +11,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.dist import all_gather_object, broadcast_object_list, get_rank, master_only
+from mmengine.evaluator import DumpResults
 from mmengine.hooks import CheckpointHook, LoggerHook
+from mmengine.logging import MMLogger
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -29,14 +34,15 @@ from ..checkpoint.reading import CheckpointError, load_from_checked_file
 from ..checkpoint.resumption import check_optimizer, check_resumable, check_schedules
 from ..datasets.checked import CheckedDataset, DataError
 from ..registry import RUNNERS, register
-from ..text import PrintableError
+from ..text import PrintableError, printable
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
 from .drawing import is_drawing, spare_metrics
 from .finite import check_weights, images_on_error
 from .hooks import EPOCH_POSITION
+from .lost_files import LostFiles
 from .resuming import check_run, follow_config, settings_of
 from .seeding import PositionedSampler, ResumedBatches, give_positions, skip_batches
-from .stopping import StoppingHook, make_patient
+from .stopping import StoppingHook, make_patient, say
 from .work_dir import FolderLock, WorkDirError, checkpoints_of, lock_folder, partial_name, replace
 
 # What damaged content causes in mmengine's `resume`.
@@ -44,6 +50,22 @@ DAMAGED = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
     ValueError,
 )  # fmt: skip
+
+
+locks_when_built: list[bool] = []  # see `locked_when_built`
+
+
+@contextmanager
+def locked_when_built(take_over: bool = False) -> Iterator[None]:
+    """Runners that are built here lock their work dir at once, before they write anything in it.
+
+    Others do when they train: only then do they differ from one that evaluates.
+    """
+    locks_when_built.append(take_over)
+    try:
+        yield
+    finally:
+        locks_when_built.pop()
 
 
 class CheckpointNotSaved(PrintableError, OSError):
@@ -71,6 +93,35 @@ class ReliableRunner(Runner):
         """The seed that all processes share."""
         has_rank_added = self._randomness_cfg.get('diff_rank_seed', False)
         return self.seed - get_rank() if has_rank_added else self.seed
+
+    # ------------------------------------------------------------------------------------- files
+    @cached_property
+    def lost_files(self) -> LostFiles:
+        """What this run could not write."""
+        return LostFiles(lambda line: self.logger.warning(printable(line)))
+
+    def setup_env(self, env_cfg: dict) -> None:
+        """Sets up the environment as mmengine does; nothing is written in the work dir before."""
+        super().setup_env(env_cfg)
+        if locks_when_built:
+            self.take_over = locks_when_built[-1]
+            self.lock(self.work_dir)
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            self.lost_files.spare_log(handler)
+        return logger
+
+    def build_visualizer(self, visualizer: Visualizer | dict | None = None) -> Visualizer:
+        built = super().build_visualizer(visualizer)
+        for backend in built._vis_backends.values():
+            self.lost_files.spare_backend(backend)
+        return built
+
+    def dump_config(self) -> None:
+        with self.lost_files.spared(f'config in {self.work_dir}'):
+            super().dump_config()
 
     # ------------------------------------------------------------------------------------- build
     @staticmethod
@@ -148,7 +199,7 @@ class ReliableRunner(Runner):
         super().register_hook(hook, priority)
         for new in self._hooks:
             if new not in known and is_drawing(new):
-                spare_metrics(new)
+                spare_metrics(new, self.lost_files)
 
     # --------------------------------------------------------------------------------------- run
     def train(self) -> nn.Module:
@@ -179,23 +230,40 @@ class ReliableRunner(Runner):
         """
         self._locks = {} if self._locks is None else self._locks
         if folder not in self._locks:
-            self._locks[folder] = lock_folder(folder, self.take_over, self.logger.warning)
+            self._locks[folder] = lock_folder(folder, self.take_over, say)
 
     def call_hook(self, fn_name: str, **kwargs: Any) -> None:
-        """Calls hooks as mmengine does, which counts the batches of a resumed epoch from 0."""
+        """Calls hooks as mmengine does, which counts the batches of a resumed epoch from 0.
+
+        An evaluation does not end if its predictions cannot be written; see `LostFiles`.
+        """
         if fn_name in ('before_train_iter', 'after_train_iter'):
             kwargs['batch_idx'] += self._skipped_batches
+        if fn_name in ('before_val_epoch', 'before_test_epoch'):
+            loop = self.val_loop if fn_name == 'before_val_epoch' else self.test_loop
+            for metric in getattr(getattr(loop, 'evaluator', None), 'metrics', ()):
+                if isinstance(metric, DumpResults):
+                    self.lost_files.spare_dump(metric)
         super().call_hook(fn_name, **kwargs)
         if fn_name == 'after_train_epoch':
             self._skipped_batches = 0
 
     def val(self) -> dict:
         with images_on_error(self):
-            return super().val()
+            metrics = super().val()
+        self.lost_files.check()
+        return metrics
 
     def test(self) -> dict:
+        """Evaluates as mmengine does.
+
+        Raises:
+            FilesNotWritten: At the end, after the metrics are shown.
+        """
         with images_on_error(self):
-            return super().test()
+            metrics = super().test()
+        self.lost_files.check()
+        return metrics
 
     # ------------------------------------------------------------------------------------ resume
     def load_or_resume(self) -> None:
@@ -225,7 +293,7 @@ class ReliableRunner(Runner):
                 return
             if checkpoint == found[0][-1]:
                 raise CheckpointError(problems[0])
-            self.logger.warning(f'{problems[0]}. Trying the previous checkpoint.')
+            self.logger.warning(f'{problems[0].rstrip(".")}. Trying the previous checkpoint.')
         self.logger.info(f'No checkpoint in {self.work_dir}; starting from scratch.')
         self._resume = False
         super().load_or_resume()
@@ -350,13 +418,13 @@ class ReliableRunner(Runner):
             CheckpointNotSaved: The folder is not writable or the disk is full; earlier files are
                 unchanged.
             NonFiniteError: Weights are NaN or infinite; earlier files are unchanged.
-            WorkDirError: Another run took the folder.
+            WorkDirError: Another run took the folder, or it is gone.
         """
         lock = (self._locks or {}).get(out_dir)
-        if lock is not None and not lock.is_held():
+        problem = lock.problem() if lock is not None else None
+        if problem is not None:
             raise WorkDirError(
-                f'iteration {self.iter}: another training run took {out_dir}; this one ends and '
-                'saves nothing there'
+                f'iteration {self.iter}: {problem}; this run ends and saves nothing there'
             )
         check_weights(self)
         is_local = backend_args is None and kwargs.get('file_client_args') is None

@@ -163,6 +163,20 @@ class FolderLock:
         """Whether this run still has the folder."""
         return self._read()[0] == self.text
 
+    def problem(self) -> str | None:
+        """Why this run must not write in the folder any more; None if it may."""
+        try:
+            text = self._read()[0]
+        except OSError as error:
+            return f'cannot read {self.path}: {error}'
+        if text == self.text:
+            return None
+        if text is not None:
+            return f'another training run took {self.path.parent} ({described(text)})'
+        if not self.path.parent.is_dir():
+            return f'the folder {self.path.parent} is gone: removed, or its disk is not mounted'
+        return f'{self.path} is gone: removed, or its disk is not mounted'
+
     def release(self) -> None:
         """Gives the folder back, unless another run took it."""
         self.ended.set()

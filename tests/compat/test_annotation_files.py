@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from mmdet.datasets.api_wrappers import COCO
 from mmengine.registry import DATASETS, METRICS, init_default_scope
 from pycocotools import mask as coco_mask
 
@@ -158,6 +159,13 @@ def mask(**changes):
         (mask(bbox=[0, 0, float('nan'), 4]), 'annotation 4 has bbox [0, 0, nan, 4]'),
         (mask(bbox=[0, 0, 4]), 'annotation 4 has bbox [0, 0, 4]'),
         (mask(bbox=None), 'annotation 4 has bbox None'),
+        (mask(iscrowd=2), 'annotation 4 has iscrowd 2, neither 0 nor 1'),
+        (mask(id='4'), "an annotation has the id '4', which is no number"),
+        (mask(id=2**53), 'an annotation has the id 9007199254740992, which is no number'),
+        (
+            mask(segmentation=dict(size=[40, 50], counts=3)),
+            'annotation 4 has a mask whose counts are not those of its size',
+        ),
         (
             mask(segmentation=dict(size=[10**6, 10**6], counts=[10**12])),
             'annotation 4 has a mask of size [1000000, 1000000], its image has height 40, width 50',
@@ -183,6 +191,20 @@ def test_numbers_are_checked_before_pycocotools_sees_them(change, problem, write
         with pytest.raises(ValueError, match=r'; correct or remove it$') as caught:
             read()
         assert str(caught.value).startswith(f'{path}: {problem}')
+
+
+def test_evaluation_without_iscrowd_and_with_polygons_of_two_points(write):
+    """mmdet trains with such files; pycocotools alone fails."""
+
+    def change(content):
+        for annotation in content['annotations']:
+            del annotation['iscrowd']
+            annotation['segmentation'] = [[1, 1, 20, 20]]
+
+    dataset = build(write(change))
+    assert score_of_truth(dataset) == 1.0
+    truth = COCO(dataset.ann_file)
+    assert coco_mask.area(truth.annToRLE(truth.anns[1])) == 0
 
 
 def test_masks_of_both_kinds_are_read(write):

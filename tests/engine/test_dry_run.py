@@ -23,6 +23,7 @@ from mmconv2former.engine.dry_run import (
     two_images,
     unchanged_random_numbers,
 )
+from mmconv2former.engine.lost_files import LostFiles
 
 
 @pytest.fixture(scope='module')
@@ -177,24 +178,27 @@ def test_random_numbers_are_unchanged():
     assert drawn() == first
 
 
-def test_one_failing_drawing_is_the_last():
-    calls = []
+@pytest.mark.parametrize('error', [ValueError('no palette'), OSError('disk full')])
+def test_one_failing_drawing_is_the_last(error):
+    """Those that cannot be written are lost, which an evaluation says at its end."""
+    calls, lost = [], LostFiles(print)
 
     class FailingVisualizationHook:
         def after_val_iter(self):
             calls.append('val')
-            raise ValueError('no palette')
+            raise error
 
         def after_test_iter(self):
             calls.append('test')
 
     hook = FailingVisualizationHook()
-    spare_metrics(hook)
+    spare_metrics(hook, lost)
     hook.after_test_iter()
     hook.after_val_iter()
     hook.after_val_iter()
     assert calls == ['test', 'val']
-    with pytest.raises(ValueError, match='no palette'):
+    assert bool(lost.reasons) == isinstance(error, OSError)
+    with pytest.raises(type(error), match=str(error)):
         type(hook).after_val_iter(hook)
 
 

@@ -115,6 +115,25 @@ def test_take_over(process, tmp_path):
     second.release()
 
 
+def test_why_a_run_must_not_write_any_more(tmp_path, monkeypatch):
+    folder = tmp_path / 'work'
+    folder.mkdir()
+    lock = FolderLock(folder)
+    lock.acquire()
+    assert lock.problem() is None
+    write_lock(folder)
+    assert lock.problem() == (
+        f'another training run took {folder} (host node7, process 1, since 2026-01-02 03:04:05)'
+    )
+    (folder / LOCK).unlink()
+    assert lock.problem() == f'{folder / LOCK} is gone: removed, or its disk is not mounted'
+    folder.rmdir()
+    assert lock.problem() == f'the folder {folder} is gone: removed, or its disk is not mounted'
+    monkeypatch.setattr(lock, '_read', lambda: os.stat(tmp_path / 'none'))
+    assert lock.problem().startswith(f'cannot read {folder / LOCK}: [Errno 2]')
+    lock.ended.set()
+
+
 def try_to_lock(folder, together, answers):
     """What each of several processes does at once."""
     lock = FolderLock(folder)

@@ -423,6 +423,20 @@ DAMAGED = {  # change of the content of the newest checkpoint, message
         of_state(lambda state: state[0].update(exp_avg=state[0]['exp_avg'][:3])),
         "optimizer.state[0].'exp_avg' has the shape (3,",
     ),
+    'an average of gradients that is a text': (
+        of_state(lambda state: state[0].update(exp_avg='none')), "optimizer.state[0].'exp_avg' is '"
+    ),
+    'an average of gradients that is missing': (
+        of_state(lambda state: state[0].pop('exp_avg')), "optimizer.state[0] has no 'exp_avg'"
+    ),
+    'averages of no parameter': (
+        of_state(lambda state: state.update({'0': state.pop(0)})),
+        "optimizer.state['0'] is of no parameter",
+    ),
+    'no learning rate': (
+        lambda content: content['optimizer']['param_groups'][0].pop('lr'),
+        'optimizer.param_groups.0 has no lr',
+    ),
     'a learning rate that is a text': (
         lambda content: content['optimizer']['param_groups'][0].update(lr='fast'),
         "optimizer.param_groups.0.'lr' is 'fast'",
@@ -436,6 +450,10 @@ DAMAGED = {  # change of the content of the newest checkpoint, message
     ),
     'a seed out of range': (
         lambda content: content['meta'].update(seed=2**32), 'meta.seed is 4294967296'
+    ),
+    'another number of iterations': (
+        lambda content: content['meta'].update(iter=10**12),
+        'meta.iter is 1000000000000, message_hub.runtime_info.iter 3',
     ),
     'a best score that is a text': (
         lambda content: content['message_hub']['runtime_info'].update(best_score='high'),

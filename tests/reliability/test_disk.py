@@ -1,13 +1,17 @@
-"""A disk that is full, or cannot be written to, while checkpoints are saved."""
+"""A disk that is full, cannot be written to, or is gone, while a run writes its files."""
 
 import errno
 import itertools
 import os
+import re
+import shutil
 import subprocess
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
+from helpers.in_process import refusal_of
 from helpers.tiny import tiny_config
 from mmengine.fileio import LocalBackend
 
@@ -132,3 +136,121 @@ def test_writer_that_fails_in_the_middle(
     assert (tmp_path / 'work/last_checkpoint').read_text().endswith(f'/iter_{newest}.pth')
     seen = f'`cannot save .../{name}: [Errno 28] No space left on device`'
     fault_report('Disk', f'half of {name} written', 1, 1, seen)
+
+
+# ------------------------------------------------------------------------------------ other files
+def fill(disk):
+    with suppress(OSError), (disk / 'filler').open('ab', buffering=0) as file:
+        while file.write(bytes(512)):
+            pass
+
+
+@pytest.fixture
+def at_moment(monkeypatch):
+    """Calls functions after hooks: `at_moment(after_train_iter=(3, function))` the third time."""
+    call_hook = ReliableRunner.call_hook
+
+    def register(**events):
+        counts = dict.fromkeys(events, 0)
+
+        def call(self, fn_name, **kwargs):
+            call_hook(self, fn_name, **kwargs)
+            if fn_name in events:
+                counts[fn_name] += 1
+                number, function = events[fn_name]
+                if counts[fn_name] == number:
+                    function()
+
+        monkeypatch.setattr(ReliableRunner, 'call_hook', call)
+
+    return register
+
+
+def dumped(config, path):
+    config.pop('experiment_name')
+    config.default_hooks.dry_run = None
+    config.log_level = 'INFO'
+    config.dump(path)
+    return path
+
+
+@needs_root
+def test_evaluation_on_a_full_disk(in_process, sample, tmp_path, at_moment, capfd, fault_report):
+    """Its metrics are shown; then it ends with an error."""
+    config = dumped(segmentation(sample, 'unused'), tmp_path / 'config.py')
+    with small_disk(tmp_path / 'disk', 1) as disk:
+        at_moment(before_test=(1, lambda: fill(disk)))
+        error = refusal_of('test', config, 'none', '--work-dir', disk / 'work', '--out',
+                           disk / 'predictions.pkl', '--show-dir', 'drawn')  # fmt: skip
+        assert not (disk / 'predictions.pkl').exists()
+    output = ''.join(capfd.readouterr())
+    assert 'aAcc' in output
+    assert 'Traceback' not in output
+    assert error.startswith('error: the evaluation is complete, but not all was written: ')
+    found = error.count('No space left on device')
+    for name in ('log', 'metrics in', 'drawings of', 'predictions'):
+        reported = name in error
+        shown = f'metrics; `error: the evaluation is complete, but not all was written: {name} ...`'
+        fault_report('Disk', f'full during an evaluation: {name.split()[0]}', 1, reported, shown)
+        assert reported, error
+    assert found == 4
+
+
+@needs_root
+def test_training_on_a_disk_that_is_full_for_a_while(
+    in_process, sample, tmp_path, at_moment, monkeypatch, capfd, fault_report
+):
+    """Logs, scalars and drawings are no reason to end."""
+    monkeypatch.setattr('threading.excepthook', threading.__excepthook__)  # pytest has its own
+    config = segmentation(sample, 'unused')
+    config.merge_from_dict({
+        'train_cfg.max_iters': 4, 'train_cfg.val_interval': 1, 'param_scheduler.1.end': 4,
+        'default_hooks.checkpoint.interval': 4, 'default_hooks.visualization.draw': True,
+        'default_hooks.visualization.interval': 1, 'default_hooks.checkpoint.save_best': None,
+    })  # fmt: skip
+    config = dumped(config, tmp_path / 'config.py')
+    with small_disk(tmp_path / 'disk', DISK) as disk:
+        at_moment(
+            before_train_iter=(1, lambda: fill(disk)),
+            after_train_iter=(3, (disk / 'filler').unlink),
+        )
+        work_dir = disk / 'work'
+        assert refusal_of('train', config, '--work-dir', work_dir, '--tensorboard') == ''
+        assert [path.name for path in work_dir.glob('*.pth')] == ['iter_4.pth']
+    output = ''.join(capfd.readouterr())
+    assert 'Traceback' not in output
+    for name in ('LocalVisBackend in', 'log'):
+        count = len(re.findall(f'{name} .* cannot be written: .*No space left on device', output))
+        shown = f'`{name} ... cannot be written: [Errno 28] No space left on device. The run ...`'
+        what = name.removesuffix(' in')
+        fault_report('Disk', f'full for three iterations: {what}', 1, count == 1, shown)
+        assert count == 1
+
+
+def test_work_dir_that_is_removed(in_process, sample, tmp_path, at_moment, capfd, fault_report):
+    config = dumped(segmentation(sample, 'unused'), tmp_path / 'config.py')
+    work_dir = tmp_path / 'work'
+    at_moment(after_train_iter=(3, lambda: shutil.rmtree(work_dir)))
+    error = refusal_of('train', config, '--work-dir', work_dir)
+    is_said = error == (
+        f'error: iteration 3: the folder {work_dir} is gone: removed, or its disk is not mounted; '
+        'this run ends and saves nothing there'
+    )
+    fault_report('Disk', 'the work dir is removed during training', 1, is_said, f'`{error}`')
+    assert is_said, error
+    assert not work_dir.exists()
+    assert 'Traceback' not in ''.join(capfd.readouterr())
+
+
+def test_evaluation_whose_work_dir_is_removed(
+    in_process, sample, tmp_path, at_moment, capfd, fault_report
+):
+    config = dumped(segmentation(sample, 'unused'), tmp_path / 'config.py')
+    work_dir = tmp_path / 'work'
+    at_moment(before_test=(1, lambda: shutil.rmtree(work_dir)))
+    error = refusal_of('test', config, 'none', '--work-dir', work_dir)
+    assert list(work_dir.glob('*/*.json'))
+    is_said = error.startswith('error: the evaluation is complete, but not all was written: log ')
+    shown = f'metrics; `{error}`'
+    fault_report('Disk', 'the work dir is removed during an evaluation', 1, is_said, shown)
+    assert is_said, error

@@ -43,6 +43,7 @@ from mmconv2former.datasets.checked import DataError
 from mmconv2former.engine.cuda_graphs import VaryingSizeError
 from mmconv2former.engine.dry_run import DryRunError
 from mmconv2former.engine.finite import NonFiniteError
+from mmconv2former.engine.lost_files import FilesNotWritten, is_disk_error
 from mmconv2former.engine.runner import CheckpointNotSaved, ReliableRunner
 from mmconv2former.engine.schedule import ScheduleError
 from mmconv2former.engine.work_dir import WorkDirError
@@ -53,8 +54,8 @@ from mmconv2former.text import printable
 DEFAULT_VISUALIZER = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
 # Their messages say what is wrong with the user's file or setting, and what to do.
 ERRORS_OF_USERS = (
-    CheckpointError, CheckpointNotSaved, ConfigError, DataError, NonFiniteError, ScheduleError,
-    VaryingSizeError, WorkDirError,
+    CheckpointError, CheckpointNotSaved, ConfigError, DataError, FilesNotWritten, NonFiniteError,
+    ScheduleError, VaryingSizeError, WorkDirError,
 )  # fmt: skip
 # How torch reports a data worker that the system killed, and one that raised an error.
 DEAD_WORKER = re.compile(
@@ -201,6 +202,8 @@ def explain_error(error: Exception) -> str | None:
         return text + advice(error.__cause__)
     if isinstance(error, ERRORS_OF_USERS):
         return text
+    if is_disk_error(error):
+        return f'cannot read or write a file of this run: {text} (--traceback shows where)'
     if isinstance(error, DryRunError):
         return f'{text} (--traceback shows where)'
     if DEAD_WORKER.match(text):
