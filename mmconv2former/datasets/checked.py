@@ -25,6 +25,7 @@ import numpy as np
 from mmengine.dataset import Compose
 from mmengine.registry import DATASETS as ROOT_DATASETS
 from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader
 
 from ..engine.seeding import SampleIndex, seed_all
 from ..images import open_image
@@ -91,6 +92,19 @@ class CheckedDataset:
         except Exception as error:  # from a pipeline around several datasets, or without pipeline
             name = type(self.dataset).__name__
             raise DataError(f'sample {int(index)} of {name}: {reason(error)}') from error
+
+    def check_batches(self, loader: DataLoader) -> None:
+        """Checks that a loader of this dataset has a batch.
+
+        Raises:
+            DataError: It has none.
+        """
+        if len(loader) == 0:
+            size = getattr(loader.batch_sampler, 'batch_size', 1)
+            raise DataError(
+                f'no batch of {size} can be made of {len(self)} samples (with drop_last, for each '
+                'process): reduce batch_size, or set drop_last=False'
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -32,7 +32,6 @@ from torch.utils.data import BatchSampler, DataLoader
 from ..checkpoint.loading import check_model
 from ..checkpoint.reading import CheckpointError, load_from_checked_file
 from ..checkpoint.resumption import check_optimizer, check_resumable, check_schedules
-from ..datasets.checked import CheckedDataset, DataError
 from ..registry import RUNNERS, register
 from ..text import PrintableError, printable
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
@@ -140,12 +139,8 @@ class ReliableRunner(Runner):
             dataset = dict(type='mmconv2former.CheckedDataset', dataset=dataloader['dataset'])
             dataloader = {**dataloader, 'dataset': dataset}
         loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
-        if isinstance(loader.dataset, CheckedDataset) and len(loader) == 0:
-            raise DataError(
-                f'no batch of {dataloader.get("batch_size", 1)} can be made of '
-                f'{len(loader.dataset)} samples (with drop_last, for each process): reduce '
-                'batch_size, or set drop_last=False'
-            )
+        if hasattr(loader.dataset, 'check_batches'):
+            loader.dataset.check_batches(loader)
         make_patient(loader)
         if seed is not None:
             give_positions(loader, seed - get_rank() if diff_rank_seed else seed)

@@ -383,7 +383,7 @@ def test_tables_are_up_to_date():
 
 
 def test_demo_has_the_recipe_s_backbone():
-    config, recipe = load(ROOT / SMALL_DETECTION), load(recipes()['mask_rcnn_conv2former_t'])
+    config, recipe = load(ROOT / SMALL_DETECTION), load(recipes()['mask_rcnn_conv2former_n'])
     assert config.model.backbone.type == recipe.model.backbone.type
     assert config.model.backbone.arch == recipe.model.backbone.arch
     assert config.model.neck.in_channels == recipe.model.neck.in_channels

@@ -304,4 +304,4 @@ def test_faults_in_the_data_of_a_config(copy, tmp_path):
 
 def test_name_that_is_neither_a_dataset_nor_a_config():
     output = run_tool('prepare_data.py', 'cocoo', succeeds=False)
-    assert "'cocoo' is none of coco, ade, and no config (*.py)" in output
+    assert "'cocoo' is none of coco, ade, bccd, camvid, and no config (*.py)" in output
