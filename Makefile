@@ -28,7 +28,7 @@ help:
 	@echo 'make test    all tests except the slow ones (with MMCONV2FORMER_SAMPLES also those on real images)'
 	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML and file sizes'
 	@echo 'make coverage  lines of the package that the tests run, at least 95% (12 minutes)'
-	@echo 'make reliability  inject every fault at full count, into docs/tables/reliability.md (14 minutes)'
+	@echo 'make reliability  inject every fault at full count, into docs/tables/reliability.md (16 minutes)'
 	@echo 'make pins    resolve constraints.in into constraints.txt, with hashes'
 	@echo 'make audit   check the pins for known vulnerabilities (needs the JSON API of pypi.org)'
 	@echo "make compatibility  all tests on OpenMMLab's own releases and the backbone's on older torch,"
