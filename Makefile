@@ -24,7 +24,7 @@ help:
 	@echo 'make setup   create .venv with all packages (2 minutes, once); before other commands:'
 	@echo '             source .venv/bin/activate'
 	@echo "             MMCV_OPS=compiled: compile mmcv's own operators (needs a C++20 compiler)"
-	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (12 minutes)'
+	@echo 'make demo    train, evaluate and draw Mask R-CNN on the embedded sample (10 minutes)'
 	@echo 'make test    all tests except the slow ones (with MMCONV2FORMER_SAMPLES also those on real images)'
 	@echo 'make lint    ruff, mypy, codespell, shellcheck, YAML and file sizes'
 	@echo 'make coverage  lines of the package that the tests run, at least 95% (12 minutes)'
