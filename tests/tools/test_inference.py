@@ -2,9 +2,15 @@
 
 import numpy as np
 import pytest
+import torch
+from common import inference
 from common.inference import UniqueNames, dataset_settings, drawable, settings_of_files
 from helpers.in_process import load_tool
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import HorizontalBoxes
+from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
+from mmengine.structures import InstanceData, PixelData
 
 LOAD, LABELS, PACK = (dict(type=t) for t in ('LoadImageFromFile', 'LoadAnnotations', 'Pack'))
 
@@ -87,3 +93,28 @@ def test_drawable(image, expected):
     found = drawable(image)
     assert found.dtype == np.uint8
     assert found.tolist() == [expected]
+
+
+def test_large_drawings_are_reduced(monkeypatch):
+    monkeypatch.setattr(inference, 'MOST_DRAWN', 100)
+    image = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
+    masks = torch.rand(2, 20, 30) > 0.5
+    sample = DetDataSample(
+        pred_instances=InstanceData(bboxes=torch.full((2, 4), 6.0), masks=masks, labels=[0, 1]),
+        gt_instances=InstanceData(
+            bboxes=HorizontalBoxes(torch.full((2, 4), 6.0)),
+            masks=BitmapMasks(masks.numpy().astype(np.uint8), 20, 30),
+        ),
+        pred_sem_seg=PixelData(data=torch.arange(600).reshape(1, 20, 30)),
+    )
+    small, reduced = inference.reduced(image, sample)
+    assert small.shape == (7, 10, 3)
+    np.testing.assert_array_equal(small, image[::3, ::3])
+    torch.testing.assert_close(reduced.pred_instances.bboxes, torch.full((2, 4), 2.0))
+    torch.testing.assert_close(reduced.gt_instances.bboxes, torch.full((2, 4), 2.0))
+    assert reduced.pred_instances.masks.equal(masks[:, ::3, ::3])
+    assert reduced.gt_instances.masks.masks.shape == (2, 7, 10)
+    assert reduced.pred_sem_seg.data.equal(sample.pred_sem_seg.data[:, ::3, ::3])
+    assert sample.pred_instances.bboxes[0, 0] == 6  # the sample itself is unchanged
+    monkeypatch.setattr(inference, 'MOST_DRAWN', 600)
+    assert inference.reduced(image, sample)[1] is sample

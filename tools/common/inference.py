@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel, is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
 from mmengine.runner import CheckpointLoader
+from mmengine.structures import InstanceData, PixelData
 from mmengine.visualization import Visualizer
 from torch import nn
 
@@ -31,6 +34,8 @@ DRAWN_BY = {
 }
 # Pixels of a segmentation with class names drawn in it: mmseg needs 150 bytes a pixel for these.
 LARGEST_NAMED = 2**23
+# Pixels of a drawing: matplotlib needs 80 bytes a pixel and more.
+MOST_DRAWN = 2**25
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -245,8 +250,10 @@ def draw(
             `out_file`.
 
     Returns:
-        uint8 (H, W, 3), RGB. It has what was drawn last, so set `draw_gt` or `draw_pred` to False.
+        uint8 (H, W, 3), RGB; smaller if the image has more than `MOST_DRAWN` pixels. It has what
+        was drawn last, so set `draw_gt` or `draw_pred` to False.
     """
+    image, sample = reduced(image, sample)
     if score_thr is not None and 'pred_instances' in sample:
         options['pred_score_thr'] = score_thr
     if 'pred_sem_seg' in sample and image.shape[0] * image.shape[1] > LARGEST_NAMED:
@@ -255,6 +262,27 @@ def draw(
     add = getattr(visualizer, 'visualize_cls', visualizer.add_datasample)  # mmpretrain has both
     add(name=name, image=image, data_sample=sample, **options)
     return visualizer.get_image()
+
+
+def reduced(image: np.ndarray, sample: Any) -> tuple[np.ndarray, Any]:
+    """An image and its sample, with a part of their rows and columns if they are too large."""
+    every = math.ceil(math.sqrt(image.shape[0] * image.shape[1] / MOST_DRAWN))
+    if every == 1:
+        return image, sample
+    image = np.ascontiguousarray(image[::every, ::every])
+    sample = sample.new()
+    for name, part in sample.items():
+        if isinstance(part, PixelData):
+            setattr(sample, name, PixelData(data=part.data[..., ::every, ::every]))
+        elif isinstance(part, InstanceData) and 'bboxes' in part:
+            part = part.new()
+            part.bboxes = getattr(part.bboxes, 'tensor', part.bboxes) / every
+            if 'masks' in part and isinstance(part.masks, (torch.Tensor, np.ndarray)):
+                part.masks = part.masks[..., ::every, ::every]
+            elif 'masks' in part:
+                part.masks = part.masks.resize(image.shape[:2])
+            setattr(sample, name, part)
+    return image, sample
 
 
 # ------------------------------------------------------------------------------------- CUDA graphs
