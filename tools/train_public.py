@@ -28,8 +28,8 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 import torch
 from common.backbones import set_backbone
@@ -282,7 +282,7 @@ def summary(one: Run, folder: Path, args: argparse.Namespace) -> dict:
         'size': list(image_size(one.config)),
         'parameters': parameters,
         'backbone_flops': backbone_flops,
-        'seconds': round(training_seconds(folder)),
+        'seconds': round(training_seconds(folder, one.iterations)),
         'device': device,
         'machine': device_name(device),
         'versions': versions(),
@@ -345,16 +345,14 @@ def count(config: Config) -> tuple[int, int]:
     return count_parameters(model), flops
 
 
-def training_seconds(folder: Path) -> float:
-    """The time of all iterations, without validation and without what was lost by interruptions."""
-    seconds: dict[int, float] = {}
-    for path in sorted(folder.glob('*/vis_data/scalars.json')):
-        for line in path.read_text().splitlines():
-            values = json.loads(line)
-            if 'loss' in values:
-                seconds[values['step']] = values['time']
-    steps = [0, *sorted(seconds)]
-    return sum((step - before) * seconds[step] for before, step in pairwise(steps))
+def training_seconds(folder: Path, iterations: int) -> float:
+    """The time of all iterations, by the median of those logged: a run may have had to wait."""
+    lines = [
+        json.loads(line)
+        for path in folder.glob('*/vis_data/scalars.json')
+        for line in path.read_text().splitlines()
+    ]
+    return iterations * median(line['time'] for line in lines if 'loss' in line)
 
 
 def thinned(curve: dict[int, float], most: int = 40) -> list[tuple[int, float]]:
