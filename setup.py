@@ -80,7 +80,7 @@ setup(
             'mmpretrain>=1.2.0',
         ],
         'export': EXPORT,
-        # openmim needs pkg_resources, of which later ones warn four times a call; without the lower
+        # openmim needs pkg_resources, which warns four times a call from 80.9 on; without the lower
         # bound, pip takes a setuptools of 2022.
         'mim': ['openmim', 'setuptools>=64,<80.9'],
         'test': [

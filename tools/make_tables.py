@@ -288,7 +288,7 @@ PUBLIC_METRICS = {
 
 
 def public_runs(evidence: dict[str, dict], dataset: str) -> dict[str, list[dict]]:
-    """The runs on a dataset by what was trained, the seeds of which differ."""
+    """The runs on a dataset by what was trained; those of a group differ in the seed."""
     groups: dict[str, list[dict]] = {}
     for record in evidence.values():
         for result in record.get(PUBLIC, {}).values():
