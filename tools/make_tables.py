@@ -294,7 +294,7 @@ def public_runs(evidence: dict[str, dict], dataset: str) -> dict[str, list[dict]
         for result in record.get(PUBLIC, {}).values():
             if result['dataset'] == dataset:
                 size = result['kernel_size']
-                kernel = '' if size == 11 else f', {size}x{size}'
+                kernel = '' if size is None else f', {size}x{size}'
                 groups.setdefault(result['backbone'] + kernel, []).append(result)
     return groups
 

@@ -46,7 +46,7 @@ from mmconv2former.engine.stopping import STOPPED
 
 SEEDS = (0, 1, 2)
 BASELINES = ('convnext_tiny', 'swin_tiny')
-KERNEL_SIZES = (5, 7, 15)  # beside the usual 11
+KERNEL_SIZES = (5, 11, 15)  # beside the 7 of Conv2Former-N
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Run:
         dataset: Key of `DATASETS`.
         backbone: 'conv2former', of the recipe's size, or a baseline's name.
         seed: Of the initial weights, the order of the images and their augmentation.
-        kernel_size: Of Conv2Former.
+        kernel_size: Of Conv2Former; None for that of its size, 7 for N and 11 for T.
         full_size: Whether the recipe is trained as it is, with Conv2Former-T.
         iterations: Of the training.
     """
@@ -92,7 +92,7 @@ class Run:
     dataset: str
     backbone: str
     seed: int
-    kernel_size: int
+    kernel_size: int | None
     full_size: bool
     iterations: int
 
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        kernel = '' if self.kernel_size == 11 else f', {self.kernel_size}x{self.kernel_size}'
+        kernel = '' if self.kernel_size is None else f', {self.kernel_size}x{self.kernel_size}'
         return f'{self.backbone}{kernel}, seed {self.seed}, {self.iterations} iterations'
 
     @property
@@ -115,7 +115,7 @@ class Run:
         """The recipe with this run's changes."""
         settings = DATASETS[self.dataset]
         config = Config.fromfile(recipes()[self.recipe])
-        if self.kernel_size != 11:
+        if self.kernel_size is not None:
             config.model.backbone.kernel_size = self.kernel_size
         if self.backbone != 'conv2former':
             set_backbone(config, self.backbone)
@@ -150,7 +150,7 @@ def set_iterations(config: Config, iterations: int) -> None:
 def plan(names: list[str], full_size: bool, iterations: int | None) -> list[Run]:
     """All runs, the most telling ones first: each backbone once, ours again, the rest."""
 
-    def runs(backbone: str, seed: int, kernel_size: int = 11) -> Iterator[Run]:
+    def runs(backbone: str, seed: int, kernel_size: int | None = None) -> Iterator[Run]:
         for name in names:
             length = iterations or DATASETS[name].iterations
             yield Run(name, backbone, seed, kernel_size, full_size, length)
@@ -207,7 +207,7 @@ def main() -> None:
             break
         record(result, [one.recipe, PUBLIC, one.label], args.out)
         draw_curves(one, args)
-        if one.seed == SEEDS[0] and one.backbone == 'conv2former' and one.kernel_size == 11:
+        if one.seed == SEEDS[0] and one.backbone == 'conv2former' and one.kernel_size is None:
             draw_predictions(one, args)
     if args.out == EVIDENCE and not args.list:
         write_tables()
