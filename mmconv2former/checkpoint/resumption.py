@@ -117,10 +117,11 @@ def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
             f'{settings}. Resume with the optim_wrapper and frozen_stages of its run, or start a '
             'new run with it as load_from.'
         )
-    for index, group in enumerate(saved['param_groups']):
-        if missing := sorted({'lr', 'weight_decay'} - group.keys()):
-            raise damaged(checkpoint, f'optimizer.param_groups.{index} has no {", ".join(missing)}')
     own = optimizer.state_dict()
+    for index, (group, own_group) in enumerate(zip(saved['param_groups'], own['param_groups'])):
+        needed = {'lr', 'weight_decay'} & own_group.keys()  # torch adds others in later releases
+        if missing := sorted(needed - group.keys()):
+            raise damaged(checkpoint, f'optimizer.param_groups.{index} has no {", ".join(missing)}')
     for key in own.keys() & saved.keys() - {'state'}:
         for problem in unlike(saved[key], own[key], key):
             raise damaged(checkpoint, f'optimizer.{problem}')

@@ -12,11 +12,13 @@ from helpers.checkpoints import CALLED, replace_pickle, write_call, write_getatt
 from helpers.in_process import refusal_of, with_data, write_tiny_config
 from helpers.tiny import tiny_config
 from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
+from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 
 from mmconv2former import ReliableRunner
 from mmconv2former.checkpoint import reading
+from mmconv2former.checkpoint.reading import CheckpointError
+from mmconv2former.checkpoint.resumption import check_optimizer
 
 AREA = 'Checkpoints'
 pytestmark = pytest.mark.usefixtures('in_process')
@@ -562,3 +564,12 @@ def test_garbled_last_checkpoint(fault, runner, two_checkpoints, tmp_path, fault
 def test_unchanged_checkpoint_is_resumed(runner, two_checkpoints, tmp_path):
     resume(runner, two_checkpoints, tmp_path)
     assert (runner.iter, runner.warnings) == (4, [])
+
+
+def test_optimizer_without_weight_decay_is_resumed():
+    optimizer = OptimWrapper(torch.optim.Rprop([torch.nn.Parameter(torch.ones(2))]))
+    check_optimizer(optimizer.state_dict(), optimizer, 'a.pth')
+    saved = optimizer.state_dict()
+    saved['param_groups'][0].pop('lr')
+    with pytest.raises(CheckpointError, match=r'param_groups\.0 has no lr'):
+        check_optimizer(saved, optimizer, 'a.pth')
