@@ -70,7 +70,7 @@ class Public:
 
 DATASETS = {
     'bccd': Public('faster_rcnn_conv2former_{}_bccd', 'coco/bbox_mAP', 160, 4, 1200),
-    'camvid': Public('upernet_conv2former_{}_camvid', 'mIoU', 176, 4, 1600),
+    'camvid': Public('upernet_conv2former_{}_camvid', 'mIoU', 176, 4, 1200),
 }
 FOLDER = 'public'  # beside the results, for logs and curves
 VALIDATIONS = 5  # during a training
@@ -363,10 +363,14 @@ def thinned(curve: dict[int, float], most: int = 40) -> list[tuple[int, float]]:
 
 
 def commit() -> str | None:
-    """The commit of the project, marked if files differ from it; None outside of a repository."""
-    command = ['git', 'describe', '--always', '--dirty', '--exclude', '*']
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return result.stdout.strip() or None
+    """The commit of the project, marked if code differs from it; None outside of a repository."""
+    head = git('rev-parse', '--short', 'HEAD')
+    changed = git('diff', '--name-only', 'HEAD', '--', '.', ':!docs')  # docs/ gets the results
+    return f'{head}-dirty' if head and changed else head or None
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(['git', *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def command_line() -> str:

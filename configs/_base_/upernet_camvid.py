@@ -36,14 +36,21 @@ metainfo = dict(
 )  # fmt: skip
 num_classes = 11
 void = 11
-loss = dict(avg_non_ignore=True)  # the mean over pixels that have a class
+cross_entropy = dict(type='CrossEntropyLoss', avg_non_ignore=True)  # the mean over labelled pixels
+# Five of the eleven classes have 0.3 to 1.2% of the pixels each. By cross entropy alone they were not
+# found within 17 epochs; this loss is about the IoU, for which all classes count alike.
+lovasz = dict(type='LovaszLoss', reduction='none', loss_weight=1.0)
 crop_size = (352, 480)  # multiples of 32
 model = dict(
     data_preprocessor=dict(size=crop_size, seg_pad_val=void),
     # With 1e-6, for long training, blocks contribute nothing for thousands of iterations.
     backbone=dict(layer_scale_init_value=0.1),
-    decode_head=dict(num_classes=num_classes, ignore_index=void, loss_decode=loss),
-    auxiliary_head=dict(num_classes=num_classes, ignore_index=void, loss_decode=loss),
+    decode_head=dict(
+        num_classes=num_classes, ignore_index=void, loss_decode=[cross_entropy, lovasz]
+    ),
+    auxiliary_head=dict(
+        num_classes=num_classes, ignore_index=void, loss_decode=cross_entropy
+    ),
     test_cfg=dict(_delete_=True, mode='whole'),
 )
 
