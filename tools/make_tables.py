@@ -287,15 +287,14 @@ PUBLIC_METRICS = {
 }
 
 
-def public_runs(evidence: dict[str, dict], dataset: str) -> dict[str, list[dict]]:
-    """The runs on a dataset by what was trained; those of a group differ in the seed."""
-    groups: dict[str, list[dict]] = {}
-    for record in evidence.values():
-        for result in record.get(PUBLIC, {}).values():
+def public_runs(evidence: dict[str, dict], dataset: str) -> dict[tuple[str, str], list[dict]]:
+    """The runs on a dataset by recipe and name; those of a group differ in the seed."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for recipe, record in evidence.items():
+        for label, result in record.get(PUBLIC, {}).items():
             if result['dataset'] == dataset:
-                size = result['kernel_size']
-                kernel = '' if size is None else f', {size}x{size}'
-                groups.setdefault(result['backbone'] + kernel, []).append(result)
+                name = re.sub(r', seed \d+', '', label)
+                groups.setdefault((recipe, name), []).append(result)
     return groups
 
 
@@ -303,42 +302,37 @@ def public_table(evidence: dict[str, dict]) -> str:
     """Results on public test splits: mean and spread over the seeds."""
     rows = []
     for dataset, (metrics, factor, _) in PUBLIC_METRICS.items():
-        for name, results in public_runs(evidence, dataset).items():
+        for (recipe, name), results in public_runs(evidence, dataset).items():
             untrained = [one['untrained'] for one in results if one['untrained']]
-            for what, tested in ((name, [one['metrics'] for one in results]),
-                                 (f'{name}, untrained', untrained)):  # fmt: skip
+            what = f'{results[0]["backbone"]}, untrained'
+            minutes = mean(one['seconds'] / 60 for one in results)
+            for label, tested, time in (
+                (name, [one['metrics'] for one in results], f'{minutes:.0f} min'),
+                (what, untrained, ''),
+            ):
                 if not tested:
                     continue
                 cells = [
                     mean_and_spread([factor * one.get(key, 0.0) for one in tested])
                     for key in metrics
                 ]
-                first = results[0]
-                minutes = [one['seconds'] / 60 for one in results]
-                rows.append(
-                    [
-                        dataset,
-                        what,
-                        f'{first["parameters"] / 1e6:.1f} M',
-                        f'{first["backbone_flops"] / 1e9:.2f} G',
-                        str(len(tested)),
-                        *cells,
-                        '' if tested is untrained else f'{sum(minutes) / len(minutes):.0f} min',
-                    ]
-                )
-    header = ['data', 'backbone', 'parameters', "backbone's FLOPs", 'seeds', 'AP or mIoU']
+                parameters = f'{results[0]["parameters"] / 1e6:.1f} M'
+                flops = f'{results[0]["backbone_flops"] / 1e9:.2f} G'
+                seeds = str(len(tested))
+                rows.append([f'`{recipe}`', label, parameters, flops, seeds, *cells, time])
+    header = ['recipe', 'backbone', 'parameters', "backbone's FLOPs", 'seeds', 'AP or mIoU']
     return table([*header, 'AP50 or pixel accuracy', 'training'], rows)
 
 
 def class_table(evidence: dict[str, dict], dataset: str) -> str:
     """AP or IoU of each class, the mean over the seeds."""
     _, factor, pattern = PUBLIC_METRICS[dataset]
-    rows, header = [], ['backbone']
-    for name, results in public_runs(evidence, dataset).items():
+    rows, header = [], ['recipe', 'backbone']
+    for (recipe, name), results in public_runs(evidence, dataset).items():
         keys = [key for key in results[0]['metrics'] if re.fullmatch(pattern, key)]
-        header = ['backbone', *(re.sub(pattern, r'\1', key) for key in keys)]
+        header = ['recipe', 'backbone', *(re.sub(pattern, r'\1', key) for key in keys)]
         means = (mean(factor * one['metrics'][key] for one in results) for key in keys)
-        rows.append([name, *(f'{value:.1f}' for value in means)])
+        rows.append([f'`{recipe}`', name, *(f'{value:.1f}' for value in means)])
     return table(header, rows)
 
 

@@ -46,7 +46,7 @@ from mmconv2former.engine.stopping import STOPPED
 
 SEEDS = (0, 1, 2)
 BASELINES = ('convnext_tiny', 'swin_tiny')
-KERNEL_SIZES = (5, 11, 15)  # beside the 7 of Conv2Former-N
+KERNEL_SIZES = (5, 7, 11, 15)
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,14 @@ def plan(names: list[str], full_size: bool, iterations: int | None) -> list[Run]
         *(one for seed in others for one in runs('conv2former', seed)),
         *(one for seed in others for baseline in BASELINES for one in runs(baseline, seed)),
     ]
-    kernels = [one for k in KERNEL_SIZES for seed in SEEDS for one in runs('conv2former', seed, k)]
+    own = 11 if full_size else 7
+    kernels = [
+        one
+        for k in KERNEL_SIZES
+        if k != own
+        for seed in SEEDS
+        for one in runs('conv2former', seed, k)
+    ]
     return [*planned, *(one for one in kernels if one.dataset == 'camvid')]
 
 
@@ -370,7 +377,9 @@ def commit() -> str | None:
 
 
 def git(*arguments: str) -> str:
-    return subprocess.run(['git', *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        ['git', *arguments], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def command_line() -> str:

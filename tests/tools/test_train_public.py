@@ -43,6 +43,8 @@ def test_most_telling_runs_come_first():
     assert len(set(labels)) == len(labels) == 2 * 3 * 3
     assert {run.kernel_size for run in runs if run.dataset == 'camvid'} == {None, 5, 11, 15}
     assert len({run.stem for run in runs}) == len(runs)
+    large = plan(['camvid'], full_size=True, iterations=9)
+    assert {run.kernel_size for run in large} == {None, 5, 7, 15}
 
 
 @pytest.mark.parametrize('dataset', DATASETS)
@@ -151,31 +153,35 @@ def test_run_in_small(data, small, tmp_path, monkeypatch, capfd):
 
 
 # ---------------------------------------------------------------------------------------- results
-def fake(backbone, seed, value, untrained=None, kernel_size=None):
+def fake(backbone, value, untrained=None):
     return {
-        'dataset': 'camvid', 'backbone': backbone, 'seed': seed, 'kernel_size': kernel_size,
-        'parameters': 15.7e6, 'backbone_flops': 1.9e9, 'seconds': 600,
+        'dataset': 'camvid', 'backbone': backbone, 'parameters': 15.7e6, 'backbone_flops': 1.9e9,
+        'seconds': 600, 'untrained': untrained,
         'metrics': {'mIoU': value, 'aAcc': 80.0, 'IoU/sky': 90.0, 'IoU/car': value},
-        'untrained': untrained,
     }  # fmt: skip
 
 
 def test_tables_have_means_and_spreads():
     runs = {
-        'a': fake('conv2former', 0, 40.0, {'mIoU': 2.0, 'aAcc': 9.0}),
-        'b': fake('conv2former', 1, 42.0),
-        'c': fake('swin_tiny', 0, 39.0),
-        'd': fake('conv2former', 0, 38.0, kernel_size=5),
+        'conv2former, seed 0, 9 iterations': fake('conv2former', 40.0, {'mIoU': 2.0, 'aAcc': 9.0}),
+        'conv2former, seed 1, 9 iterations': fake('conv2former', 42.0),
+        'conv2former, seed 1, 8 iterations': fake('conv2former', 1.0),
+        'swin_tiny, seed 0, 9 iterations': fake('swin_tiny', 39.0),
+        'conv2former, 5x5, seed 0, 9 iterations': fake('conv2former', 38.0),
     }
-    evidence = {'upernet_conv2former_n_camvid': {PUBLIC: runs}}
-    lines = public_table(evidence).splitlines()
-    assert (
-        '| camvid | conv2former | 15.7 M | 1.90 G | 2 | 41.0 ± 1.4 | 80.0 ± 0.0 | 10 min |' in lines
-    )
-    assert '| camvid | conv2former, untrained | 15.7 M | 1.90 G | 1 | 2.0 | 9.0 |  |' in lines
-    assert '| camvid | swin_tiny | 15.7 M | 1.90 G | 1 | 39.0 | 80.0 | 10 min |' in lines
-    assert any(line.startswith('| camvid | conv2former, 5x5 | ') for line in lines)
-    assert '| conv2former | 90.0 | 41.0 |' in class_table(evidence, 'camvid').splitlines()
+    large = {'conv2former, seed 0, 9 iterations': fake('conv2former', 70.0)}
+    evidence = {'upernet_n': {PUBLIC: runs}, 'upernet_t': {PUBLIC: large}}
+    n, size = '| `upernet_n` | ', ' | 15.7 M | 1.90 G | '
+    assert public_table(evidence).splitlines()[2:] == [
+        f'{n}conv2former, 9 iterations{size}2 | 41.0 ± 1.4 | 80.0 ± 0.0 | 10 min |',
+        f'{n}conv2former, untrained{size}1 | 2.0 | 9.0 |  |',
+        f'{n}conv2former, 8 iterations{size}1 | 1.0 | 80.0 | 10 min |',
+        f'{n}swin_tiny, 9 iterations{size}1 | 39.0 | 80.0 | 10 min |',
+        f'{n}conv2former, 5x5, 9 iterations{size}1 | 38.0 | 80.0 | 10 min |',
+        f'| `upernet_t` | conv2former, 9 iterations{size}1 | 70.0 | 80.0 | 10 min |',
+    ]
+    classes = class_table(evidence, 'camvid').splitlines()
+    assert f'{n}conv2former, 9 iterations | 90.0 | 41.0 |' in classes
     assert set(PUBLIC_METRICS) == set(DATASETS)
     assert mean_and_spread([1.0]) == '1.0'
 
