@@ -36,21 +36,20 @@ metainfo = dict(
 )  # fmt: skip
 num_classes = 11
 void = 11
-cross_entropy = dict(type='CrossEntropyLoss', avg_non_ignore=True)  # the mean over labelled pixels
-# Five of the eleven classes have 0.3 to 1.2% of the pixels each. By cross entropy alone they were not
-# found within 17 epochs; this loss is about the IoU, for which all classes count alike.
-lovasz = dict(type='LovaszLoss', reduction='none', loss_weight=1.0)
+# Five of the eleven classes have 0.3 to 1.2% of the pixels each. Without weights they are not found
+# within 17 epochs. Weights by median frequency (arXiv 1411.4734): that of a class is the part of
+# its pixels in the training images that have it.
+loss = dict(
+    class_weight=[0.28, 0.20, 4.79, 0.15, 1.00, 0.42, 3.85, 1.97, 0.79, 6.37, 8.86],
+    reduction='none',  # the mean is taken later; mmseg's own cannot index the weights by void
+)
 crop_size = (352, 480)  # multiples of 32
 model = dict(
     data_preprocessor=dict(size=crop_size, seg_pad_val=void),
     # With 1e-6, for long training, blocks contribute nothing for thousands of iterations.
     backbone=dict(layer_scale_init_value=0.1),
-    decode_head=dict(
-        num_classes=num_classes, ignore_index=void, loss_decode=[cross_entropy, lovasz]
-    ),
-    auxiliary_head=dict(
-        num_classes=num_classes, ignore_index=void, loss_decode=cross_entropy
-    ),
+    decode_head=dict(num_classes=num_classes, ignore_index=void, loss_decode=loss),
+    auxiliary_head=dict(num_classes=num_classes, ignore_index=void, loss_decode=loss),
     test_cfg=dict(_delete_=True, mode='whole'),
 )
 
