@@ -37,8 +37,8 @@ metainfo = dict(
 num_classes = 11
 void = 11
 # Five of the eleven classes have 0.3 to 1.2% of the pixels each. Without weights they are not found
-# within 17 epochs. Weights by median frequency (arXiv 1411.4734): that of a class is the part of
-# its pixels in the training images that have it.
+# within 17 epochs. These are by median frequency (arXiv 1411.4734): the median over the classes,
+# divided by a class's own share of the pixels in those training images that have it.
 loss = dict(
     class_weight=[0.28, 0.20, 4.79, 0.15, 1.00, 0.42, 3.85, 1.97, 0.79, 6.37, 8.86],
     reduction='none',  # the mean is taken later; mmseg's own cannot index the weights by void

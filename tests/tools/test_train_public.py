@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import train_public
 from helpers.tiny import ARCH, CHANNELS
@@ -17,6 +18,7 @@ from make_tables import (
     public_table,
 )
 from mmengine.config import Config
+from PIL import Image
 from train_public import DATASETS, Run, count, plan, set_iterations, thinned, training_seconds
 
 
@@ -99,6 +101,17 @@ def data(real_samples, tmp_path):
             for path in sorted((source / kind / split).iterdir())[:6]:
                 shutil.copy(path, folder)
     return tmp_path / 'data'
+
+
+def test_classes_of_camvid_are_weighted_by_median_frequency(real_samples):
+    masks = sorted((real_samples / 'public/camvid/annotations/train').glob('*.png'))
+    if not masks:
+        pytest.skip('MMCONV2FORMER_SAMPLES has no public/camvid')
+    counts = np.stack([np.bincount(np.asarray(Image.open(m)).ravel(), minlength=12) for m in masks])
+    pixels = counts.sum(1, keepdims=True) * (counts > 0)  # of the images that have a class
+    frequencies = (counts.sum(0) / pixels.sum(0))[:11]  # without void
+    loss = Run('camvid', 'conv2former', 0, None, False, 9).config.model.decode_head.loss_decode
+    assert loss.class_weight == pytest.approx(np.median(frequencies) / frequencies, abs=5e-3)
 
 
 @pytest.fixture
