@@ -346,9 +346,8 @@ def image_size(config: Config) -> tuple[int, int]:
 def count(config: Config) -> tuple[int, int]:
     """Parameters of the whole model, and the backbone's FLOPs for an image."""
     init_default_scope(config.default_scope)
-    with torch.device('meta'):
-        model = MODELS.build(config.model)
-        flops = count_macs(model.backbone.eval(), torch.zeros(1, 3, *image_size(config)))
+    model = MODELS.build(config.model)  # not on the meta device: ConvNeXt's constructor reads values
+    flops = count_macs(model.backbone.eval(), torch.zeros(1, 3, *image_size(config)))
     return count_parameters(model), flops
 
 
