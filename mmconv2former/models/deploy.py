@@ -26,8 +26,8 @@ def deploy(network: nn.Module) -> None:
     """Replaces stem, blocks and downsamplings of a network with their forms for inference.
 
     Raises:
-        RuntimeError: A layer of a block was replaced, is parametrized or has hooks, which would be
-            lost. The network is then unchanged.
+        RuntimeError: A layer of a block was added or replaced, is parametrized, has hooks or
+            another eps, which would be lost. The network is then unchanged.
     """
     for name, module in network.named_modules():
         if isinstance(module, Block):
@@ -51,6 +51,16 @@ def check_block(name: str, block: Block) -> None:
                 f'switch_to_deploy folds the layers of {name}, but {layer_name} was replaced, is '
                 f'parametrized or has hooks: {layer}. Merge or remove what was attached first'
             )
+    if len(block.attn.att) != 3:
+        raise RuntimeError(
+            f'switch_to_deploy folds the layers of {name}, but attn.att must have 3 layers, got '
+            f'{len(block.attn.att)}. Remove what was added first'
+        )
+    if block.attn.norm.eps != block.mlp.norm.eps:
+        raise RuntimeError(
+            f'switch_to_deploy folds the layers of {name}, but mlp.norm must have the eps of '
+            f'attn.norm, {block.attn.norm.eps}, got {block.mlp.norm.eps}'
+        )
 
 
 class DeployedBlock(nn.Module):

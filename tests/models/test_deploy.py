@@ -63,12 +63,29 @@ def fold_another_activation(model):
     model.stages[1][0].mlp.act = nn.GELU('tanh')
 
 
-@pytest.mark.parametrize('attach', [fold_a_hook, fold_another_layer, fold_another_activation])
+def fold_an_added_layer(model):
+    model.stages[1][0].attn.att.append(nn.Tanh())
+
+
+def fold_another_eps(model):
+    model.stages[1][0].mlp.norm.eps = 0.1
+
+
+@pytest.mark.parametrize(
+    'attach',
+    [
+        fold_a_hook,
+        fold_another_layer,
+        fold_another_activation,
+        fold_an_added_layer,
+        fold_another_eps,
+    ],
+)
 def test_what_would_be_lost_is_refused(attach):
     model = build()
     attach(model)
     expected = model(X)[0]
-    with pytest.raises(RuntimeError, match=r'switch_to_deploy .* stages\.1\.0, but mlp\.(fc|act)'):
+    with pytest.raises(RuntimeError, match=r'switch_to_deploy .* stages\.1\.0, but (mlp|attn)\.'):
         model.switch_to_deploy()
     assert not model.is_deployed
     assert torch.equal(model(X)[0], expected)  # nothing was changed
