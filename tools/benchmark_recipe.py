@@ -3,16 +3,12 @@
     python tools/benchmark_recipe.py configs/detection/mask_rcnn_conv2former_t.py
     python tools/benchmark_recipe.py configs/segmentation/upernet_conv2former_t.py --size 512 512
     python tools/benchmark_recipe.py CONFIG --device cuda --dtype bfloat16 --optimizer
-    python tools/benchmark_recipe.py CONFIG --layout --device cuda --dtype bfloat16 --optimizer
     python tools/benchmark_recipe.py CONFIG --data-root DIR       # the training pipeline alone
 
 The first three run training steps (forward and backward pass of all losses) on synthetic images,
 with the models in turn: detection at 512x512 by default, segmentation at its crop. `published code`
 is the recipe's backbone with the published operators. In detection nearly every batch has a new
 size, so the first call at two new sizes is timed too. docs/performance.md explains the columns.
-
-With `--layout` the models are the recipe with its backbone's features contiguous or in
-channels_last (`out_channels_last`), and the weights of neck and heads in either format.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ import argparse
 import copy
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -50,8 +46,6 @@ from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from torch import Tensor
 
-from mmconv2former.compat.roi_align import guard_roi_align
-
 PAGE = Path(__file__).resolve().parents[1] / 'docs/data/benchmarks.md'
 OBJECTS = 8  # in each synthetic image
 
@@ -68,9 +62,6 @@ def main() -> None:
     parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: cpu')
     parser.add_argument('--dtype', choices=DTYPES, help='autocast dtype (default: float32)')
     parser.add_argument('--optimizer', action='store_true', help='include the step of AdamW')
-    parser.add_argument(
-        '--layout', action='store_true', help='compare memory formats instead of backbones'
-    )
     parser.add_argument('--rounds', type=int, default=5, help='number of timed rounds (default: 5)')
     parser.add_argument('--data-root', help='measure the training pipeline on these data')
     parser.add_argument(
@@ -88,11 +79,9 @@ def main() -> None:
     if args.size:
         asked['size'] = tuple(args.size)
     setting = replace(default_setting(Config.fromfile(args.config)), **asked)
-    measure = measure_layouts if args.layout else measure_steps
-    costs = measure(args.config, setting, args.optimizer, args.rounds, UNLIMITED)
+    costs = measure_steps(args.config, setting, args.optimizer, args.rounds, UNLIMITED)
     title = f'{machine(setting.device)}; {args.config}; {setting}; medians of {args.rounds} rounds'
-    name = f'{"layout" if args.layout else "recipe"} {args.config.stem}'
-    show(name, f'{title}\n\n{costs_table(costs)}', pages)
+    show(f'recipe {args.config.stem}', f'{title}\n\n{costs_table(costs)}', pages)
 
 
 def default_setting(config: Config) -> Setting:
@@ -120,23 +109,20 @@ def measure_steps(
         'ConvNeXt-T': partial(build, with_baseline(config, 'convnext_tiny')),
         'Swin-T': partial(build, with_baseline(config, 'swin_tiny')),
     }
-    return measure_models(builders, config, setting, with_optimizer, rounds, budget)
-
-
-def measure_layouts(
-    path: Path, setting: Setting, with_optimizer: bool, rounds: int, budget: Budget
-) -> dict[str, Cost]:
-    """Costs of a training step with each memory format of features and weights; see above."""
-    config = read_recipe(path, setting)
-    formats = ('contiguous', 'channels_last')
-    builders = {
-        f'{features} features, {weights} weights': partial(
-            build_layout, config, features == 'channels_last', weights == 'channels_last'
-        )
-        for features in formats
-        for weights in formats
-    }
-    return measure_models(builders, config, setting, with_optimizer, rounds, budget)
+    height, width = setting.size
+    has_crop = config.model.data_preprocessor.get('size') is not None
+    make_batch = detection_batch if config.default_scope == 'mmdet' else segmentation_batch
+    return measure_costs(
+        {
+            name: partial(make_case, build_model, setting, with_optimizer)
+            for name, build_model in builders.items()
+        },
+        partial(make_batch, setting.batch),
+        setting,
+        rounds,
+        budget,
+        new_sizes=[] if has_crop else [(height + 32, width), (height + 32, width + 32)],
+    )
 
 
 def read_recipe(path: Path, setting: Setting) -> Config:
@@ -165,44 +151,6 @@ def build_published(config: Config) -> BaseModel:
     model = build(config)
     model.backbone = PublishedConv2Former(model.backbone)
     return model
-
-
-def build_layout(config: Config, features: bool, weights: bool) -> BaseModel:
-    """A recipe's model with features, or weights of all but the backbone, in channels_last."""
-    guard_roi_align()
-    config = copy.deepcopy(config)
-    config.model.backbone.out_channels_last = features
-    model = build(config)
-    if weights:
-        for name, part in model.named_children():
-            if name != 'backbone':
-                part.to(memory_format=torch.channels_last)
-    return model
-
-
-def measure_models(
-    builders: Mapping[str, Callable[[], BaseModel]],
-    config: Config,
-    setting: Setting,
-    with_optimizer: bool,
-    rounds: int,
-    budget: Budget,
-) -> dict[str, Cost]:
-    """Costs of a training step of models of one recipe."""
-    height, width = setting.size
-    has_crop = config.model.data_preprocessor.get('size') is not None
-    make_batch = detection_batch if config.default_scope == 'mmdet' else segmentation_batch
-    return measure_costs(
-        {
-            name: partial(make_case, build, setting, with_optimizer)
-            for name, build in builders.items()
-        },
-        partial(make_batch, setting.batch),
-        setting,
-        rounds,
-        budget,
-        new_sizes=[] if has_crop else [(height + 32, width), (height + 32, width + 32)],
-    )
 
 
 def make_case(build_model: Callable[[], BaseModel], setting: Setting, with_optimizer: bool) -> Case:

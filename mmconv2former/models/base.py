@@ -14,7 +14,6 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..compat.roi_align import guard_roi_align
 from ..ops.block import RECOMPUTE, folded_together
 from ..ops.dispatch import is_captured
 from ..ops.memory_format import to_channels_first
@@ -98,7 +97,6 @@ class Conv2FormerBase(PretrainedModule):
         with_cp: bool = False,
         recompute: str = 'elementwise',
         depthwise_conv: str = 'DepthwiseConv',
-        out_channels_last: bool = False,
         init_cfg: dict | list[dict] | None = None,
         **foreign: NoReturn,
     ) -> None:
@@ -116,9 +114,6 @@ class Conv2FormerBase(PretrainedModule):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
-        self.out_channels_last = out_channels_last
-        if out_channels_last:
-            guard_roi_align()
         self.is_deployed = False
         self._block_options: dict[str, Any] = dict(
             fusion=fusion,
@@ -146,8 +141,7 @@ class Conv2FormerBase(PretrainedModule):
         """Adds output norms and sets initial values and modes, after all stages are built."""
         for i, channels in zip(self.out_indices, self.channels):
             if self.out_norm:
-                norm = LayerNorm(channels, channels_first=not self.out_channels_last)
-                self.add_module(f'norm{i}', norm)
+                self.add_module(f'norm{i}', LayerNorm(channels))
         self.apply(init_layer)
         for module in self._frozen_modules():
             module.requires_grad_(False)
@@ -230,8 +224,7 @@ class Conv2FormerBase(PretrainedModule):
     def _output(self, x: Tensor, index: int) -> Tensor:
         """The returned feature map of index `index`, (N, H, W, C) -> (N, C, H, W)."""
         x = getattr(self, f'norm{index}')(x) if self.out_norm else x
-        x = to_channels_first(x)  # (N, C, H, W)
-        return x if self.out_channels_last and x.is_cuda else x.contiguous()
+        return to_channels_first(x).contiguous()  # mmcv's RoIAlign misreads other layouts
 
 
 def find_layer(argument: str, name: str) -> type[nn.Module]:

@@ -66,20 +66,19 @@ class LayerNorm(nn.LayerNorm):
 
     Args:
         channels: C.
-        before_convolution: Whether a convolution follows: the result has autocast's dtype.
-        channels_first: Whether the result is contiguous as (N, C, H, W).
+        before_convolution: Whether a convolution of the backbone follows: the result has
+            autocast's dtype. Otherwise it is returned by the network: it keeps the dtype of x and
+            can be contiguous as (N, C, H, W).
     """
 
-    def __init__(
-        self, channels: int, before_convolution: bool = False, channels_first: bool = False
-    ) -> None:
+    def __init__(self, channels: int, before_convolution: bool = False) -> None:
         super().__init__(channels, eps=LAYER_NORM_EPS)
         self.before_convolution = before_convolution
-        self.channels_first = channels_first
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = autocast_dtype(x) if self.before_convolution else x.dtype
-        return layer_norm(x, self.weight, self.bias, self.eps, dtype, self.channels_first)
+        channels_first = not self.before_convolution
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype, channels_first)
 
 
 class PointwiseConv(nn.Conv2d):

@@ -87,9 +87,6 @@ class Conv2Former(Conv2FormerBase):
             another `fusion` or `depthwise_conv`, with hooks or replaced layers.
         depthwise_conv: Registered type of the modulation's depthwise convolution, called with
             (N, H, W, C); see `mmconv2former.ops.DepthwiseConv`.
-        out_channels_last: Whether feature maps on a GPU stay in `torch.channels_last` memory, which
-            saves a copy in half-precision convolutions that follow. mmcv's RoIAlign, which
-            misreads such memory, is then guarded (`mmconv2former.compat`).
         init_cfg: mmengine's initialisation config. `dict(type='Pretrained', checkpoint=FILE)`
             reads published files unchanged and raises an error if one does not fit; further keys
             are arguments of `mmconv2former.checkpoint.loading.load_pretrained`, such as `prefix`

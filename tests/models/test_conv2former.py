@@ -111,7 +111,7 @@ def test_signature_has_all_arguments():
         arch='tiny', in_channels=3, kernel_size=None, fusion='hadamard', mlp_ratio=4,
         drop_path_rate=0.0, layer_scale_init_value=1e-6, out_indices=(0, 1, 2, 3), out_norm=True,
         frozen_stages=-1, norm_eval=False, with_cp=False, recompute='elementwise',
-        depthwise_conv='DepthwiseConv', out_channels_last=False, init_cfg=None,
+        depthwise_conv='DepthwiseConv', init_cfg=None,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Training steps of whole recipes: the same losses in any memory format, and what is timed."""
+"""Training steps of whole recipes: what is timed, and how it is shown."""
 
 import re
 import sys
@@ -7,33 +7,12 @@ from functools import partial
 import benchmark_recipe
 import pytest
 import torch
-from benchmark_recipe import build_layout, detection_batch, loss, read_recipe, segmentation_batch
+from benchmark_recipe import build, detection_batch, loss, read_recipe
 from common.measuring import Setting
 from helpers import ROOT
 from helpers.in_process import write_tiny_config
 
-from mmconv2former import Conv2Former
-
 SETTING = Setting((64, 64), batch=2)
-
-
-@pytest.fixture
-def channels_last_features(monkeypatch):
-    """`out_channels_last` as it works on CUDA."""
-    stock_init, stock_forward = Conv2Former.__init__, Conv2Former.forward
-
-    def init(self, *args, out_channels_last=False, **kwargs):
-        stock_init(self, *args, **kwargs)
-        self.out_channels_last = out_channels_last
-
-    def forward(self, x):
-        outputs = stock_forward(self, x)
-        if self.out_channels_last:
-            outputs = tuple(y.contiguous(memory_format=torch.channels_last) for y in outputs)
-        return outputs
-
-    monkeypatch.setattr(Conv2Former, '__init__', init)
-    monkeypatch.setattr(Conv2Former, 'forward', forward)
 
 
 @pytest.fixture
@@ -49,35 +28,11 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    ('recipe', 'make_batch'),
-    [
-        ('detection/mask_rcnn_conv2former_n', detection_batch),
-        ('segmentation/upernet_conv2former_n', segmentation_batch),
-    ],
-)
-def test_losses_are_those_of_any_layout(recipe, make_batch, channels_last_features):
-    config = read_recipe(ROOT / f'configs/{recipe}.py', SETTING)
-    losses = []
-    for features in (False, True):
-        for weights in (False, True):
-            model = build_layout(config, features, weights)
-            with torch.no_grad():
-                losses.append(loss(model, make_batch(2, (64, 64)), SETTING))
-            (output, *_) = model.backbone(torch.zeros(1, 3, 64, 64))
-            assert output.is_contiguous() != features
-            formats = {
-                parameter.is_contiguous(memory_format=torch.channels_last)
-                for name, parameter in model.named_parameters()
-                if not name.startswith('backbone.') and is_spatial(parameter)
-            }
-            assert formats == {weights}
-    torch.testing.assert_close(torch.stack(losses), losses[0].expand(4), rtol=1e-4, atol=1e-4)
-
-
-def is_spatial(parameter):
-    """Whether the two memory formats differ."""
-    return parameter.ndim == 4 and min(parameter.shape[1], parameter.shape[2]) > 1
+def test_loss_of_a_detector():
+    config = read_recipe(ROOT / 'configs/detection/mask_rcnn_conv2former_n.py', SETTING)
+    with torch.no_grad():
+        value = loss(build(config), detection_batch(2, (64, 64)), SETTING)
+    assert 0 < value < 100
 
 
 @pytest.mark.parametrize('with_optimizer', [True, False])
@@ -95,13 +50,6 @@ def test_step_of_a_recipe(with_optimizer, monkeypatch):
     case.step(torch.tensor([[3.0, 4.0]]))
     assert [grad.tolist() for grad in stepped] == ([[[3, 4]], [1]] if with_optimizer else [])
     assert all(parameter.grad is None for parameter in case.model.parameters())
-
-
-def test_layouts_are_compared(run, channels_last_features):
-    output = run('--layout', '--size', 64, 64, '--rounds', 2)
-    for features in ('contiguous', 'channels_last'):
-        for weights in ('contiguous', 'channels_last'):
-            assert re.search(rf'\| `{features} features, {weights} weights` \| \d+', output)
 
 
 def test_whole_recipes_and_their_data(run, sample, tmp_path, monkeypatch):
