@@ -38,7 +38,6 @@ RUN_HERE = {
     'tools/prepare_data.py': '--workers 1',
     'tools/subset_data.py': '--train 2 --val 1',
     'tools/plot_curves.py': '',
-    'tools/draw_architecture.py': '',
     'tools/convert_weights.py': '',
     '<<': '',  # a script within the block
     'export': '',
