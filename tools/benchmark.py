@@ -19,12 +19,11 @@ depthwise convolution, backbones and whole recipes, and writes its files after e
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import common  # noqa: F401  (before torch)
+import common  # before torch
 from benchmark_report import FULL, QUICK, write_report
 from common import model_specs
 from common.measuring import DTYPES, Cost, Setting, machine
@@ -54,10 +53,8 @@ DEFAULT, FASTEST, SMALLEST, CHECKPOINTED, DEPLOYED = OURS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.format(specs=model_specs.__doc__.partition('\n\n')[2].strip()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    specs = model_specs.__doc__.partition('\n\n')[2].strip()
+    parser = common.parser_of(__doc__.format(specs=specs))
     parser.add_argument(
         'models', nargs='*', metavar='MODEL', help='models to compare (default: a selection)'
     )

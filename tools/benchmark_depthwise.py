@@ -12,13 +12,12 @@ host.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import common  # noqa: F401  (before torch)
+import common  # before torch
 import torch
 from common.config_check import in_one_line
 from common.measuring import (
@@ -64,9 +63,7 @@ GRADIENTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu')
     parser.add_argument('--dtype', choices=DTYPES, help='default: float32 on CPU, bfloat16 on GPU')
     parser.add_argument('--kernel-sizes', type=int, nargs='+')

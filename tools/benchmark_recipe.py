@@ -13,7 +13,6 @@ size, so the first call at two new sizes is timed too. docs/performance.md expla
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections import defaultdict
@@ -22,7 +21,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import common  # noqa: F401  (before torch)
+import common  # before torch
 import cv2
 import numpy as np
 import torch
@@ -51,9 +50,7 @@ OBJECTS = 8  # in each synthetic image
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument('config', type=Path)
     parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'))
     parser.add_argument(

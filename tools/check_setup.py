@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 from importlib import import_module
 from pathlib import Path
 
-import common  # noqa: F401  (before torch)
+import common  # before torch
 import torch
 from common.quiet import hide_known_messages
 from mmengine.config import Config
@@ -26,7 +25,7 @@ SIDE = 64  # pixels of the images
 
 def main() -> None:
     """Builds the recipe's model from random weights and computes the gradients of its losses."""
-    argparse.ArgumentParser(description='Trains Mask R-CNN for one step.').parse_args()
+    common.parser_of(__doc__).parse_args()
     hide_known_messages()
     logging.getLogger('mmconv2former').setLevel(logging.ERROR)  # the line below says it
     from mmdet.registry import MODELS

@@ -11,7 +11,6 @@ environments have torch and, of OpenMMLab, only mmengine; they are deleted after
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ import venv
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import parser_of
 from common.tables import table, with_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,9 +47,7 @@ OUTCOMES = ('passed', 'failed', 'skipped', 'deselected', 'error', 'errors')
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument('--only', choices=['family', 'torch'], help='run only one of the two parts')
     parser.add_argument(
         '--tests', nargs='+', default=['tests'], help="test files or folders for 'family'"

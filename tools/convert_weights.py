@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import common  # noqa: F401  (before torch)
+import common  # before torch
 import torch
 from common.cli import add_trust_argument, guard_checkpoints
 from torch import Tensor
@@ -52,9 +52,7 @@ SUFFIXES = ('.pth', '.safetensors')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument('checkpoint', help='file to read')
     parser.add_argument('out', type=Path, help='file to write, .pth or .safetensors')
     parser.add_argument(

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from common import parser_of
 from common.data_layout import COCO_SPLITS
 from pycocotools.coco import COCO
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument('source', type=Path, help="folder in COCO's layout")
     parser.add_argument('folder', type=Path, help='new folder')
     parser.add_argument(

@@ -27,6 +27,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from common import parser_of
 from pycocotools import mask as coco_mask
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,9 +56,7 @@ FONT: dict[str, Any] = dict(fontFace=cv2.FONT_HERSHEY_SIMPLEX, fontScale=0.5, co
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument('--data', type=Path, default='data/sample', help='folder for the sample')
     parser.add_argument('--work-dir', type=Path, default=WORK_DIR)
     parser.add_argument('--train', type=int, default=240, help='number of training images')

@@ -37,7 +37,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import common  # noqa: F401  (before torch)
+import common  # before torch
 import mmcv
 import mmengine
 import torch
@@ -78,9 +78,7 @@ METRICS = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument('kind', choices=['steps', 'fit', 'cost', 'backbones'])
     parser.add_argument(
         'names', nargs='*', metavar='NAME', help='recipes or backbones (default: all)'

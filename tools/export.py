@@ -34,7 +34,7 @@ import common  # noqa: F401  (before torch)
 import torch
 import torch.nn.functional as F
 from common.cli import run_errors
-from common.inference import load_whole_model, one_of, parser_of, read_config, to_deploy
+from common.inference import load_whole_model, one_of, parser_for_model, read_config, to_deploy
 from mmengine.config import Config
 from mmengine.model import BaseModule, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
@@ -505,7 +505,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__)
+    parser = parser_for_model(__doc__)
     parser.add_argument('out', type=Path, help=f'file to write, ending with {", ".join(FORMATS)}')
     parser.add_argument(
         '--what',

@@ -16,7 +16,6 @@ image, and launches are recorded instead of computed.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -31,6 +30,7 @@ from unittest.mock import patch
 
 import torch
 import triton
+from common import parser_of
 from common.tables import show, table
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -73,9 +73,7 @@ class Resources(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument('--capability', type=int, nargs='+', default=[80, 90])
     parser.add_argument('--kernel-sizes', type=int, nargs='+', default=[3, 5, 7, 11, 21, 31])
     parser.add_argument('--channels', type=int, nargs='+', default=[72])

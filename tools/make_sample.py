@@ -12,7 +12,6 @@ gives the same files with the same versions of numpy and OpenCV.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+from common import parser_of
 from common.data_layout import ADE_SPLITS, COCO_IDS, COCO_SPLITS
 from numpy.random import Generator
 from pycocotools import mask as coco_mask
@@ -44,9 +44,7 @@ class Painted(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument('folder', type=Path, help='output folder; replaced if this tool made it')
     parser.add_argument('--train', type=int, default=240, help='number of training images')
     parser.add_argument('--val', type=int, default=60, help='number of held-out images')

@@ -8,7 +8,6 @@ Each table is between `<!-- table NAME -->` and `<!-- end -->`; the text between
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Collection
@@ -17,6 +16,7 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import yaml
+from common import parser_of
 from common.tables import table, with_table
 from mmengine.config import Config
 
@@ -67,9 +67,7 @@ LEAST_IMAGES = 8  # minimum for the level of a fit at full size
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         '--check', action='store_true', help='write nothing; fail if a table is out of date'
     )

@@ -14,15 +14,14 @@ import json
 from pathlib import Path
 
 import matplotlib
+from common import parser_of
 
 matplotlib.use('Agg')
 from matplotlib import pyplot
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     add_arguments(parser)
     plot_curves(parser.parse_args())
 

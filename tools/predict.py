@@ -33,7 +33,7 @@ from common.inference import (
     draw,
     load_for_drawing,
     load_whole_model,
-    parser_of,
+    parser_for_model,
     read_config,
     replay_backbone,
     settings_of_files,
@@ -61,7 +61,7 @@ FAILURES = (ValueError, RuntimeError, MemoryError)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = parser_of(__doc__)
+    parser = parser_for_model(__doc__)
     parser.add_argument('inputs', nargs='+', help='images, videos, folders, quoted patterns')
     parser.add_argument('--out', type=Path, required=True, help='output folder')
     parser.add_argument(

@@ -29,6 +29,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
+from common import parser_of
 from common.cli import add_config_arguments, check_files, load_config
 from common.data_layout import (
     ADE,
@@ -73,9 +74,7 @@ class Finding(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument('dataset', help=f'{", ".join(CHECKS)}, or a config file')
     parser.add_argument(
         '--root',

@@ -17,15 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from common import parser_of
 from common.data_layout import ADE_SPLITS, COCO_SPLITS
 
 Item = TypeVar('Item')
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument('source', type=Path, help="folder in COCO's or ADE20K's layout")
     parser.add_argument('folder', type=Path, help='new folder')
     parser.add_argument(

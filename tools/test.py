@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import parser_of
 from common.cli import (
     DEFAULT_VISUALIZER,
     add_arguments,
@@ -31,7 +32,6 @@ from common.inference import (
     check_cuda_graphs,
     draw,
     drop_pretrained,
-    leaf_settings,
     load_for_drawing,
     one_of,
     replay_backbone,
@@ -39,7 +39,7 @@ from common.inference import (
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmengine.model import BaseModel, is_model_wrapper
+from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
@@ -49,9 +49,7 @@ MIN_SIDE = 224  # pixels; smaller images are enlarged, so that a classifier's te
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file, or none for initial weights')
     add_arguments(parser)
@@ -100,15 +98,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             dump = METRICS.build(dict(type=name, out_file_path=args.out))
             runner.test_evaluator.metrics.append(dump)
         if args.checkpoint == 'none':
-            initialize(runner.model)
+            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            model.init_weights()  # with pretrained weights; mmengine only does so for training
         if args.cuda_graphs:
             replay_backbone(runner.model)
         runner.test()
-
-
-def initialize(model: BaseModel) -> None:
-    """Initialises a model, including pretrained weights; mmengine only does so for training."""
-    (model.module if is_model_wrapper(model) else model).init_weights()
 
 
 def augment_at_test_time(config: Config) -> None:
@@ -120,7 +114,7 @@ def augment_at_test_time(config: Config) -> None:
     if not config.get('tta_model') or not config.get('tta_pipeline'):
         raise SystemExit(f'error: --tta: {config.filename} has no tta_model and tta_pipeline')
     config.model = dict(**config.tta_model, module=config.model)
-    for settings in leaf_settings(config.test_dataloader.dataset):
+    for settings in leaves(config.test_dataloader.dataset):
         settings.pipeline = config.tta_pipeline
 
 

@@ -8,13 +8,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-import common  # noqa: F401  (before torch)
+import common  # before torch
 import torch
 from common.cli import (
     DEFAULT_VISUALIZER,
@@ -26,6 +25,7 @@ from common.cli import (
     preflight,
     run_errors,
 )
+from common.config_check import type_name
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.model import is_model_wrapper
@@ -42,9 +42,7 @@ AMP_REPLACES = ('OptimWrapper', 'AmpOptimWrapper', CPU_WRAPPER, GPU_WRAPPER)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     parser.add_argument('config', help='config file')
     add_arguments(parser)
     parser.add_argument(
@@ -98,11 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         config.auto_scale_lr.enable = True
     if args.tensorboard:
-        if find_spec('tensorboard') is None:
-            raise SystemExit('error: --tensorboard needs: pip install tensorboard')
-        visualizer = config.get('visualizer') or DEFAULT_VISUALIZER
-        backends = [*(visualizer.get('vis_backends') or ()), dict(type='TensorboardVisBackend')]
-        config.visualizer = dict(visualizer, vis_backends=backends)
+        add_tensorboard(config)
     if args.resume is not None:
         config.resume = 'auto' if args.resume == 'auto' else True
         if args.resume != 'auto':
@@ -186,6 +180,22 @@ def set_precision(config: Config, format_: str) -> str:
     )
     scaling = 'off' if scale == dict(enabled=False) else scale
     return f'Mixed precision: {dtype} ({reason}); loss scaling: {scaling}'
+
+
+def add_tensorboard(config: Config) -> None:
+    """Adds a backend for TensorBoard to the visualizer, unless it has one.
+
+    Raises:
+        SystemExit: TensorBoard is not installed.
+    """
+    if find_spec('tensorboard') is None:
+        raise SystemExit('error: --tensorboard needs: pip install tensorboard')
+    visualizer = config.get('visualizer') or DEFAULT_VISUALIZER
+    backends = visualizer.get('vis_backends') or []
+    backends = [backends] if isinstance(backends, dict) else list(backends)
+    if 'TensorboardVisBackend' not in map(type_name, backends):
+        backends.append(dict(type='TensorboardVisBackend'))
+    config.visualizer = dict(visualizer, vis_backends=backends)
 
 
 def show_schedule(runner: Runner) -> None:

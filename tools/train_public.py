@@ -32,6 +32,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from common import parser_of
 from common.backbones import set_backbone
 from common.counting import count_macs
 from common.image_sizes import scale_images
@@ -174,9 +175,7 @@ def plan(names: list[str], full_size: bool, iterations: int | None) -> list[Run]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument('data', type=Path, help='folder with the folders bccd and camvid')
     parser.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(DATASETS)}')
     parser.add_argument('--minutes', type=float, help='stop after this time (default: all runs)')

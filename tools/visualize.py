@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import common  # noqa: F401  (before torch)
+import common  # before torch
 import matplotlib
 
 matplotlib.use('Agg')
@@ -101,9 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """A parser with a subparser per command, whose `run` is what to call."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser_of(__doc__)
     commands = parser.add_subparsers(dest='command', required=True)
 
     def add_command(

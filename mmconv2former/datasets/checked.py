@@ -326,7 +326,7 @@ def check_categories(dataset: Any) -> None:
 
 
 def leaves(dataset: Any) -> Iterator[Any]:
-    """The datasets inside wrappers such as `ConcatDataset`."""
+    """The datasets inside wrappers such as `ConcatDataset`, or their settings in a config."""
     inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
     if inner == [None]:
         yield dataset

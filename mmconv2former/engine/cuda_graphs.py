@@ -32,13 +32,14 @@ from ..ops.dispatch import (
     is_transformed,
 )
 from ..registry import HOOKS, register
+from ..text import PrintableError
 
 Module = TypeVar('Module', bound=nn.Module)
 DEVICE = 'cuda'  # ROCm's name too
 WARM_UP_CALLS = 3  # before a capture: they compile kernels, make plans, allocate workspaces
 
 
-class VaryingSizeError(ValueError):
+class VaryingSizeError(PrintableError, ValueError):
     """An input has another size than the one that was captured."""
 
 

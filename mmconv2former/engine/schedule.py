@@ -18,6 +18,7 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop
 
 from ..registry import HOOKS, register
+from ..text import PrintableError
 
 MARGIN = 0.1  # of a run: nothing is said about shorter stretches at a constant rate
 UNBOUNDED = 10**9  # mmengine's `end` of a scheduler without one
@@ -26,7 +27,7 @@ RISING = ('OneCycle', 'Restart', 'Cyclic')  # past the optimizer's rate, or agai
 ROWS, BAR = 20, 30  # of a table
 
 
-class ScheduleError(ValueError):
+class ScheduleError(PrintableError, ValueError):
     """A scheduler would fail in the course of the run; the message says when."""
 
 

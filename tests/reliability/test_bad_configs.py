@@ -22,10 +22,10 @@ from common.config_check import (
 )
 from helpers import ROOT
 from helpers.half_precision import needs_scaler
-from helpers.in_process import SEGMENTATION, refusal_of, with_data, write_tiny_config
+from helpers.in_process import SEGMENTATION, load_tool, refusal_of, with_data, write_tiny_config
 from helpers.tiny import WITHOUT_WORKERS
 from helpers.tools import assert_drawn_beside
-from mmengine.config import DictAction
+from mmengine.config import Config, DictAction
 from mmengine.registry import OPTIMIZERS
 from mmseg.datasets import ADE20KDataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -233,25 +233,12 @@ def test_option_is_refused(option, sample, tmp_path, no_training_data, fault_rep
     assert_refused(arguments, OPTIONS[option], fault_report, fault, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ('backend', 'packages'),
-    [
-        ('WandbVisBackend', 'wandb'),
-        ('mmengine.MLflowVisBackend', 'mlflow'),
-        ('DVCLiveVisBackend', 'dvclive pygit2'),
-        ('TensorboardVisBackend', 'tensorboard'),
-    ],
-)
-def test_backend_without_its_package_is_refused(backend, packages, tmp_path, monkeypatch):
-    own = [*packages.split(), 'tensorboardX']
-    monkeypatch.setattr('common.config_check.find_spec', lambda name: None if name in own else 1)
-    option = f'visualizer.vis_backends=[dict(type={backend})]'
-    arguments = ['train', write_tiny_config(tmp_path / 'a.py'), '--cfg-options', option]
-    said = refusal_of(*arguments)
-    assert said.endswith(
-        f'visualizer.vis_backends.0 is {backend.rpartition(".")[2]}, which needs: '
-        f'pip install {packages}'
-    )
+def test_backend_without_its_package_is_refused(sample, tmp_path, monkeypatch, no_training_data):
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    option = 'visualizer.vis_backends=[dict(type=WandbVisBackend)]'
+    config = write_tiny_config(tmp_path / 'a.py')
+    said = refusal_of(*with_data(['train', config], sample, tmp_path / 'work', option))
+    assert re.fullmatch('error: .*: ImportError: Please run "pip install wandb" .*', said)
 
 
 def test_schedule_is_refused_before_the_first_iteration(sample, tmp_path):
@@ -396,6 +383,24 @@ def test_flags_of_training_need_no_settings(visualizer, sample, tmp_path):
     assert 'AmpOptimWrapper' in (tmp_path / 'work/tiny.py').read_text()
     scaling = with_data(['train', config, '--auto-scale-lr'], sample, tmp_path / 'work')
     assert 'has no auto_scale_lr.base_batch_size' in refusal_of(*scaling)
+
+
+LOCAL, TENSORBOARD = (dict(type=f'{name}VisBackend') for name in ('Local', 'Tensorboard'))
+
+
+@pytest.mark.parametrize(
+    ('backends', 'expected'),
+    [
+        (LOCAL, [LOCAL, TENSORBOARD]),
+        (TENSORBOARD, [TENSORBOARD]),
+        ([LOCAL, TENSORBOARD], [LOCAL, TENSORBOARD]),
+    ],
+)
+def test_one_backend_for_tensorboard(backends, expected):
+    """As in the config that an earlier run with --tensorboard saved."""
+    config = Config(dict(visualizer=dict(type='Visualizer', vis_backends=backends)))
+    load_tool('train').add_tensorboard(config)
+    assert config.visualizer.vis_backends == expected
 
 
 @pytest.mark.parametrize(

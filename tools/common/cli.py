@@ -35,28 +35,18 @@ from common.config_check import (
 from common.quiet import hide_known_messages
 from mmconv2former.checkpoint.reading import (
     TRUST_VARIABLE,
-    CheckpointError,
     admit_only_data,
     trusts_checkpoints,
 )
 from mmconv2former.datasets.checked import DataError
-from mmconv2former.engine.cuda_graphs import VaryingSizeError
 from mmconv2former.engine.dry_run import DryRunError
-from mmconv2former.engine.finite import NonFiniteError
-from mmconv2former.engine.lost_files import FilesNotWritten, is_disk_error
-from mmconv2former.engine.runner import CheckpointNotSaved, ReliableRunner
-from mmconv2former.engine.schedule import ScheduleError
-from mmconv2former.engine.work_dir import WorkDirError
+from mmconv2former.engine.lost_files import is_disk_error
+from mmconv2former.engine.runner import ReliableRunner
 from mmconv2former.models.baselines import BASELINES
-from mmconv2former.text import printable
+from mmconv2former.text import PrintableError, printable
 
 # The default of mmengine if a config has no visualizer.
 DEFAULT_VISUALIZER = dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')])
-# Their messages say what is wrong with the user's file or setting, and what to do.
-ERRORS_OF_USERS = (
-    CheckpointError, CheckpointNotSaved, ConfigError, DataError, FilesNotWritten, NonFiniteError,
-    ScheduleError, VaryingSizeError, WorkDirError,
-)  # fmt: skip
 # How torch reports a data worker that the system killed, and one that raised an error.
 DEAD_WORKER = re.compile(
     r'DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal|exited unexpectedly)'
@@ -200,7 +190,7 @@ def explain_error(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, DataError) and error.__cause__ is not None:
         return text + advice(error.__cause__)
-    if isinstance(error, ERRORS_OF_USERS):
+    if isinstance(error, PrintableError):
         return text
     if is_disk_error(error):
         return f'cannot read or write a file of this run: {text} (--traceback shows where)'

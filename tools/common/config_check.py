@@ -26,7 +26,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader, TensorDataset
 
 from mmconv2former.engine.device_defaults import usable_loader
-from mmconv2former.text import one_line
+from mmconv2former.text import PrintableError, one_line
 
 KNOWN_AT_TOP = {
     *(set(signature(Runner.__init__).parameters) - {'self', 'cfg'}),
@@ -45,16 +45,6 @@ NOT_KEYS = {
     'data_preprocessor': 'set model.data_preprocessor',
     'custom_imports': 'write it into the file',
 }
-# mmengine imports them when the visualizer is built, or as training starts.
-PACKAGES_OF_BACKENDS = {
-    'WandbVisBackend': ['wandb'],
-    'TensorboardVisBackend': ['tensorboard'],
-    'MLflowVisBackend': ['mlflow'],
-    'ClearMLVisBackend': ['clearml'],
-    'NeptuneVisBackend': ['neptune'],
-    'DVCLiveVisBackend': ['dvclive', 'pygit2'],
-    'AimVisBackend': ['aim'],
-}
 READERS = ('_file2dict', '_parse_lazy_import')  # of mmengine's Config, one call for each file
 # Settings of a data loader that mmengine builds or removes before torch sees the others.
 NOT_FOR_TORCH = {
@@ -67,7 +57,7 @@ UNKNOWN_ARGUMENT = re.compile(
 )
 
 
-class ConfigError(ValueError):
+class ConfigError(PrintableError, ValueError):
     """A config that cannot be used; the message names the place and what is allowed there."""
 
 
@@ -219,27 +209,8 @@ def check_config(config: Config, needed: Sequence[str] = ()) -> None:
     scope = config.get('default_scope') or 'mmengine'
     if find_spec(scope) is None:
         raise ConfigError(f'default_scope is {scope!r}, but {scope} is not installed')
-    if needed:
-        check_backends(config)
     if 'train_cfg' in needed:
         check_units(config)
-
-
-def check_backends(config: Config) -> None:
-    """Refuses a visualizer whose backend needs a package that is not installed.
-
-    Raises:
-        ConfigError: It needs one.
-    """
-    backends = (config.get('visualizer') or {}).get('vis_backends') or []
-    for index, backend in enumerate(backends):
-        type_ = type_name(backend)
-        missing = [p for p in PACKAGES_OF_BACKENDS.get(type_, []) if find_spec(p) is None]
-        if missing and not (type_ == 'TensorboardVisBackend' and find_spec('tensorboardX')):
-            raise ConfigError(
-                f'visualizer.vis_backends.{index} is {type_}, which needs: '
-                f'pip install {" ".join(missing)}'
-            )
 
 
 def check_units(config: Config) -> None:

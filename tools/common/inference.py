@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from mmengine.structures import InstanceData, PixelData
 from mmengine.visualization import Visualizer
 from torch import nn
 
+from common import parser_of
 from common.cli import add_config_arguments, load_config
 from mmconv2former import use_cuda_graphs
 from mmconv2former.checkpoint.loading import load_model
+from mmconv2former.datasets.checked import leaves
 
 # The visualizer that draws predictions, by library.
 DRAWN_BY = {
@@ -39,11 +41,9 @@ MOST_DRAWN = 2**25
 
 
 # ------------------------------------------------------------------------------------ command line
-def parser_of(description: str) -> argparse.ArgumentParser:
+def parser_for_model(description: str) -> argparse.ArgumentParser:
     """A parser for tools that take a config and a checkpoint of its whole model."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(description)
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint of the whole model')
     add_config_arguments(parser)
@@ -130,21 +130,11 @@ def dataset_settings(config: Config, split: str | None = None) -> list[ConfigDic
     keys = [f'{name}_dataloader' for name in ([split] if split else ['test', 'val'])]
     for key in keys:
         if config.get(key):
-            return list(leaf_settings(config[key].dataset))
+            return list(leaves(config[key].dataset))
     raise SystemExit(
         f'error: {config.filename} has no {" and no ".join(keys)}: add one, whose dataset has the '
         'pipeline that images need'
     )
-
-
-def leaf_settings(settings: ConfigDict) -> Iterator[ConfigDict]:
-    """The datasets in the settings of one, inside wrappers; see `checked.leaves`."""
-    inner = settings.get('datasets') or [settings.get('dataset')]
-    if inner == [None]:
-        yield settings
-    else:
-        for other in inner:
-            yield from leaf_settings(other)
 
 
 def settings_of_files(config: Config) -> ConfigDict:
