@@ -160,9 +160,9 @@ def run(tool: str, *args: object) -> None:
 
 
 def logged(work_dir: Path) -> list[dict]:
-    """The records that a run logged."""
-    (scalars,) = work_dir.glob('*/vis_data/scalars.json')
-    return list(map(json.loads, scalars.open()))
+    """The records of a training in a work dir, and of its resumed runs."""
+    paths = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
 
 
 def outcome(losses: list[float], iterations: int, metrics: dict, seconds: float) -> dict:
@@ -351,19 +351,14 @@ def measure_fit(fit: Fit, args: argparse.Namespace) -> dict:
     # CocoMetric logs nothing if nothing was predicted.
     metrics = {settings.metric: 0.0} | records[-1]
     losses = [line['loss'] for line in records if 'loss' in line]
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     return outcome(losses, metrics['step'], metrics, wall) | {
         'images': images,
         'batch': fit.batch,
         'training_seconds': round(args.seconds),
         'metric': settings.metric,
         'goal': settings.goal,
-        'device': device,
-        'machine': device_name(device),
-        'versions': versions(),
-        'date': time.strftime('%Y-%m-%d'),
-        'command': command_line(),
         'log': kept.name,
+        **provenance(),
     }
 
 
@@ -454,17 +449,25 @@ def progress(log: Path) -> Iterator[str]:
             yield unreached.sub('', line)
 
 
-def versions() -> dict[str, str | None]:
+def provenance() -> dict:
+    """Where, when and by which command a result is measured."""
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     modules = dict(torch=torch, torchvision=torchvision, mmengine=mmengine, mmcv=mmcv)
     return {
-        'python': '.'.join(map(str, sys.version_info[:3])),
-        **{name: module.__version__ for name, module in modules.items()},
-        'cuda': torch.version.cuda,
+        'device': device,
+        'machine': device_name(device),
+        'versions': {
+            'python': '.'.join(map(str, sys.version_info[:3])),
+            **{name: module.__version__ for name, module in modules.items()},
+            'cuda': torch.version.cuda,
+        },
+        'date': time.strftime('%Y-%m-%d'),
+        'command': command_line(),
     }
 
 
 def command_line() -> str:
-    return shlex.join(['python', 'tools/evidence.py', *sys.argv[1:]])
+    return shlex.join(['python', f'tools/{Path(sys.argv[0]).name}', *sys.argv[1:]])
 
 
 # ------------------------------------------------------------------------------------------ costs
@@ -517,6 +520,11 @@ def detection_size(config: Config) -> tuple[int, int]:
     """Height and width of a detector's images: the papers' on COCO, otherwise the recipe's own."""
     if config.test_dataloader.dataset.type == 'CocoDataset':
         return DETECTION_SIZE
+    return image_size(config)
+
+
+def image_size(config: Config) -> tuple[int, int]:
+    """Height and width of the images that are evaluated."""
     resize = next(step for step in config.test_dataloader.dataset.pipeline if step.type == 'Resize')
     width, height = resize.scale
     return height, width

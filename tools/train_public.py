@@ -36,8 +36,17 @@ from common import parser_of
 from common.backbones import set_backbone
 from common.counting import count_macs
 from common.image_sizes import scale_images
-from common.measuring import device_name
-from evidence import count_parameters, narrow_heads, progress, record, run, versions
+from evidence import (
+    command_line,
+    count_parameters,
+    image_size,
+    logged,
+    narrow_heads,
+    progress,
+    provenance,
+    record,
+    run,
+)
 from make_tables import EVIDENCE, PUBLIC, ROOT, read_evidence, recipes, write_tables
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
@@ -269,7 +278,6 @@ def train(config: Path, folder: Path, data: Path, deadline: float | None) -> boo
 def summary(one: Run, folder: Path, args: argparse.Namespace) -> dict:
     """What was trained, on what and for how long; writes its log and its curves to `FOLDER`."""
     parameters, backbone_flops = count(one.config)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
     log = args.out.with_name(FOLDER) / f'{one.stem}.txt'
     log.parent.mkdir(exist_ok=True)
     lines = (line for path in sorted(folder.glob('*/*.log')) for line in progress(path))
@@ -289,13 +297,9 @@ def summary(one: Run, folder: Path, args: argparse.Namespace) -> dict:
         'parameters': parameters,
         'backbone_flops': backbone_flops,
         'seconds': round(training_seconds(folder, one.iterations)),
-        'device': device,
-        'machine': device_name(device),
-        'versions': versions(),
         'commit': commit(),
-        'date': time.strftime('%Y-%m-%d'),
-        'command': command_line(),
         'log': f'{log.parent.name}/{log.name}',
+        **provenance(),
     }
 
 
@@ -335,13 +339,6 @@ def images_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
-def image_size(config: Config) -> tuple[int, int]:
-    """Height and width of the images that are evaluated."""
-    resize = next(step for step in config.test_dataloader.dataset.pipeline if step.type == 'Resize')
-    width, height = resize.scale
-    return height, width
-
-
 def count(config: Config) -> tuple[int, int]:
     """Parameters of the whole model, and the backbone's FLOPs for an image."""
     init_default_scope(config.default_scope)
@@ -352,12 +349,7 @@ def count(config: Config) -> tuple[int, int]:
 
 def training_seconds(folder: Path, iterations: int) -> float:
     """The time of all iterations, by the median of those logged: a run may have had to wait."""
-    lines = [
-        json.loads(line)
-        for path in folder.glob('*/vis_data/scalars.json')
-        for line in path.read_text().splitlines()
-    ]
-    return iterations * median(line['time'] for line in lines if 'loss' in line)
+    return iterations * median(line['time'] for line in logged(folder) if 'loss' in line)
 
 
 def thinned(curve: dict[int, float], most: int = 40) -> list[tuple[int, float]]:
@@ -378,10 +370,6 @@ def git(*arguments: str) -> str:
     return subprocess.run(
         ['git', *arguments], cwd=ROOT, capture_output=True, text=True
     ).stdout.strip()
-
-
-def command_line() -> str:
-    return shlex.join(['python', 'tools/train_public.py', *sys.argv[1:]])
 
 
 if __name__ == '__main__':
