@@ -49,6 +49,7 @@ from PIL import ExifTags, Image
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
+from mmconv2former.compat.annotation_files import wrong_numbers
 from mmconv2former.datasets.census import take_census
 from mmconv2former.datasets.census_hook import folder_classes, follow
 from mmconv2former.datasets.checked import CheckedDataset, DataError
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--root',
         type=Path,
-        help=f'folder of the dataset (default: {DEFAULT_ROOT}, or that of the config)',
+        help=f'folder (default: that of the config, or of {", ".join(DEFAULT_ROOT.values())})',
     )
     parser.add_argument(
         '--workers',
@@ -205,6 +206,11 @@ def check_objects(content: dict, where: str) -> Iterator[Finding]:
         if annotation['category_id'] not in category_ids:
             text = f'{item}: {annotation["category_id"]}'
             yield Finding('annotation of an unknown category', text)
+        problems = [*wrong_numbers([image], [annotation])]
+        if problems:
+            for problem in problems:
+                yield Finding('annotation has a wrong value', f'{item}: {problem}')
+            continue
         size = image['width'], image['height']
         for kind in (*box_errors(annotation, *size), *mask_errors(annotation, *size)):
             yield Finding(kind, item, is_error=kind != THIN_BOX)
@@ -215,31 +221,22 @@ def check_objects(content: dict, where: str) -> Iterator[Finding]:
 
 
 def box_errors(annotation: dict, width: float, height: float) -> Iterator[str]:
-    box = annotation['bbox']
-    if len(box) != 4 or not all(map(is_number, box)):
-        yield 'box is not four finite numbers'
-    else:
-        x, y, w, h = box
-        if w < 0 or h < 0:
-            yield 'box of negative size'
-        elif w < 1 or h < 1:
-            yield THIN_BOX
-        if not is_inside([x, x + w], [y, y + h], width, height):
-            yield 'box outside its image'
-    if annotation['iscrowd'] not in (0, 1):
-        yield 'iscrowd is neither 0 nor 1'
+    x, y, w, h = annotation['bbox']
+    if w < 0 or h < 0:
+        yield 'box of negative size'
+    elif w < 1 or h < 1:
+        yield THIN_BOX
+    if not is_inside([x, x + w], [y, y + h], width, height):
+        yield 'box outside its image'
 
 
 def mask_errors(annotation: dict, width: float, height: float) -> Iterator[str]:
     mask = annotation.get('segmentation')
-    if isinstance(mask, dict):
-        if tuple(mask.get('size', ())) != (height, width):
-            yield 'mask of another size than its image'
-    elif not isinstance(mask, list) or not mask:
+    if not mask or not isinstance(mask, (dict, list)):
         yield 'object without a mask'
-    else:
+    elif isinstance(mask, list):
         for polygon in mask:
-            if len(polygon) < 6 or len(polygon) % 2 or not all(map(is_number, polygon)):
+            if len(polygon) < 6 or len(polygon) % 2:
                 yield 'polygon is not three points or more'
             elif not is_inside(polygon[::2], polygon[1::2], width, height):
                 yield 'polygon outside its image'
@@ -251,10 +248,6 @@ def is_inside(xs: Sequence[float], ys: Sequence[float], width: float, height: fl
         min(values) >= -TOLERANCE and max(values) <= size + TOLERANCE
         for values, size in ((xs, width), (ys, height))
     )
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 # ------------------------------------------------------------------------------------------ images
@@ -324,7 +317,7 @@ def check_voc_image(root: Path, name: str) -> list[Finding]:
         if class_name not in BCCD_CLASSES:
             findings.append(Finding(f'class is none of {", ".join(BCCD_CLASSES)}', item))
         left, top, right, bottom = box
-        if not all(map(is_number, box)) or right < left or bottom < top:
+        if not all(map(math.isfinite, box)) or right < left or bottom < top:
             findings.append(Finding('box is not two corners', item))
         elif right - left < 1 or bottom - top < 1:
             findings.append(Finding(THIN_BOX, item, is_error=False))
