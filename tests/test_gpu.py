@@ -18,7 +18,7 @@ from torch import nn
 
 from mmconv2former import Conv2Former, Conv2FormerIsotropic, use_cuda_graphs
 from mmconv2former.engine import cuda_graphs
-from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d
+from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d, triton_support
 
 pytestmark = pytest.mark.gpu
 ARCH = dict(channels=(16, 24, 32, 40), depths=(1, 1, 2, 1), kernel_size=(11, 9, 7, 3))
@@ -344,7 +344,7 @@ def test_a_new_size_compiles_nothing():
     weight = torch.randn(24, 1, 11, 11, device='cuda', requires_grad=True)
     if depthwise.device_choice(weight, torch.float32) != 'triton':
         pytest.skip('this GPU does not run Triton')
-    kernels = depthwise.triton_kernels()
+    kernels = triton_support.load('depthwise_triton')
     kernels.forward_launcher.cache_clear()
     kernels.shares_launcher.cache_clear()
     for size in [(5, 7), (16, 16), (33, 1), (1, 64)]:

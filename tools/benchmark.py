@@ -26,7 +26,7 @@ from pathlib import Path
 import common  # before torch
 from benchmark_report import FULL, QUICK, write_report
 from common import model_specs
-from common.measuring import DTYPES, Cost, Setting, machine
+from common.measuring import Cost, Setting, add_setting_arguments, asked, machine
 from common.model_specs import (
     bytes_kept,
     check_ways,
@@ -58,11 +58,7 @@ def main() -> None:
     parser.add_argument(
         'models', nargs='*', metavar='MODEL', help='models to compare (default: a selection)'
     )
-    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'), help='size of the images')
-    parser.add_argument('--batch', type=int, help='images per step')
-    parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: cpu')
-    parser.add_argument('--dtype', choices=DTYPES, help='autocast dtype')
-    parser.add_argument('--rounds', type=int, default=7, help='number of timed rounds (default: 7)')
+    add_setting_arguments(parser, rounds=7)
     parser.add_argument(
         '--only', choices=['training', 'inference'], help='measure only one of them'
     )
@@ -88,36 +84,31 @@ def main() -> None:
         '--quick', action='store_true', help='make --report use tiny sizes, for a trial run'
     )
     args = parser.parse_args()
-    if args.rounds < 2:
-        parser.error(f'--rounds must be at least 2, got {args.rounds}')
-    asked = {key: value for key in ('batch', 'device', 'dtype') if (value := getattr(args, key))}
-    if args.size:
-        asked['size'] = tuple(args.size)
     pages = PAGES if args.page else ()
 
     if args.report:
         plan = QUICK if args.quick else FULL
         models = tuple(args.models) or plan.models
-        setting = replace(plan.setting, **asked)
+        setting = replace(plan.setting, **asked(args))
         plan = replace(plan, models=models, setting=setting, rounds=args.rounds)
         write_report(args.report, plan, args.budget)
     elif args.count:
-        setting = replace(Setting((800, 1280), dtype='bfloat16'), **asked)
+        setting = replace(Setting((800, 1280), dtype='bfloat16'), **asked(args))
         text = count_table(args.models or [PUBLISHED[0], *OURS, RIVAL], setting)
         show('count', f'{setting}, counted\n\n{text}', pages)
     elif args.sweep:
-        setting = replace(Setting((224, 224)), **asked)
+        setting = replace(Setting((224, 224)), **asked(args))
         text = sweep(args.models or [DEFAULT], args.sweep, setting, args.rounds)
         show(f'sweep {args.sweep}', f'{machine(setting.device)}; {setting}\n\n{text}', pages)
     else:
-        setting = replace(Setting((512, 512)), **asked)
+        setting = replace(Setting((512, 512)), **asked(args))
         title = f'{machine(setting.device)}; {setting}; medians of {args.rounds} rounds\n'
         if args.models:
             kinds = [args.only] if args.only else ['training', 'inference']
             costs = measure(args.models, setting, args.rounds, kinds)
             show(f'models {setting.dtype}', title + tables(costs, setting), pages)
         else:
-            memory = replace(Setting((800, 1280)), **asked)
+            memory = replace(Setting((800, 1280)), **asked(args))
             text, costs = compare(setting, memory, args.rounds, args.runs)
             show('ratios', f'{title}\n{text}', pages)
             show('last run', title + tables(costs, setting), pages)

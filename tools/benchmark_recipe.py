@@ -6,9 +6,10 @@
     python tools/benchmark_recipe.py CONFIG --data-root DIR       # the training pipeline alone
 
 The first three run training steps (forward and backward pass of all losses) on synthetic images,
-with the models in turn: detection at 512x512 by default, segmentation at its crop. `published code`
-is the recipe's backbone with the published operators. In detection nearly every batch has a new
-size, so the first call at two new sizes is timed too. docs/performance.md explains the columns.
+with the models in turn: by default detection on one of 512x512, segmentation on two of its crop, as
+BatchNorm needs. `published code` is the recipe's backbone with the published operators. In
+detection nearly every batch has a new size, so the first call at two new sizes is timed too.
+docs/performance.md explains the columns.
 """
 
 from __future__ import annotations
@@ -28,12 +29,13 @@ import torch
 from common.backbones import set_backbone
 from common.cli import set_data_root
 from common.measuring import (
-    DTYPES,
     UNLIMITED,
     Budget,
     Case,
     Cost,
     Setting,
+    add_setting_arguments,
+    asked,
     costs_table,
     machine,
     measure_costs,
@@ -52,14 +54,8 @@ OBJECTS = 8  # in each synthetic image
 def main() -> None:
     parser = common.parser_of(__doc__)
     parser.add_argument('config', type=Path)
-    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'))
-    parser.add_argument(
-        '--batch', type=int, help='images per step (default: 1; in segmentation 2, for BatchNorm)'
-    )
-    parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: cpu')
-    parser.add_argument('--dtype', choices=DTYPES, help='autocast dtype (default: float32)')
+    add_setting_arguments(parser, rounds=5)
     parser.add_argument('--optimizer', action='store_true', help='include the step of AdamW')
-    parser.add_argument('--rounds', type=int, default=5, help='number of timed rounds (default: 5)')
     parser.add_argument('--data-root', help='measure the training pipeline on these data')
     parser.add_argument(
         '--images', type=int, default=60, help='number of images for --data-root (default: 60)'
@@ -72,10 +68,7 @@ def main() -> None:
         title = f'{machine("cpu")}; {args.config}'
         show(f'data {args.config.stem}', f'{title}\n\n{text}', pages)
         return
-    asked = {key: value for key in ('batch', 'device', 'dtype') if (value := getattr(args, key))}
-    if args.size:
-        asked['size'] = tuple(args.size)
-    setting = replace(default_setting(Config.fromfile(args.config)), **asked)
+    setting = replace(default_setting(Config.fromfile(args.config)), **asked(args))
     costs = measure_steps(args.config, setting, args.optimizer, args.rounds, UNLIMITED)
     title = f'{machine(setting.device)}; {args.config}; {setting}; medians of {args.rounds} rounds'
     show(f'recipe {args.config.stem}', f'{title}\n\n{costs_table(costs)}', pages)

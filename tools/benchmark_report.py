@@ -16,8 +16,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +42,8 @@ from common.measuring import (
     measure_ceilings,
 )
 from common.model_specs import check_ways, measure_models, models_table
+
+from mmconv2former.ops.triton_support import triton_version
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -121,12 +121,11 @@ def write_report(folder: Path, plan: Plan, seconds: float) -> None:
 
 def describe_machine(device: str) -> dict[str, str]:
     """The device and the versions that the results depend on."""
-    triton = import_module('triton').__version__ if find_spec('triton') else 'none'
     return {
         'device': device_name(device),
         'torch': torch.__version__,
         'cuDNN': str(torch.backends.cudnn.version() or 'none'),
-        'Triton': triton,
+        'Triton': triton_version() or 'none',
         'Python': platform.python_version(),
     }
 

@@ -270,7 +270,6 @@ def for_export(network: Network, is_onnx: bool) -> Network:
 
 
 # ---------------------------------------------------------------------------------------- formats
-# ---------------------------------------------------------------------------------------- formats
 class TorchvisionNMS:
     """Replaces mmcv's NMS operator by torchvision's, which ONNX and TorchScript know."""
 

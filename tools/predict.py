@@ -19,7 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import common  # noqa: F401  (before torch)
+import common  # before torch
 import cv2
 import mmcv
 import numpy as np
@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=DEFAULT_SCORE,
         help=f'drop detections below this score (default: {DEFAULT_SCORE})',
     )
-    parser.add_argument('--batch-size', type=int, default=1, help='number of images at a time')
+    parser.add_argument(
+        '--batch-size', type=common.at_least(1), default=1, help='number of images at a time'
+    )
     parser.add_argument('--device', help='default: cuda if available, otherwise cpu')
     parser.add_argument('--no-pictures', action='store_true', help='write no drawings')
     parser.add_argument(
@@ -78,8 +80,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     add_cuda_graphs_argument(parser)
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f'--batch-size must be at least 1, got {args.batch_size}')
     if not 0 <= args.score_thr <= 1:
         parser.error(f'--score-thr must be between 0 and 1, got {args.score_thr}')
     device = find_device(args.device)
@@ -370,19 +370,24 @@ class Writer:
         with self.path('json', source.name, '.json').open('w', encoding='utf-8') as file:
             video = json.dumps(str(source.path), ensure_ascii=False)
             file.write(f'{{"video": {video}, "frames_per_second": {rate}, "frames": [')
-            for index, (frame, sample) in enumerate(frames):
-                content = dict(frame=index) | self.predictor.describe(sample)
-                file.write(f'{"," if index else ""}\n{json.dumps(content, ensure_ascii=False)}')
-                if self.with_drawings:
-                    path = str(self.path('pictures', source.name, '.mp4'))
-                    codec = cv2.VideoWriter.fourcc(*'mp4v')
-                    film = film or cv2.VideoWriter(path, codec, rate, frame.shape[1::-1])
-                    if not film.isOpened():
-                        raise SystemExit(f'error: OpenCV cannot write {path}; use --no-pictures')
-                    film.write(self.predictor.draw(frame, sample))
-            file.write('\n]}\n')
-        if film is not None:
-            film.release()
+            try:
+                for index, (frame, sample) in enumerate(frames):
+                    content = dict(frame=index) | self.predictor.describe(sample)
+                    text = json.dumps(content, ensure_ascii=False)
+                    file.write(f'{"," if index else ""}\n{text}')
+                    if self.with_drawings:
+                        path = str(self.path('pictures', source.name, '.mp4'))
+                        codec = cv2.VideoWriter.fourcc(*'mp4v')
+                        film = film or cv2.VideoWriter(path, codec, rate, frame.shape[1::-1])
+                        if not film.isOpened():
+                            raise SystemExit(
+                                f'error: OpenCV cannot write {path}; use --no-pictures'
+                            )
+                        film.write(self.predictor.draw(frame, sample))
+            finally:  # of a video that fails halfway, the frames until then are kept
+                if film is not None:
+                    film.release()
+                file.write('\n]}\n')
 
 
 def predict_images(

@@ -29,7 +29,7 @@ from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
-from common import parser_of
+from common import at_least, parser_of
 from common.cli import add_config_arguments, check_files, load_config
 from common.data_layout import (
     ADE,
@@ -84,14 +84,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         '--workers',
-        type=int,
+        type=at_least(1),
         default=os.cpu_count(),
         help='number of processes (default: one per core)',
     )
     parser.add_argument('--report', type=Path, help='file for the whole report')
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error(f'--workers must be at least 1, got {args.workers}')
     if args.dataset in CHECKS:
         root = args.root or Path(DEFAULT_ROOT[args.dataset])
         found_all = CHECKS[args.dataset](root, args.workers)

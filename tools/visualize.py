@@ -133,8 +133,12 @@ def make_parser() -> argparse.ArgumentParser:
     erf.add_argument(
         '--images', nargs='+', type=Path, required=True, help='image files and folders'
     )
-    erf.add_argument('--limit', type=int, default=50, help='maximum number of images')
-    erf.add_argument('--size', type=int, default=1024, help='side of the input in pixels')
+    erf.add_argument(
+        '--limit', type=common.at_least(1), default=50, help='maximum number of images'
+    )
+    erf.add_argument(
+        '--size', type=common.at_least(1), default=1024, help='side of the input in pixels'
+    )
     erf.add_argument('--layer-scale', type=float, metavar='VALUE', help=LAYER_SCALE_HELP)
     erf.add_argument(
         '--with-cp', action='store_true', help='recompute blocks: less memory, more time'
@@ -144,7 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
     modulation = add_command('modulation', draw_modulation, 'modulation.png', of_blocks)
     modulation.add_argument('--image', type=Path, required=True)
     modulation.add_argument(
-        '--size', type=int, default=640, help='limit of the longest side in pixels'
+        '--size', type=common.at_least(1), default=640, help='limit of the longest side in pixels'
     )
     modulation.add_argument(
         '--channels', type=int, nargs='+', help='channels to draw instead of the mean'
@@ -152,14 +156,19 @@ def make_parser() -> argparse.ArgumentParser:
 
     kernels = add_command('kernels', draw_kernels, 'kernels.png', of_blocks)
     kernels.add_argument(
-        '--count', type=int, default=14, help='number of kernels per block, evenly spaced'
+        '--count',
+        type=common.at_least(1),
+        default=14,
+        help='number of kernels per block, evenly spaced',
     )
 
     predictions = add_command('predictions', draw_predictions, 'predictions.jpg', on_device)
     predictions.add_argument('config', help='config file, of detection or segmentation')
     predictions.add_argument('checkpoint', help='checkpoint of the whole model')
     predictions.add_argument('--split', choices=['train', 'val', 'test'], default='test')
-    predictions.add_argument('--count', type=int, default=6, help='number of images, evenly spaced')
+    predictions.add_argument(
+        '--count', type=common.at_least(1), default=6, help='number of images, evenly spaced'
+    )
     predictions.add_argument(
         '--indices', type=int, nargs='+', help='numbers of the images to draw instead'
     )

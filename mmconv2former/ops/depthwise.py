@@ -252,15 +252,10 @@ def log_once(text: str) -> None:
 
 
 # --------------------------------------------------------------------------------- implementations
-def triton_kernels() -> Any:
-    """`mmconv2former.ops.depthwise_triton`, which needs Triton."""
-    return load('depthwise_triton')
-
-
 def prepare_weight(weight: Tensor, dtype: torch.dtype, implementation: str) -> Tensor:
     """A weight (C, 1, K, K) in `dtype` and the memory layout of the implementation."""
     if implementation == 'triton':
-        return triton_kernels().lay_out(weight, dtype)
+        return load('depthwise_triton').lay_out(weight, dtype)
     return weight.to(dtype)
 
 
@@ -300,7 +295,7 @@ def conv_by_triton(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution with Triton kernels."""
     weight = prepare_weight(weight, x.dtype, 'triton')
     bias = None if bias is None else bias.contiguous()
-    return triton_kernels().depthwise_forward(aligned(x), weight, bias)
+    return load('depthwise_triton').depthwise_forward(aligned(x), weight, bias)
 
 
 def depthwise_conv_backward(
@@ -353,7 +348,7 @@ def backward_by_triton(
 ) -> tuple[Any, Any, Any]:
     """The gradients with Triton kernels; see `depthwise_conv_backward`."""
     needs_x, needs_weight, needs_bias = needs
-    kernels, grad = triton_kernels(), aligned(grad)
+    kernels, grad = load('depthwise_triton'), aligned(grad)
     dtype = torch.promote_types(x.dtype, torch.float32)
     grad_x = grad_weight = grad_bias = None
     if needs_x:

@@ -83,7 +83,8 @@ class Launcher:
             CompilationError: The first call failed to compile it.
         """
         if self.run is None:
-            if is_on_cpu(tensors):  # Triton's interpreter
+            first: Any = tensors[0]
+            if first.device.type == 'cpu':  # Triton's interpreter
                 self.kernel[(programs,)](*tensors, *sizes, **self.constants)
                 return
             self.compile(tensors, sizes)
@@ -136,11 +137,6 @@ def without_python(
     if number and [*found[-number:]] == last:
         return launch, found[:-number], False
     return detour
-
-
-def is_on_cpu(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether tensors are on the CPU, as in Triton's interpreter."""
-    return tensors[0].device.type == 'cpu'  # type: ignore[union-attr]
 
 
 def sums_dtype(dtype: torch.dtype) -> tl.dtype:

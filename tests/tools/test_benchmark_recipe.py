@@ -52,6 +52,13 @@ def test_step_of_a_recipe(with_optimizer, monkeypatch):
     assert all(parameter.grad is None for parameter in case.model.parameters())
 
 
+def test_one_round_is_refused(run, capsys):
+    """Before the measurement, which is shown with quartiles."""
+    with pytest.raises(SystemExit):
+        run('--size', 64, 64, '--rounds', 1)
+    assert '--rounds: must be at least 2, got 1' in capsys.readouterr().err
+
+
 def test_whole_recipes_and_their_data(run, sample, tmp_path, monkeypatch):
     page = tmp_path / 'page.md'
     page.write_text('<!-- table data tiny -->\n<!-- end -->\n')

@@ -194,6 +194,26 @@ def test_video(kind, models, sample, tmp_path):
     assert not video.read()[0]
 
 
+def test_video_that_fails_halfway(models, sample, tmp_path, monkeypatch):
+    write_video(tmp_path / 'film.mp4', sorted((sample / 'coco/val2017').iterdir())[:3])
+    describe, described = Predictor.describe, []
+
+    def fail_at_the_third(self, sample):
+        described.append(sample)
+        if len(described) == 3:
+            raise RuntimeError('out of memory')
+        return describe(self, sample)
+
+    monkeypatch.setattr(Predictor, 'describe', fail_at_the_third)
+    out = tmp_path / 'out'
+    with pytest.raises(SystemExit, match=r'film\.mp4: RuntimeError: out of memory'):
+        predict(models[SEGMENTATION_MODEL], out, tmp_path / 'film.mp4')
+    frames = json.loads((out / 'json/film.json').read_text())['frames']
+    assert [frame['frame'] for frame in frames] == [0, 1]
+    video = cv2.VideoCapture(str(out / 'pictures/film.mp4'))
+    assert [video.read()[0] for _ in range(3)] == [True, True, False]
+
+
 def test_unreadable_inputs_are_listed_and_the_others_predicted(models, folder, tmp_path, capsys):
     (folder / 'a.jpg').write_text('no image')
     whole = (folder / 'tief/zwei.jpg').read_bytes()
@@ -239,7 +259,7 @@ REFUSALS = {
     'pattern': (['nowhere/*.jpg'], 'error: input nowhere/*.jpg has no images and no videos'),
     'device': (['FOLDER', '--device', 'tpu'], 'error: --device tpu cannot be used: Expected one'),
     'score': (['FOLDER', '--score-thr', '2'], '--score-thr must be between 0 and 1, got 2'),
-    'batch size': (['FOLDER', '--batch-size', '0'], '--batch-size must be at least 1, got 0'),
+    'batch size': (['FOLDER', '--batch-size', '0'], '--batch-size: must be at least 1, got 0'),
     'size': (
         ['FOLDER', '--cfg-options', 'model.backbone.arch.channels=[8,24,32,48]',
          'model.neck.in_channels=[8,24,32,48]'],

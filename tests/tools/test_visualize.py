@@ -374,11 +374,19 @@ def test_one_clear_message(command, message, checkpoint, images, tmp_path):
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('options', [['--out', 'erf.txt'], ['--device', 'tpu']])
+@pytest.mark.parametrize(
+    'options', [['--out', 'erf.txt'], ['--device', 'tpu'], ['--limit', '0'], ['--size', 'big']]
+)
 def test_arguments_that_are_not_allowed(options, capsys):
     with pytest.raises(SystemExit):
         visualize.main(['erf', 'nano', '--images', '.', *options])
     assert f'argument {options[0]}' in capsys.readouterr().err
+
+
+def test_no_images_to_draw_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        visualize.main(['predictions', 'config.py', 'model.pth', '--count', '0'])
+    assert 'argument --count: must be at least 1, got 0' in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------- the block diagram

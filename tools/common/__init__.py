@@ -6,6 +6,7 @@ that spin slow a busy machine down, and cost nothing less on an idle one.
 
 import argparse
 import os
+from collections.abc import Callable
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
@@ -15,3 +16,15 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """A type for the arguments of a parser: a whole number from a minimum on."""
+
+    def whole_number(text: str) -> int:
+        number = int(text)
+        if number < minimum:
+            raise argparse.ArgumentTypeError(f'must be at least {minimum}, got {number}')
+        return number
+
+    return whole_number

@@ -6,6 +6,7 @@ ones, count as launches there. Peak memory is measured on CUDA only.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
+from common import at_least
 from common.config_check import in_one_line
 from common.counting import count_bytes_kept
 from common.tables import table
@@ -62,6 +64,26 @@ class Setting:
     def __str__(self) -> str:
         height, width = self.size
         return f'{self.batch}x3x{height}x{width}, {self.dtype}, {self.device}'
+
+
+def add_setting_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """Adds what `asked` returns, and `--rounds` with a default."""
+    parser.add_argument('--size', type=int, nargs=2, metavar=('H', 'W'), help='size of the images')
+    parser.add_argument('--batch', type=at_least(1), help='images per step')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], help='default: cpu')
+    parser.add_argument('--dtype', choices=DTYPES, help='autocast dtype')
+    parser.add_argument(
+        '--rounds',
+        type=at_least(2),  # which quartiles need
+        default=rounds,
+        help=f'number of timed rounds (default: {rounds})',
+    )
+
+
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a `Setting` that the command line gives."""
+    found = {key: value for key in ('batch', 'device', 'dtype') if (value := getattr(args, key))}
+    return found | ({'size': tuple(args.size)} if args.size else {})
 
 
 def device_name(device: str) -> str:
