@@ -342,7 +342,8 @@ def images_folder(args: argparse.Namespace) -> Path:
 def count(config: Config) -> tuple[int, int]:
     """Parameters of the whole model, and the backbone's FLOPs for an image."""
     init_default_scope(config.default_scope)
-    model = MODELS.build(config.model)  # not on the meta device: ConvNeXt's constructor reads values
+    # Not on the meta device: ConvNeXt's constructor reads values.
+    model = MODELS.build(config.model)
     flops = count_macs(model.backbone.eval(), torch.zeros(1, 3, *image_size(config)))
     return count_parameters(model), flops
 
