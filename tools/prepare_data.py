@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--root',
         type=Path,
-        help=f'folder (default: that of the config, or of {", ".join(DEFAULT_ROOT.values())})',
+        help=f'folder (default: that of the config, or {", ".join(DEFAULT_ROOT.values())})',
     )
     parser.add_argument(
         '--workers',
