@@ -1,7 +1,7 @@
 """Whether a run can be resumed from the content of a checkpoint, before anything is loaded.
 
 mmengine notices damaged content late or never: a best score that is a text fails after the next
-validation, a schedule that is a text after the data are loaded.
+validation, the position of a schedule in the first iteration.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .reading import CheckpointError, kind_of
 
 OPTIMIZER_SETTINGS = ('betas', 'momentum', 'eps', 'alpha', 'rho')  # they tell optimizers apart
 SEEDS = range(2**32)  # of NumPy
-POSITION = {'last_step', '_global_step'}  # of a schedule
+POSITION = ('last_step', '_global_step')  # of a schedule
 # In the message hub, what hooks use later; also with the name of a metric behind it.
 USED_LATER = {
     'best_score': (int, float),
@@ -56,6 +56,8 @@ def check_resumable(content: Mapping[str, Any], checkpoint: str) -> None:
         raise damaged(checkpoint, f'meta.seed is {shown(seed)}, not a number below 2**32')
     for problem in problems_of_log(content['message_hub']):
         raise damaged(checkpoint, f'message_hub.{problem}')
+    for problem in problems_of_schedules(content.get('param_schedulers')):
+        raise damaged(checkpoint, problem)
     done, last = content['meta']['iter'], content['message_hub']['runtime_info'].get('iter')
     if type(last) is int and abs(done - last) > 1:  # the iteration in which it was saved, from 0
         raise damaged(checkpoint, f'meta.iter is {done}, message_hub.runtime_info.iter {last}')
@@ -89,6 +91,16 @@ def problems_of_log(hub: Mapping[str, Any]) -> Iterator[str]:
             yield f'runtime_info.{first([name])[0]} is {shown(value)}'
 
 
+def problems_of_schedules(saved: Any) -> Iterator[str]:
+    """Positions of schedules that are not numbers; other settings are the config's."""
+    lists = saved.values() if isinstance(saved, dict) else [saved]  # by optimizer
+    for states in (states for states in lists if isinstance(states, list)):
+        for index, state in enumerate(state for state in states if isinstance(state, dict)):
+            for key in POSITION:
+                if type(state.get(key, 0)) is not int:
+                    yield f'param_schedulers.{index}.{key} is {shown(state[key])}'
+
+
 def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
     """Checks that the saved state of an optimizer, or of several by name, fits the run's.
 
@@ -117,21 +129,15 @@ def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
             f'{settings}. Resume with the optim_wrapper and frozen_stages of its run, or start a '
             'new run with it as load_from.'
         )
-    own = optimizer.state_dict()
-    for index, (group, own_group) in enumerate(zip(saved['param_groups'], own['param_groups'])):
-        needed = {'lr', 'weight_decay'} & own_group.keys()  # torch adds others in later releases
-        if missing := sorted(needed - group.keys()):
-            raise damaged(checkpoint, f'optimizer.param_groups.{index} has no {", ".join(missing)}')
-    for key in own.keys() & saved.keys() - {'state'}:
-        for problem in unlike(saved[key], own[key], key):
-            raise damaged(checkpoint, f'optimizer.{problem}')
-    parameters = {
-        number: (index, parameter)
-        for index, (group, own_group) in enumerate(
-            zip(saved['param_groups'], optimizer.optimizer.param_groups)
-        )
-        for number, parameter in zip(group['params'], own_group['params'])
-    }
+    parameters = {}
+    for index, (group, own) in enumerate(
+        zip(saved['param_groups'], optimizer.optimizer.param_groups)
+    ):
+        for key in ('lr', 'weight_decay'):  # torch adds others in later releases
+            value = group.get(key)
+            if key in own and not (is_number(value) and math.isfinite(value)):
+                raise damaged(checkpoint, f'optimizer.param_groups.{index}.{key} is {shown(value)}')
+        parameters |= {n: (index, value) for n, value in zip(group['params'], own['params'])}
     for problem in problems_of_state(saved.get('state'), parameters):
         raise damaged(checkpoint, f'optimizer.state{problem}')
 
@@ -152,7 +158,9 @@ def problems_of_state(state: Any, parameters: Mapping[int, tuple[int, Tensor]]) 
     if not isinstance(state, dict):
         yield f' is {shown(state)}, not a dict'
         return
-    # Names of averages: a group has the same, except where they are factored for matrices only.
+    # Names of averages, which have the shape of their parameter, and of counts: a group has the
+    # same, except where averages are factored for matrices only. Optimizers in 8 bits have tables
+    # beside the averages, for large parameters only.
     alike = {number: (index, value.dim()) for number, (index, value) in parameters.items()}
     tensors: dict[tuple[int, int], set[str]] = {}
     for number, averages in state.items():
@@ -163,7 +171,12 @@ def problems_of_state(state: Any, parameters: Mapping[int, tuple[int, Tensor]]) 
             yield f'[{shown(number)}] is of no parameter'
         else:
             names = tensors.setdefault(alike[number], set())
-            names |= {name for name, value in averages.items() if isinstance(value, Tensor)}
+            shapes = ((), parameters[number][1].shape)
+            names |= {
+                name
+                for name, value in averages.items()
+                if isinstance(value, Tensor) and value.shape in shapes
+            }
     for number, averages in state.items():
         names = tensors[alike[number]] if number in alike else set()
         for name in names - averages.keys() if averages else ():
@@ -177,57 +190,11 @@ def problems_of_state(state: Any, parameters: Mapping[int, tuple[int, Tensor]]) 
                 yield f'{place} is {kind}'
             elif not torch.isfinite(value).all():
                 yield f'{place} is NaN or infinite'
-            # A factored average has the size 1 where it was averaged.
-            elif number in alike and value.dim() == alike[number][1]:
+            # A factored average has the size 1 where it was averaged. A vector may be a table.
+            elif number in alike and value.dim() == alike[number][1] > 1:
                 own = parameters[number][1].shape
                 if any(a not in (1, b) for a, b in zip(value.shape, own)):
                     yield f'{place} has the shape {tuple(value.shape)}, its parameter {tuple(own)}'
-
-
-def check_schedules(saved: Any, schedules: Any, checkpoint: str) -> None:
-    """Checks the saved states of schedules of learning rates and other settings.
-
-    Args:
-        saved: What the checkpoint has under `param_schedulers`.
-        schedules: The run's, built; a list, or a dict of lists for several optimizers.
-        checkpoint: Name of the file, for messages.
-
-    Raises:
-        CheckpointError: They are no states of schedules.
-    """
-    if isinstance(schedules, dict):
-        for name, part in schedules.items():
-            states = saved.get(name) if isinstance(saved, dict) else None
-            check_schedules(states, part, checkpoint)
-        return
-    if not isinstance(saved, list):
-        raise damaged(checkpoint, f'param_schedulers is {shown(saved)}, not a list')
-    for index, (state, schedule) in enumerate(zip(saved, schedules)):
-        name = f'param_schedulers.{index}'
-        if not isinstance(state, dict) or not state.keys() >= POSITION:
-            raise damaged(checkpoint, f'{name} is {shown(state)}, not a state of a schedule')
-        for problem in unlike(state, schedule.state_dict(), name):
-            raise damaged(checkpoint, problem)
-
-
-def unlike(value: Any, own: Any, name: str) -> Iterator[str]:
-    """Where a saved value is of another kind than the run's own, which may have another value."""
-    if isinstance(own, bool):
-        is_like = value is None or isinstance(value, (bool, int))
-    elif is_number(own):
-        is_like = is_number(value) and (math.isfinite(value) or not math.isfinite(own))
-    elif isinstance(own, (list, tuple)):
-        is_like = isinstance(value, (list, tuple))
-    else:
-        is_like = isinstance(value, type(own)) if isinstance(own, (str, dict)) else True
-    if not is_like:
-        yield f'{name} is {shown(value)}, in this run {shown(own)}'
-    elif isinstance(own, dict):
-        for key in own.keys() & value.keys():
-            yield from unlike(value[key], own[key], f'{name}.{shown(key)}')
-    elif isinstance(own, (list, tuple)) and own:
-        for index, item in enumerate(value):
-            yield from unlike(item, own[min(index, len(own) - 1)], f'{name}.{index}')
 
 
 def is_number(value: Any) -> bool:

@@ -52,7 +52,7 @@ def keep_own_step(saved: dict, optim_wrapper: Any) -> None:
 
     Args:
         saved: The checkpoint's `optimizer`, changed in place, with the same groups as the run (see
-            `mmconv2former.checkpoint.loading.check_optimizer`).
+            `mmconv2former.checkpoint.resumption.check_optimizer`).
         optim_wrapper: The run's `OptimWrapper` or `OptimWrapperDict`.
     """
     if isinstance(optim_wrapper, OptimWrapperDict):

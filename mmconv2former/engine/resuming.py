@@ -96,8 +96,9 @@ def differences(
     for index, (own_state, schedule) in enumerate(zip(settings.schedules, schedules)):
         state = schedule.state_dict()
         done = loop.epoch if schedule.by_epoch else loop.iter
-        if state.get('_global_step', done) < done:  # it was not in the checkpoint
-            yield f'param_scheduler.{index} (checkpoint: none)'
+        step = state.get('_global_step', done)
+        if step != done:  # 0 if it was not in the checkpoint
+            yield f'param_scheduler.{index} at step {done} (checkpoint: at step {step})'
         for key, value in own_state.items():
             if key not in (*STATE, 'base_values') and value != state.get(key):
                 name = f'param_scheduler.{index}.{key}'

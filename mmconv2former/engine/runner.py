@@ -31,7 +31,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from ..checkpoint.loading import check_model
 from ..checkpoint.reading import CheckpointError, load_from_checked_file
-from ..checkpoint.resumption import check_optimizer, check_resumable, check_schedules
+from ..checkpoint.resumption import check_optimizer, check_resumable
 from ..registry import RUNNERS, register
 from ..text import PrintableError, printable
 from .device_defaults import distributed_wrapper, keep_own_step, usable_loader, with_fused_step
@@ -39,7 +39,7 @@ from .drawing import is_drawing, spare_metrics
 from .finite import check_weights, images_on_error
 from .hooks import EPOCH_POSITION
 from .lost_files import LostFiles
-from .resuming import check_run, follow_config, settings_of
+from .resuming import Settings, check_run, follow_config, settings_of
 from .seeding import PositionedSampler, ResumedBatches, give_positions, skip_batches
 from .stopping import StoppingHook, make_patient, say
 from .work_dir import FolderLock, WorkDirError, checkpoints_of, lock_folder, partial_name, replace
@@ -85,6 +85,7 @@ class ReliableRunner(Runner):
     _checked: tuple[str, dict] | None = None  # name and content of the file, see `preflight`
     take_over = False  # whether to take the work dir from a living run
     _locks: dict[str, FolderLock | None] | None = None  # by folder
+    _settings: Settings | None = None  # of the config, before the first checkpoint
     _skipped_batches = 0  # of the current epoch, which the run before this one has used
 
     @property
@@ -305,7 +306,9 @@ class ReliableRunner(Runner):
         Raises:
             CheckpointError: See `load_checkpoint`.
         """
-        settings = settings_of(self)
+        # A checkpoint that failed before this one may have changed both.
+        self._settings = self._settings or settings_of(self)
+        self.message_hub.runtime_info.pop(EPOCH_POSITION, None)
         try:
             super().resume(filename, resume_optimizer, resume_param_scheduler, map_location)
         except (CheckpointError, torch.cuda.OutOfMemoryError):
@@ -324,7 +327,7 @@ class ReliableRunner(Runner):
             self._skipped_batches = done * len(loader) // length if loader.batch_sampler else 0
             skip_batches(loader, self._skipped_batches)
             loop._iter = loop.epoch * len(loader) + self._skipped_batches
-        follow_config(self, settings)
+        follow_config(self, self._settings)
         if not isinstance(sampler, PositionedSampler):
             return
         sampler.begin(self.run_seed)
@@ -385,8 +388,6 @@ class ReliableRunner(Runner):
             keep_own_step(content['optimizer'], self.optim_wrapper)
         if self._resume and isinstance(self._train_loop, BaseLoop):
             check_run(self, content['meta'], filename)
-        if self._resume and are_built(self.param_schedulers):
-            check_schedules(content.get('param_schedulers', []), self.param_schedulers, filename)
         # Hooks may change it: EMAHook swaps the averaged weights with the others.
         self.call_hook('after_load_checkpoint', checkpoint=content)
         if self._resume and 'ema_state_dict' in content:
@@ -440,12 +441,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.get_submodule('module')
     return model
-
-
-def are_built(schedules: Any) -> bool:
-    """Whether the schedules of a runner are objects, not settings."""
-    parts = schedules.values() if isinstance(schedules, dict) else [schedules or []]
-    return all(
-        isinstance(part, list) and all(hasattr(item, 'state_dict') for item in part)
-        for part in parts
-    )

@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers.in_process import refusal_of, with_data, write_tiny_config
 from helpers.tiny import WITHOUT_WORKERS
+from mmengine.optim import LinearLR
 
 from mmconv2former.checkpoint.reading import CheckpointError
-from mmconv2former.engine.resuming import FACTS, compare_classes
+from mmconv2former.engine.resuming import FACTS, Settings, compare_classes, differences
 
 WARNING = 'Resumed with other settings than the checkpoint'
 
@@ -74,6 +75,34 @@ def test_nothing_is_said_without_differences(train):
     train('run', 2)
     _, log = train('run', 4, resume=True)
     assert WARNING not in log
+
+
+def test_run_without_schedule_is_resumed(train):
+    train('run', 2, 'param_scheduler=None')
+    rates, log = train('run', 4, 'param_scheduler=None', resume=True)
+    assert len(set(rates.values())) == 1
+    assert {3, 4} <= rates.keys()
+    assert WARNING not in log
+
+
+class Epochs:
+    """A loop of epochs at a position."""
+
+    def __init__(self, epoch, iteration):
+        self.epoch, self.iter = epoch, iteration
+
+
+@pytest.mark.parametrize(('iteration', 'said'), [(4, ''), (5, '5'), (3, '3'), (0, '0')])
+def test_steps_of_a_warmup_in_a_loader_of_another_length(iteration, said):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    warmup = LinearLR(optimizer, start_factor=0.1, end=3, by_epoch=False)
+    own = [warmup.state_dict()]
+    for _ in range(4):
+        warmup.step()
+    settings = Settings([], own)
+    found = list(differences(settings, [], [warmup], {'lr'}, Epochs(1, iteration)))
+    expected = [f'param_scheduler.0 at step {said} (checkpoint: at step 4)'] if said else []
+    assert found == expected
 
 
 @pytest.mark.parametrize('scaling', [[], ['--auto-scale-lr']], ids=['', 'scaled'])

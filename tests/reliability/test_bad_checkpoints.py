@@ -437,18 +437,18 @@ DAMAGED = {  # change of the content of the newest checkpoint, message
     ),
     'no learning rate': (
         lambda content: content['optimizer']['param_groups'][0].pop('lr'),
-        'optimizer.param_groups.0 has no lr',
+        'optimizer.param_groups.0.lr is None',
     ),
     'a learning rate that is a text': (
         lambda content: content['optimizer']['param_groups'][0].update(lr='fast'),
-        "optimizer.param_groups.0.'lr' is 'fast'",
+        "optimizer.param_groups.0.lr is 'fast'",
     ),
     'no schedules': (
-        lambda content: content.update(param_schedulers=None), 'param_schedulers is None'
+        lambda content: content.update(param_schedulers=None), 'cannot be resumed from: TypeError: '
     ),
     'a schedule at no position': (
         lambda content: content['param_schedulers'][0].update(last_step='third'),
-        "param_schedulers.0.'last_step' is 'third'",
+        "param_schedulers.0.last_step is 'third'",
     ),
     'a seed out of range': (
         lambda content: content['meta'].update(seed=2**32), 'meta.seed is 4294967296'
@@ -489,7 +489,7 @@ DAMAGED = {  # change of the content of the newest checkpoint, message
     ),
     'a parameter that is a list': (
         lambda content: content['optimizer']['param_groups'][0]['params'].__setitem__(0, []),
-        "optimizer.param_groups.0.'params'.0 is of type list, in this run 0",
+        "cannot be resumed from: TypeError: unhashable type: 'list'",
     ),
 }  # fmt: skip
 
@@ -544,6 +544,20 @@ def test_the_one_before_is_taken(fault, runner, two_checkpoints, tmp_path, fault
     torch.testing.assert_close(dict(runner.model.state_dict()), dict(before['state_dict']))
 
 
+def test_nothing_remains_of_a_checkpoint_that_fails_late(runner, two_checkpoints, tmp_path):
+    """mmengine loads the log and the optimizer before the schedules."""
+    content = reading.read_checkpoint(str(two_checkpoints / 'iter_4.pth'))
+    content['param_schedulers'] = None
+    content['message_hub']['runtime_info']['epoch_position'] = [1, 2]
+    for group in content['optimizer']['param_groups']:
+        group['weight_decay'] = 0.7
+    torch.save(content, tmp_path / 'iter_4.pth')
+    resume(runner, two_checkpoints, tmp_path)
+    assert runner.iter == 2
+    assert 'epoch_position' not in runner.message_hub.runtime_info
+    assert all(group['weight_decay'] < 0.7 for group in runner.optim_wrapper.param_groups)
+
+
 GARBLED = {
     'zeros': b'\0' * 300,
     'a checkpoint': b'PK\3\4\xff\n' * 10_000,
@@ -566,10 +580,41 @@ def test_unchanged_checkpoint_is_resumed(runner, two_checkpoints, tmp_path):
     assert (runner.iter, runner.warnings) == (4, [])
 
 
+def test_setting_of_another_kind_is_that_of_the_config(runner, two_checkpoints, tmp_path):
+    """mmengine saves the lowest rate as None if the config gives it as a ratio."""
+    content = reading.read_checkpoint(str(two_checkpoints / 'iter_4.pth'))
+    content['param_schedulers'][1]['eta_min'] = None
+    torch.save(content, tmp_path / 'iter_4.pth')
+    resume(runner, two_checkpoints, tmp_path)
+    assert runner.iter == 4
+    assert runner.param_schedulers[1].eta_min == 0
+    assert 'param_scheduler.1.eta_min 0 (checkpoint: None)' in runner.warnings[0]
+
+
 def test_optimizer_without_weight_decay_is_resumed():
     optimizer = OptimWrapper(torch.optim.Rprop([torch.nn.Parameter(torch.ones(2))]))
     check_optimizer(optimizer.state_dict(), optimizer, 'a.pth')
     saved = optimizer.state_dict()
     saved['param_groups'][0].pop('lr')
-    with pytest.raises(CheckpointError, match=r'param_groups\.0 has no lr'):
+    with pytest.raises(CheckpointError, match=r'param_groups\.0\.lr is None'):
+        check_optimizer(saved, optimizer, 'a.pth')
+
+
+def test_optimizer_in_8_bits_is_resumed():
+    """bitsandbytes keeps averages as bytes and two tables, of parameters from 4096 elements on."""
+    shapes = [(4096,), (64, 64), (8,), (8, 8)]
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in shapes]
+    optimizer = OptimWrapper(torch.optim.AdamW(parameters))
+    saved = optimizer.state_dict()
+    for number, shape in enumerate(shapes):
+        is_large = number < 2
+        dtype = torch.uint8 if is_large else torch.float32
+        state = saved['state'][number] = dict(step=4)
+        for name in ('1', '2'):
+            state[f'state{name}'] = torch.ones(shape, dtype=dtype)
+            if is_large:
+                state[f'qmap{name}'], state[f'absmax{name}'] = torch.ones(256), torch.ones(16)
+    check_optimizer(saved, optimizer, 'a.pth')
+    saved['state'][1].pop('state2')
+    with pytest.raises(CheckpointError, match=r"state\[1\] has no 'state2', others have"):
         check_optimizer(saved, optimizer, 'a.pth')
