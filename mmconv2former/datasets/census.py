@@ -1,8 +1,8 @@
 """What is in the datasets of a run, and what of it is odd or cannot teach.
 
-`take_census` counts images, objects and classes, `problems_of` and `oddities_of` judge the counts,
-`table_of` prints them. Objects are counted in full, from annotations in memory. Masks are files:
-an even sample of them is read, unless all are wanted.
+`take_census` counts images, objects and classes and judges the counts, `table_of` prints them.
+Objects are counted in full, from annotations in memory. Masks are files: an even sample of them is
+read, unless all are wanted.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -254,24 +254,21 @@ class Files:
     twice: int = 0
 
 
-def files_of(datasets: Iterable[Any]) -> Files:
-    """The local files of datasets that have paths of images."""
-    files = Files()
-    for dataset in datasets:
-        if not hasattr(dataset, 'get_data_info') or len(dataset) > LABELS_READ:
-            continue
-        named = getattr(dataset, 'all_images', None)
-        images, labels = used_files(dataset) if named is None else (named, [])
-        images, labels = list(filter(is_local, images)), list(filter(is_local, labels))
-        files.images.update(images)
-        files.labels.update(labels)
-        files.twice += len(images) - len(set(images))
-        absent = missing([*images, *labels])
-        if absent and hasattr(dataset, 'all_images'):  # mmdet leaves out those without objects
-            used = set(used_files(dataset)[0])
-            absent = [path for path in absent if path in used]
-        files.missing += absent
-    return files
+def add_files(files: Files, dataset: Any) -> None:
+    """Adds the local files of a dataset, if it has paths of images."""
+    if not hasattr(dataset, 'get_data_info') or len(dataset) > LABELS_READ:
+        return
+    named = getattr(dataset, 'all_images', None)
+    images, labels = used_files(dataset) if named is None else (named, [])
+    images, labels = list(filter(is_local, images)), list(filter(is_local, labels))
+    absent = missing([*images, *labels])
+    if absent and hasattr(dataset, 'all_images'):  # mmdet leaves out those without objects
+        used = set(used_files(dataset)[0])
+        absent = [path for path in absent if path in used]
+    files.images.update(images)
+    files.labels.update(labels)
+    files.twice += len(images) - len(set(images))
+    files.missing += absent
 
 
 def used_files(dataset: Any) -> tuple[list[Any], list[Any]]:
@@ -338,7 +335,6 @@ def take_census(
     datasets: dict[str, Any],
     masks_read: int | None = MASKS_READ,
     workers: int = 0,
-    counter: Callable[..., Census | None] = count,
 ) -> Report:
     """Counts all datasets of a run.
 
@@ -346,7 +342,6 @@ def take_census(
         datasets: Whole datasets by split, wrappers included.
         masks_read: The most masks to read of each dataset; None reads all.
         workers: Processes that read masks.
-        counter: Function like `count`, such as one that remembers.
 
     Raises:
         DataError: A mask cannot be used.
@@ -355,10 +350,12 @@ def take_census(
     files, cut = {}, set()
     for split, whole in datasets.items():
         parts = list({id(leaf): leaf for leaf in leaves(whole)}.values())
+        files[split] = Files()
         for number, dataset in enumerate(parts, 1):
             name = split if len(parts) == 1 else f'{split} {number}'
             try:
-                census = counter(split, dataset, masks_read, workers)
+                add_files(files[split], dataset)
+                census = count(split, dataset, masks_read, workers)
             except DataError:
                 raise
             except Exception as error:  # a dataset of another library may be anything
@@ -374,7 +371,6 @@ def take_census(
             censuses.append(census)
         if any(getattr(part, '_indices', None) is not None for part in parts):
             cut.add(split)
-        files[split] = files_of(parts)
         if files[split].missing:
             first, *others = files[split].missing
             problems.append(f'{split}: {len(others) + 1:,} files are missing, the first is {first}')

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
@@ -17,12 +12,9 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from ..registry import HOOKS, register
-from ..version import __version__
-from .census import Census, Report, count, place_of, shortened, spread, take_census
-from .checked import DataError, leaves
+from .census import Report, place_of, shortened, take_census
+from .checked import DataError, leaves, reason
 
-FILE = 'census.json'  # in the work dir
-FORMAT = [1, __version__]  # of that file and of the counts in it
 MMSEG_IGNORES = 255  # datasets that do not say
 HEADS = ('bbox_head', 'decode_head', 'head')
 ADVICE = '. Correct the data, or skip this check: --no-census'
@@ -36,8 +28,7 @@ class CensusHook(Hook):
     - Classes have the same numbers in all datasets.
     - The heads have enough outputs, and all parts ignore the same label.
     - The annotation file of a metric has the images that are evaluated.
-    - The main process counts images, objects and classes (see `census`), and logs the table. The
-      counts are kept in `census.json` in the work dir, until the files change.
+    - The main process counts images, objects and classes (see `census`), and logs the table.
 
     Raises:
         DataError: The data cannot teach, or parts of the run disagree (in all processes).
@@ -68,6 +59,8 @@ class CensusHook(Hook):
                     runner.logger.warning(f'Data: {text}')
             except DataError as error:
                 outcome = [[str(error)]]
+            except Exception as error:  # of any dataset or metric; the other processes wait
+                outcome = [[f'the data cannot be counted: {reason(error)}{ADVICE}']]
         broadcast_object_list(outcome)
         if outcome[0]:
             first, *others = outcome[0]
@@ -120,7 +113,7 @@ class CensusHook(Hook):
             *few_outputs(datasets, runner.model),
             *different_ignored(datasets, ignored_in_training(runner.model), metrics),
         ]
-        report = take_census(datasets, counter=Memory(Path(runner.work_dir, FILE)))
+        report = take_census(datasets)
         report.problems[:] = [*problems, *report.problems, *wrong]
         report.oddities[:0] = oddities
         return report
@@ -285,14 +278,11 @@ def compare_truth(split: str, dataset: Any, metrics: Sequence[Any]) -> tuple[lis
                 f'{place} has {len(names) - len(loaded):,} images that {split}_dataloader does not '
                 'load: all their objects count as missed'
             )
-        elif len(parts) == 1 and without_empty(objects) != without_empty(truth.cat_img_map):
-            oddities.append(f'{place} has other objects than {parts[0].ann_file}')
+        elif len(parts) == 1:
+            own, others = ({k: v for k, v in d.items() if v} for d in (objects, truth.cat_img_map))
+            if own != others:
+                oddities.append(f'{place} has other objects than {parts[0].ann_file}')
     return problems, oddities
-
-
-def without_empty(lists: dict) -> dict:
-    """The lists that have items."""
-    return {key: value for key, value in lists.items() if value}
 
 
 def last_word(name: str) -> str:
@@ -304,59 +294,3 @@ def last_word(name: str) -> str:
 def is_number(module: Any, name: str) -> bool:
     """Whether an object has an attribute that is a number."""
     return isinstance(getattr(module, name, None), int)
-
-
-# ------------------------------------------------------------------------------------------ memory
-class Memory:
-    """`census.count`, with the counts of unchanged files kept in a file.
-
-    Args:
-        path: The file; it may be missing or broken.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.known: dict[str, Any] = {}
-        try:
-            content = json.loads(path.read_text())
-            if content['format'] == FORMAT:
-                self.known = content['counts']
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # counted again
-
-    def __call__(
-        self, split: str, dataset: Any, masks_read: int | None, workers: int
-    ) -> Census | None:
-        key = key_of(split, dataset, masks_read)
-        if key in self.known:
-            return Census(**self.known[key])
-        census = count(split, dataset, masks_read, workers)
-        if key is not None and census is not None and not census.problems:
-            self.known[key] = asdict(census)
-            with suppress(OSError):  # a full disk is reported by the dry run
-                self.path.write_text(json.dumps(dict(format=FORMAT, counts=self.known), indent=1))
-        return census
-
-
-def key_of(split: str, dataset: Any, masks_read: int | None) -> str | None:
-    """A key that changes with all that the counts depend on; None if that cannot be said.
-
-    Objects depend on the annotation file, masks on the files that are read.
-    """
-    if hasattr(dataset, 'all_images'):
-        paths = [dataset.ann_file]
-    elif getattr(getattr(dataset, 'pipeline', None), 'has_class_labels', False):
-        indices = spread(len(dataset), len(dataset) if masks_read is None else masks_read)
-        paths = [dataset.get_data_info(index).get('seg_map_path') for index in indices]
-    else:
-        return None
-    try:
-        files = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    except (OSError, TypeError):
-        return None
-    names = ('filter_cfg', '_indices', 'ignore_index', 'reduce_zero_label', 'label_map')
-    settings = [repr(getattr(dataset, name, None)) for name in names]
-    steps = [repr(step) for step in getattr(dataset.pipeline, 'transforms', ())]
-    content = [split, type(dataset).__name__, dataset.metainfo['classes'], len(dataset)]
-    whole = repr([*content, *settings, steps, files])
-    return hashlib.sha256(whole.encode()).hexdigest()

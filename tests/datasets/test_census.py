@@ -185,6 +185,16 @@ def test_what_cannot_be_counted_is_said():
     assert not report.problems
 
 
+@pytest.mark.parametrize('classes', ['ab', ''])
+def test_samples_that_cannot_be_read_are_said(classes):
+    class Strange(Samples):
+        def get_data_info(self, index):
+            raise TypeError(index)
+
+    report = take_census(dict(train=Strange([GOOD], classes)))
+    assert report.lines == ['train: Strange is not counted: TypeError: 0']
+
+
 def test_long_tables_have_both_ends():
     classes = [f'c{n}' for n in range(50)]
     infos = [dict(gt_label=n) for n in range(50) for _ in range(n)]

@@ -1,7 +1,6 @@
-"""The census at the start of a run: parts that agree, remembered counts, a refusal by train.py."""
+"""The census at the start of a run: parts that agree, a refusal by train.py."""
 
 import json
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +12,8 @@ from PIL import Image
 from torch import nn
 
 from mmconv2former.datasets import census_hook
-from mmconv2former.datasets.census import Census
 from mmconv2former.datasets.census_hook import (
-    FILE,
-    Memory,
+    CensusHook,
     compare_truth,
     different_ignored,
     few_outputs,
@@ -71,7 +68,20 @@ def test_table_is_logged_without_warnings(detector, tmp_path):
     assert 'Census of the data' in output
     assert 'objects used' in output
     assert 'WARNING - Data:' not in output
-    assert json.loads((tmp_path / FILE).read_text())['counts']
+
+
+def test_an_error_of_any_kind_ends_all_processes(monkeypatch):
+    """The main process counts, the others wait for what it says."""
+    sent = []
+    monkeypatch.setattr(census_hook, 'broadcast_object_list', sent.extend)
+    monkeypatch.setattr(census_hook, 'compare_truth', lambda *_: [][0])
+    loop = SimpleNamespace(
+        dataloader=SimpleNamespace(dataset=()), evaluator=SimpleNamespace(metrics=[])
+    )
+    runner = SimpleNamespace(train_dataloader=loop.dataloader, val_loop=loop, model=nn.Module())
+    with pytest.raises(DataError, match=r'cannot be counted: IndexError: .*--no-census$') as error:
+        CensusHook().before_train(runner)
+    assert sent == [[str(error.value)]]
 
 
 # ------------------------------------------------------------------------------------------- parts
@@ -230,50 +240,3 @@ def test_folders_of_validation_get_the_numbers_of_training(tmp_path):
     with pytest.raises(DataError, match='folders that are not a class of training: kite'):
         follow(image_folders(tmp_path / 'other', 'kite'), ('ball', 'box'))
     assert folder_classes(dataset_of()) is None
-
-
-# ------------------------------------------------------------------------------------------ memory
-@pytest.fixture
-def counted(monkeypatch):
-    """The datasets that were counted."""
-    found = []
-
-    def count(split, dataset, *_):
-        found.append(dataset)
-        return Census(split, 'objects', ['a'], 1, 1, [len(found)])
-
-    monkeypatch.setattr(census_hook, 'count', count)
-    return found
-
-
-def test_counts_are_remembered_until_something_changes(tmp_path, counted):
-    truth = tmp_path / 'truth.json'
-    truth.write_text('1')
-
-    class Dataset(list):
-        ann_file, all_images, filter_cfg = str(truth), (), None
-        metainfo, pipeline = dict(classes=('a',)), SimpleNamespace(transforms=[])
-
-    def number(dataset, split='train'):
-        return Memory(tmp_path / FILE)(split, dataset, 200, 0).counts[0]
-
-    dataset = Dataset([1])
-    assert [number(dataset), number(dataset)] == [1, 1]
-    assert number(dataset, 'val') == 2
-    assert number(Dataset([1, 2])) == 3
-    dataset.filter_cfg = dict(min_size=32)
-    assert number(dataset) == 4
-    truth.write_text('12')
-    assert number(dataset) == 5
-    os.utime(truth, ns=(1, 1))
-    assert [number(dataset), number(dataset)] == [6, 6]
-    (tmp_path / FILE).write_text('{')
-    assert number(dataset) == 7
-    truth.unlink()
-    assert [number(dataset), number(dataset)] == [8, 9]
-
-
-def test_counts_of_other_datasets_are_not_kept(tmp_path, counted):
-    memory = Memory(tmp_path / FILE)
-    dataset = SimpleNamespace(metainfo=dict(classes=('a',)))
-    assert [memory('train', dataset, 200, 0).counts for _ in range(2)] == [[1], [2]]
