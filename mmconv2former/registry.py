@@ -11,72 +11,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from mmengine.registry import DATASETS as ROOT_DATASETS
-from mmengine.registry import HOOKS as ROOT_HOOKS
-from mmengine.registry import MODELS as ROOT_MODELS
-from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
-from mmengine.registry import OPTIM_WRAPPERS as ROOT_OPTIM_WRAPPERS
-from mmengine.registry import RUNNERS as ROOT_RUNNERS
-from mmengine.registry import WEIGHT_INITIALIZERS as ROOT_WEIGHT_INITIALIZERS
-from mmengine.registry import Registry, build_runner_from_cfg
+from mmengine import registry as roots
+from mmengine.registry import Registry
 
 Class = TypeVar('Class', bound=type)
 
-MODELS = Registry(
-    'model',
-    parent=ROOT_MODELS,
-    scope='mmconv2former',
-    locations=[
-        'mmconv2former.models.conv2former',
-        'mmconv2former.models.isotropic',
-        'mmconv2former.models.baselines',
-    ],
+
+def child(parent: Registry, *modules: str) -> Registry:
+    """The registry of our scope below a root registry; its classes are in these modules."""
+    locations = [f'mmconv2former.{module}' for module in modules]
+    return Registry(parent.name, parent=parent, scope='mmconv2former', locations=locations)
+
+
+MODELS = child(roots.MODELS, 'models.conv2former', 'models.isotropic', 'models.baselines')
+OPTIM_WRAPPER_CONSTRUCTORS = child(roots.OPTIM_WRAPPER_CONSTRUCTORS, 'engine.layer_decay')
+RUNNERS = child(roots.RUNNERS, 'engine.runner')
+HOOKS = child(
+    roots.HOOKS,
+    'engine.hooks',
+    'engine.finite',
+    'engine.dry_run',
+    'datasets.census_hook',
+    'engine.resuming',
+    'engine.schedule',
+    'engine.stopping',
 )
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
-    'optimizer wrapper constructor',
-    parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
-    scope='mmconv2former',
-    locations=['mmconv2former.engine.layer_decay'],
-)
-RUNNERS = Registry(
-    'runner',
-    parent=ROOT_RUNNERS,
-    scope='mmconv2former',
-    locations=['mmconv2former.engine.runner'],
-    build_func=build_runner_from_cfg,
-)
-HOOKS = Registry(
-    'hook',
-    parent=ROOT_HOOKS,
-    scope='mmconv2former',
-    locations=[
-        'mmconv2former.engine.hooks',
-        'mmconv2former.engine.finite',
-        'mmconv2former.engine.dry_run',
-        'mmconv2former.datasets.census_hook',
-        'mmconv2former.engine.resuming',
-        'mmconv2former.engine.schedule',
-        'mmconv2former.engine.stopping',
-    ],
-)
-DATASETS = Registry(
-    'dataset',
-    parent=ROOT_DATASETS,
-    scope='mmconv2former',
-    locations=['mmconv2former.datasets.checked'],
-)
-OPTIM_WRAPPERS = Registry(
-    'optim_wrapper',
-    parent=ROOT_OPTIM_WRAPPERS,
-    scope='mmconv2former',
-    locations=['mmconv2former.engine.amp'],
-)
-WEIGHT_INITIALIZERS = Registry(
-    'weight initializer',
-    parent=ROOT_WEIGHT_INITIALIZERS,
-    scope='mmconv2former',
-    locations=['mmconv2former.checkpoint.loading'],
-)
+DATASETS = child(roots.DATASETS, 'datasets.checked')
+OPTIM_WRAPPERS = child(roots.OPTIM_WRAPPERS, 'engine.amp')
+WEIGHT_INITIALIZERS = child(roots.WEIGHT_INITIALIZERS, 'checkpoint.loading')
 
 
 def register(registry: Registry) -> Callable[[Class], Class]:

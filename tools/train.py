@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import common  # before torch
 import torch
@@ -28,10 +29,9 @@ from common.cli import (
 from common.config_check import type_name
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
-from mmconv2former.engine.runner import locked_when_built
+from mmconv2former.engine.runner import locked_when_built, unwrapped
 from mmconv2former.engine.schedule import schedule_of, table, unusual
 
 AMP_FORMATS = ('auto', 'bfloat16', 'float16')
@@ -221,7 +221,7 @@ def compile_backbone(runner: Runner, settings: dict) -> None:
         runner: A runner whose model is built.
         settings: Arguments of `torch.compile`.
     """
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model: Any = unwrapped(runner.model)
     model.backbone.compile(**{'dynamic': True, **settings})
     runner.logger.info('The backbone is compiled with torch.compile in the first iteration.')
 

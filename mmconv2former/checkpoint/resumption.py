@@ -129,7 +129,7 @@ def check_optimizer(saved: Any, optimizer: Any, checkpoint: str) -> None:
             f'{settings}. Resume with the optim_wrapper and frozen_stages of its run, or start a '
             'new run with it as load_from.'
         )
-    parameters = {}
+    parameters: dict[int, tuple[int, Tensor]] = {}
     for index, (group, own) in enumerate(
         zip(saved['param_groups'], optimizer.optimizer.param_groups)
     ):

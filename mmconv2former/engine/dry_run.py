@@ -72,7 +72,11 @@ class DryRunHook(Hook):
             scale = attempt('training data', lambda: largest_input(runner.model, batches))
             found.append('samples')
             if runner.val_loop is not None:
-                batches = attempt('validation data', lambda: validation_batches(runner.val_loop))
+                loader = runner.val_loop.dataloader
+                size = getattr(loader, 'batch_size', None) or 1
+                batches = attempt(
+                    'validation data', lambda: in_batches(loader, two_images(loader.dataset), size)
+                )
                 found += attempt('validation', lambda: try_validation(runner, batches))
             if any(isinstance(hook, CheckpointHook) for hook in runner.hooks):
                 found.append(attempt('checkpoint', lambda: try_checkpoint(runner)))
@@ -131,13 +135,6 @@ def largest_input(model: nn.Module, batches: Sequence[Any]) -> float:
         inputs = tree_flatten([preprocess(batch, training=True) for batch in batches])[0]
     images = [x for x in inputs if isinstance(x, torch.Tensor) and x.dim() >= 4]
     return max((float(x.abs().max()) for x in images if x.numel()), default=0.0)
-
-
-def validation_batches(loop: Any) -> list[Any]:
-    """Two images in batches as the loader makes them."""
-    loader = loop.dataloader
-    indices = two_images(loader.dataset)
-    return in_batches(loader, indices, getattr(loader, 'batch_size', None) or 1)
 
 
 def two_images(dataset: Any) -> list[int]:

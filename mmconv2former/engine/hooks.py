@@ -138,26 +138,16 @@ class ReliableCheckpointHook(CheckpointHook):
         filename = self.filename_tmpl.format(step)
         self.last_ckpt = self.file_backend.join_path(self.out_dir, filename)
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        runner.save_checkpoint(
-            self.out_dir,
+        self._save(
+            runner,
             filename,
+            [*map(self.filename_tmpl.format, outdated), *names_between(runner)],
             save_optimizer=self.save_optimizer,
             save_param_scheduler=self.save_param_scheduler,
             meta=meta,
             by_epoch=self.by_epoch,
-            backend_args=self.backend_args,
-            **self.args,
         )
-        self.saved = meta['iter']
-        names = [self.filename_tmpl.format(old) for old in outdated]
-        stopped = runner.message_hub.runtime_info.pop(STOPPED_AT, None)
-        if stopped is not None and name_between(stopped) != filename:
-            names.append(name_between(stopped))
-        if is_main_process():
-            self._remember_last(runner, self.last_ckpt)
-            for name in names:
-                self.file_backend.remove(self.file_backend.join_path(self.out_dir, name))
-            self._remove_outdated()
+        runner.message_hub.runtime_info.pop(STOPPED_AT, None)
 
     def save_between(self, runner: Any, iteration: int, epoch: int) -> None:
         """Saves a checkpoint between two ordinary ones, if this iteration has none yet.
@@ -171,30 +161,27 @@ class ReliableCheckpointHook(CheckpointHook):
         """
         if self.saved == iteration:
             return
-        stopped = runner.message_hub.runtime_info.get(STOPPED_AT)
+        outdated = names_between(runner)
         runner.message_hub.update_info(STOPPED_AT, iteration)
-        name = name_between(iteration)
-        runner.save_checkpoint(
-            self.out_dir,
-            name,
-            meta=dict(epoch=epoch, iter=iteration),
-            by_epoch=False,
-            backend_args=self.backend_args,
-            **self.args,
-        )
-        self.saved = iteration
-        if is_main_process():
-            self._remember_last(runner, self.file_backend.join_path(self.out_dir, name))
-            if stopped is not None:
-                old = self.file_backend.join_path(self.out_dir, name_between(stopped))
-                self.file_backend.remove(old)
-            self._remove_outdated()
+        meta = dict(epoch=epoch, iter=iteration)
+        self._save(runner, name_between(iteration), outdated, meta=meta, by_epoch=False)
 
-    @staticmethod
-    def _remember_last(runner: Any, path: str) -> None:
-        partial = Path(runner.work_dir, partial_name())
-        partial.write_text(path)
-        replace(partial, Path(runner.work_dir, LAST_CHECKPOINT))
+    def _save(
+        self, runner: Any, name: str, outdated: list[str], meta: dict, **options: Any
+    ) -> None:
+        """Saves a checkpoint, remembers it as the last one, and then removes others."""
+        runner.save_checkpoint(
+            self.out_dir, name, meta=meta, backend_args=self.backend_args, **options, **self.args
+        )
+        self.saved = meta['iter']
+        if is_main_process():
+            partial = Path(runner.work_dir, partial_name())
+            partial.write_text(self.file_backend.join_path(self.out_dir, name))
+            replace(partial, Path(runner.work_dir, LAST_CHECKPOINT))
+            for old in outdated:
+                if old != name:
+                    self.file_backend.remove(self.file_backend.join_path(self.out_dir, old))
+            self._remove_outdated()
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict[str, float]) -> None:
         super()._save_best_checkpoint(runner, metrics)
@@ -210,6 +197,12 @@ class ReliableCheckpointHook(CheckpointHook):
 def name_between(iteration: int) -> str:
     """File name of a checkpoint between two ordinary ones."""
     return f'iter_{iteration}.pth'
+
+
+def names_between(runner: Any) -> list[str]:
+    """The checkpoint between two ordinary ones that the next one replaces, if there is one."""
+    stopped = runner.message_hub.runtime_info.get(STOPPED_AT)
+    return [] if stopped is None else [name_between(stopped)]
 
 
 def validation_is_due(runner: Any) -> bool:

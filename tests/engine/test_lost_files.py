@@ -77,19 +77,6 @@ def test_drawings_of_the_local_backend(lost, said, tmp_path):
     assert line.startswith(f'LocalVisBackend in {tmp_path} cannot be written: ')
 
 
-def test_scalars(lost, said, tmp_path):
-    backend = LocalVisBackend(str(tmp_path / 'a'))
-    lost.spare_backend(backend)
-    backend.add_scalars({'loss': 1.0}, 1)
-    (tmp_path / 'a/scalars.json').unlink()
-    (tmp_path / 'a').rmdir()
-    for step in range(3):
-        backend.add_scalars({'loss': 1.0}, step)
-    backend.close()
-    (line,) = said
-    assert 'No such file' in line
-
-
 def test_tensorboard(lost, said, tmp_path, monkeypatch, capsys):
     """Its thread writes, and ends with the first error."""
     pytest.importorskip('tensorboard')

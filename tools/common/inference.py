@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.model import BaseModel, is_model_wrapper, revert_sync_batchnorm
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, VISUALIZERS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.structures import InstanceData, PixelData
@@ -27,6 +27,7 @@ from common.cli import add_config_arguments, load_config
 from mmconv2former import use_cuda_graphs
 from mmconv2former.checkpoint.loading import load_model
 from mmconv2former.datasets.checked import leaves
+from mmconv2former.engine.runner import unwrapped
 
 # The visualizer that draws predictions, by library.
 DRAWN_BY = {
@@ -292,5 +293,5 @@ def check_cuda_graphs(device: str) -> None:
 
 def replay_backbone(model: nn.Module) -> None:
     """Applies `--cuda-graphs` to a model, or to one in its wrapper for several processes."""
-    inner: Any = model.module if is_model_wrapper(model) else model
+    inner: Any = unwrapped(model)
     use_cuda_graphs(inner.backbone)
