@@ -37,10 +37,11 @@ metainfo = dict(
 num_classes = 11
 void = 11
 # Five of the eleven classes have 0.3 to 1.2% of the pixels each. Without weights they are not found
-# within 17 epochs. These are by median frequency (arXiv 1411.4734): the median over the classes,
-# divided by a class's own share of the pixels in those training images that have it.
+# within 17 epochs. Median frequency (arXiv 1411.4734) is the median of the classes' shares of the
+# pixels, in those training images that have the class, over a class's own; these are its square
+# roots, our choice: with the full weights, the mIoU of the validation was 3 points lower.
 loss = dict(
-    class_weight=[0.28, 0.20, 4.79, 0.15, 1.00, 0.42, 3.85, 1.97, 0.79, 6.37, 8.86],
+    class_weight=[0.53, 0.45, 2.19, 0.39, 1.00, 0.65, 1.96, 1.40, 0.89, 2.52, 2.98],
     reduction='none',  # the mean is taken later; mmseg's own cannot index the weights by void
 )
 crop_size = (352, 480)  # multiples of 32
