@@ -1,7 +1,7 @@
 """Fixtures and options of all tests.
 
 pytest --slow                                      # every test at its full count
-pytest tests/reliability --slow --reliability-page docs/reliability.md
+pytest tests/reliability --slow --reliability-page docs/tables/reliability.md
 """
 
 import gc
@@ -43,6 +43,8 @@ def pytest_configure(config):
         return
     if not page.is_file():
         raise pytest.UsageError(f'--reliability-page {page} does not exist')
+    if '<!-- table reliability -->' not in page.read_text():
+        raise pytest.UsageError(f'--reliability-page {page} has no <!-- table reliability -->')
     config.pluginmanager.register(ReliabilityPage(page))
 
 
@@ -87,21 +89,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope='session', autouse=True)
-def process():
-    """The process of all tests: a folder of its own for downloads, and quick dumps of configs."""
+def quick_process():
+    """A folder of its own for downloads, and no two habits of mmengine that cost more time than a
+    short run itself.
+    """
+    gc.freeze()  # each dataset collects garbage: now without what the libraries have built
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv('TORCH_HOME', folder)
         # mmengine formats the config for each log and file: half a second each.
-        monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
-        yield
-
-
-@pytest.fixture(scope='session', autouse=True)
-def quick_runs():
-    """Without two habits of mmengine that cost more time than a short run itself."""
-    gc.freeze()  # each dataset collects garbage: now without what the libraries have built
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        # It formats the config for each log and each checkpoint.
         monkeypatch.setattr('yapf.yapflib.yapf_api.FormatCode', lambda text, **_: (text, True))
         yield
 
@@ -121,7 +116,7 @@ def slow(request):
 
 @pytest.fixture
 def fault_report(request):
-    """Reports an injected fault for the table of docs/reliability.md.
+    """Reports an injected fault for docs/tables/reliability.md.
 
     Call `fault_report(area, fault, tries, survived, seen)` before asserting `survived == tries`.
     `area` is one of `AREAS`, `seen` what the user sees, in the program's own words.

@@ -27,7 +27,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmconv2former.checkpoint import safe_pickle
-from mmconv2former.checkpoint.loading import load_pretrained
 from mmconv2former.checkpoint.reading import (
     TRUST_VARIABLE,
     CheckpointError,
@@ -35,27 +34,16 @@ from mmconv2former.checkpoint.reading import (
     read_state_dict,
 )
 
-READERS = {
-    'pretrained': lambda path: load_pretrained(nn.Linear(2, 2), path),
-    'state dict': read_state_dict,
-    'mmengine': CheckpointLoader.load_checkpoint,
-    'torch': torch.load,
-}
-
 
 # ----------------------------------------------------------------------------------------- hostile
 @pytest.mark.parametrize('hostile', HOSTILE)
-@pytest.mark.parametrize('reader', READERS)
-def test_hostile_file_is_not_run(hostile, reader, tmp_path, guarded):
+def test_hostile_file_is_not_run_by_torch_in_a_tool(hostile, tmp_path, guarded):
+    """What our readers say is in tests/reliability/test_bad_checkpoints.py."""
     trace, path = tmp_path / 'trace', tmp_path / 'file.pth'
     HOSTILE[hostile](path, trace, dict(state_dict=nn.Linear(2, 2).state_dict()))
-    with pytest.raises((CheckpointError, pickle.UnpicklingError)) as error:
-        READERS[reader](str(path))
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(str(path))
     assert not trace.exists()
-    if reader != 'torch':
-        name = CALLED if hostile == 'call' else 'builtins.getattr'
-        assert f'cannot be read: file contains {name}, which is not plain data' in str(error.value)
-        assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('hostile', HOSTILE)

@@ -108,6 +108,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert EPOCH_POSITION not in last(tmp_path)['message_hub']['runtime_info']
 
 
+def test_another_batch_size_continues_at_the_same_place_of_the_epoch(sample, tmp_path):
+    config = tiny_config('detection', sample, tmp_path, 1)
+    assert start(config, count=2)[1] == STOPPED  # of four
+    config.train_dataloader.batch_size = 4
+    hook, code = start(config, resume=True)
+    assert code is None
+    assert hook.batches == [1]  # of two
+    log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
+    assert 'batch size 4 (checkpoint: 2). The run continues at the same place in its epoch' in log
+    assert 'which now has 2 iterations' in log
+
+
 def test_batches_are_left_out_once():
     batches = LaterBatches([[0], [1], [2]], 2)
     assert len(batches) == 3

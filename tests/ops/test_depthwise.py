@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers.depthwise import own, stock
 
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d, triton_support
 from mmconv2former.ops.depthwise import VARIABLE, choice_for, choose, implementations
@@ -37,22 +37,6 @@ def operands(dtype=torch.double, device='cpu', channels=8, kernel_size=3):
     x, grad = normal(2, 2, 6, 5, channels)
     values = x, grad, normal(channels, 1, kernel_size, kernel_size), normal(channels)
     return [value.to(device, dtype) for value in values]
-
-
-def stock(x, grad, weight, bias):
-    """Output and gradients by torch's operator."""
-    leaves = [value.detach().clone().requires_grad_() for value in (x, weight, bias)]
-    padding, groups = weight.shape[-1] // 2, weight.shape[0]
-    out = F.conv2d(leaves[0].permute(0, 3, 1, 2), *leaves[1:], padding=padding, groups=groups)
-    out = out.permute(0, 2, 3, 1)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def own(function, x, grad, weight, bias):
-    """Output and gradients by a function."""
-    leaves = [value.detach().clone().requires_grad_() for value in (x, weight, bias)]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 # ---------------------------------------------------------------------------------------- arguments

@@ -2,20 +2,13 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from helpers.depthwise import stock
 from helpers.half_precision import HALF_DTYPES
 from torch import nn
 
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_matmul
 from mmconv2former.ops.depthwise import choose
 from mmconv2former.ops.depthwise_matmul import weight_gradient
-
-
-def stock_gradients(x, weight, bias, grad):
-    inputs = [tensor.detach().clone().requires_grad_() for tensor in (x, weight, bias)]
-    padding, groups = weight.shape[-1] // 2, weight.shape[0]
-    F.conv2d(*inputs, padding=padding, groups=groups).backward(grad)
-    return [tensor.grad for tensor in inputs]
 
 
 # `cache_bytes` has it handle all channels of an image at once, some, or one by one.
@@ -33,27 +26,9 @@ def test_weight_gradient_equals_autograd(
     x = torch.randn(shape, dtype=torch.double).contiguous(memory_format=memory_format)
     grad = torch.randn(shape, dtype=torch.double)
     weight = torch.randn(shape[1], 1, kernel_size, kernel_size, dtype=torch.double)
-    _, expected, _ = stock_gradients(x, weight, weight[:, 0, 0, 0], grad)
+    channels_last = (tensor.permute(0, 2, 3, 1) for tensor in (x, grad))
+    _, _, expected, _ = stock(*channels_last, weight, weight[:, 0, 0, 0])
     torch.testing.assert_close(weight_gradient(x, grad, kernel_size), expected)
-
-
-@pytest.mark.parametrize('method', ['auto', 'stock', 'matmul'])
-@pytest.mark.parametrize(
-    ('shape', 'kernel_size'), [((2, 160, 36, 36), 9), ((1, 64, 37, 29), 13), ((3, 520, 4, 4), 11)]
-)
-def test_module_equals_the_stock_convolution(shape, kernel_size, method, monkeypatch):
-    torch.manual_seed(0)
-    monkeypatch.setattr(depthwise, 'setting', method)
-    conv = DepthwiseConv(shape[1], kernel_size)
-    nn.init.normal_(conv.bias)
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
-    grad = torch.randn(shape)
-    output = conv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    torch.testing.assert_close(output, nn.Conv2d.forward(conv, x))
-    output.backward(grad)
-    expected = stock_gradients(x, conv.weight, conv.bias, grad)
-    for value, reference in zip((x.grad, conv.weight.grad, conv.bias.grad), expected):
-        assert (value - reference).norm() < 1e-5 * reference.norm()
 
 
 @pytest.mark.parametrize('dtype', HALF_DTYPES)
@@ -64,8 +39,7 @@ def test_half_precision(dtype, monkeypatch):
     conv = DepthwiseConv(6, 11).to(dtype)
     x, grad = (torch.randn(2, 20, 24, 6).to(dtype) for _ in range(2))
     conv(x).backward(grad)
-    wide = [tensor.float() for tensor in (x.permute(0, 3, 1, 2), conv.weight, conv.bias)]
-    _, *expected = stock_gradients(*wide, grad.float().permute(0, 3, 1, 2))
+    _, _, *expected = stock(*(tensor.float() for tensor in (x, grad, conv.weight, conv.bias)))
     for value, reference in zip((conv.weight.grad, conv.bias.grad), expected):
         assert (value.float() - reference).norm() < 0.02 * reference.norm()
 

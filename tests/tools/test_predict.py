@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from helpers.models import (
     CLASSES,
     CLASSIFICATION_MODEL,
@@ -14,6 +15,7 @@ from helpers.models import (
     SEGMENTATION_MODEL,
     save_model,
 )
+from helpers.pages import read_blocks
 from helpers.simulated_graphs import StandIn
 from mmdet.apis import DetInferencer
 from mmengine.config import Config
@@ -79,6 +81,18 @@ def test_detection(models, folder, tmp_path):
         assert coco_mask.area(instance['mask']) == coco_mask.area(mask)
         assert coco_mask.decode(instance['mask']).shape == (64, 64)
         assert instance['class'] == inferencer.model.dataset_meta['classes'][instance['label']]
+
+
+def test_the_page_calls_the_inferencer_of_mmdet(models, folder, tmp_path, monkeypatch):
+    (block,) = (b for b in read_blocks(ROOT / 'docs/predict.md') if b.language == 'python')
+    config = tmp_path / 'configs/detection/mask_rcnn_conv2former_t.py'
+    config.parent.mkdir(parents=True)
+    shutil.copy(models[DETECTION_MODEL].config, config)
+    shutil.copy(models[DETECTION_MODEL].checkpoint, tmp_path / 'epoch_36.pth')
+    shutil.copy(folder / 'tief/zwei.jpg', tmp_path / 'photo.jpg')
+    monkeypatch.chdir(tmp_path)
+    exec(block.text, {})
+    assert (tmp_path / 'predictions/vis/photo.jpg').exists()
 
 
 def test_low_scores_are_dropped(models, folder, tmp_path):

@@ -22,7 +22,6 @@ from helpers.tools import assert_drawn_beside, run_tool
 from helpers.training_server import free_port
 from mmengine.config import Config
 from plot_curves import read_scalars
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
 def metrics_of(work_dir):
@@ -119,31 +118,10 @@ def segmentor(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def trained_segmentor(segmentor, sample, tmp_path_factory):
-    """Work dir of four iterations, the last two after resuming."""
+    """Work dir of four iterations."""
     work_dir = tmp_path_factory.mktemp('trained_segmentor')
-    train = ['train', segmentor, '--tensorboard']
-    run_tool(*with_data(train, sample, work_dir, *WITHOUT_WORKERS, 'train_cfg.max_iters=2'))
-    assert not (work_dir / 'iter_4.pth').exists()
-    train = ['train', segmentor, '--resume']
-    output = run_tool(*with_data(train, sample, work_dir, *WITHOUT_WORKERS))
-    assert 'resumed epoch: 0, iter: 2' in output
+    run_tool(*with_data(['train', segmentor], sample, work_dir, *WITHOUT_WORKERS))
     return work_dir
-
-
-def test_segmentation_trains_and_resumes(trained_segmentor):
-    _, iteration, step = state_of(trained_segmentor / 'iter_4.pth')
-    assert iteration == step == 4
-    assert len(list(trained_segmentor.glob('best_mIoU_iter_*.pth'))) == 1
-    losses, metrics = read_scalars(trained_segmentor, ['mIoU'])
-    assert sorted(losses['loss']) == [1, 2, 3, 4]
-    assert sorted(metrics['mIoU']) == [2, 4]
-
-
-def test_tensorboard_is_one_flag_away(trained_segmentor):
-    (events,) = trained_segmentor.glob('*/vis_data/events.out.tfevents.*')
-    accumulator = EventAccumulator(str(events)).Reload()
-    assert [event.step for event in accumulator.Scalars('loss')] == [1, 2]
-    assert accumulator.Scalars('mIoU')[0].value >= 0
 
 
 def test_backbone_is_compiled_by_a_key(segmentor, sample, tmp_path):
@@ -180,7 +158,7 @@ def test_segmentation_evaluates_draws_and_augments(trained_segmentor, segmentor,
 
 
 # --------------------------------------------------------------------------- several processes
-def test_two_processes_train_and_evaluate(detector, server, tmp_path):
+def test_two_processes_train_a_detector(detector, tmp_path):
     """With frozen stages and recomputed activations; unused parameters would break them."""
     options = ['--cfg-options', 'train_cfg.max_epochs=1', 'model.backbone.frozen_stages=1',
                'model.backbone.with_cp=True', 'log_level=INFO']  # fmt: skip
@@ -197,16 +175,6 @@ def test_two_processes_train_and_evaluate(detector, server, tmp_path):
     assert 'Scaling the original LR by 0.25' in result.stdout + result.stderr  # 2 x 2 of 16 images
     _, iteration, step = state_of(tmp_path / 'epoch_1.pth')
     assert iteration == step == 2  # 8 images in 2 processes with batches of 2
-
-    for processes in (1, 2):
-        arguments = ['test.py', detector, tmp_path / 'epoch_1.pth', '--work-dir',
-                     tmp_path / f'{processes}']  # fmt: skip
-        log = tmp_path / f'{processes}.log'
-        assert server.run(arguments, log, processes) == [0] * processes, log.read_text()
-    one, two = metrics_of(tmp_path / '1'), metrics_of(tmp_path / '2')
-    for name in one:
-        if name.startswith('coco/'):
-            assert two[name] == pytest.approx(one[name], abs=1e-3), name
 
 
 def test_two_processes_train_a_segmentor(segmentor, server, sample, tmp_path):
@@ -402,17 +370,9 @@ REFUSALS = {  # train.py with RECIPE, or test.py with RECIPE and none
              '/nowhere/annotations/instances_train2017.json (train_dataloader)'),
     'data to evaluate': ('test', ['--data-root', '/nowhere', *NO_WEIGHTS],
                          'name their folder with --data-root DIR'),
-    'weights': ('train', ['--data-root', 'SAMPLE'],
-                "checkpoint 'pretrain/conv2former_t.pth' does not exist. The published weights"),
-    'resume': ('train', ['--resume', 'none.pth', '--data-root', 'SAMPLE', *NO_WEIGHTS],
-               "checkpoint 'none.pth' does not exist"),
-    'amp': ('train', ['--amp', '--cfg-options', 'optim_wrapper.type=ApexOptimWrapper'],
-            '--amp needs optim_wrapper.type OptimWrapper'),
     'tta': ('test', ['--data-root', 'SAMPLE', '--tta', *NO_WEIGHTS, 'tta_model._delete_=True',
                      'tta_pipeline=None'], 'has no tta_model and tta_pipeline'),
     'out': ('test', ['--out', 'a.json'], '--out must end with .pkl'),
-    'scaling': ('train', ['--auto-scale-lr', '--cfg-options', 'auto_scale_lr._delete_=True'],
-                'has no auto_scale_lr.base_batch_size'),
 }  # fmt: skip
 
 
@@ -425,12 +385,11 @@ def test_refuses_with_one_message(case, sample, tmp_path):
     assert message in run_tool(tool, RECIPE, *checkpoint, *options, succeeds=False)
 
 
-def test_missing_files_are_named(sample, tmp_path):
-    assert 'config none.py: it does not exist' in run_tool('train', 'none.py', succeeds=False)
+def test_empty_checkpoint_name(sample, tmp_path):
+    """Such as "$(cat FOLDER/last_checkpoint)" without that file."""
     options = ['--data-root', sample / 'coco', '--work-dir', tmp_path]
-    for checkpoint in ('none.pth', ''):  # such as "$(cat FOLDER/last_checkpoint)" without that file
-        output = run_tool('test', CONFIG, checkpoint, *options, succeeds=False)
-        assert f'checkpoint {checkpoint!r} does not exist' in output
+    output = run_tool('test', CONFIG, '', *options, succeeds=False)
+    assert "checkpoint '' does not exist" in output
 
 
 def make_machine(folder, without=()):

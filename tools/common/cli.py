@@ -260,7 +260,6 @@ def preflight(runner: Runner, modes: Sequence[str]) -> None:
     Args:
         runner: A new runner.
         modes: The modes among `train`, `val` and `test` that will run.
-        strict: See `ReliableRunner.preflight`, which reads the checkpoint.
 
     Raises:
         ConfigError, CheckpointError, ...: See `run_errors`.
