@@ -17,7 +17,9 @@ import pytest
 import torch
 from common.tables import with_table
 from helpers.in_process import isolated
+from helpers.runs import run
 from helpers.simulated_graphs import simulated  # noqa: F401 (a fixture)
+from helpers.tiny import tiny_config
 from helpers.tools import run_tool
 from helpers.training_server import TrainingServer
 
@@ -148,6 +150,14 @@ def real_samples():
         f'MMCONV2FORMER_SAMPLES={folder} has no coco_sample'
     )
     return Path(folder).resolve()
+
+
+@pytest.fixture(scope='session')
+def finished(sample, tmp_path_factory):
+    """The work dir of a run that has written iter_2.pth and iter_4.pth; not to be changed."""
+    work_dir = tmp_path_factory.mktemp('finished')
+    run(tiny_config('segmentation', sample, work_dir, 4, 2))
+    return work_dir
 
 
 @pytest.fixture(scope='session')

@@ -90,8 +90,6 @@ def test_ids_used_twice_are_not_hidden(write):
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        ('', 'is no valid JSON (empty or incomplete file?): Expecting value'),
-        ('{"images": [', 'is no valid JSON (empty or incomplete file?): Expecting value'),
         ('[]', 'a COCO file has one object with the lists images, categories, annotations'),
         ('{"images": {}, "categories": []}', "list 'images' must be a list, got {}"),
         ('{"images": [3], "categories": []}', 'images[0] must be an object, got 3'),
@@ -151,12 +149,9 @@ def mask(**changes):
     ('change', 'problem'),
     [
         (mask(segmentation=[[1, 1, float('nan'), 1, 9, 9]]), 'annotation 4 has polygon [1, 1, nan'),
-        (mask(segmentation=[[1, 1, float('inf'), 1, 9, 9]]), 'annotation 4 has polygon [1, 1, inf'),
         (mask(segmentation=[[1, 1, 1e308, 1, 9, 9]]), 'annotation 4 has polygon [1, 1, 1e+308'),
-        (mask(segmentation=[[1, 1, -1e9, 1, 9, 9]]), 'annotation 4 has polygon [1, 1, -1000000000'),
         (mask(segmentation=[[1, 1, '9', 1, 9, 9]]), "annotation 4 has polygon [1, 1, '9'"),
         (mask(segmentation=[{}]), 'annotation 4 has polygon {}'),
-        (mask(bbox=[0, 0, float('nan'), 4]), 'annotation 4 has bbox [0, 0, nan, 4]'),
         (mask(bbox=[0, 0, 4]), 'annotation 4 has bbox [0, 0, 4]'),
         (mask(bbox=None), 'annotation 4 has bbox None'),
         (mask(iscrowd=2), 'annotation 4 has iscrowd 2, neither 0 nor 1'),
@@ -172,10 +167,6 @@ def mask(**changes):
         ),
         (
             mask(segmentation=dict(size=[40, 50], counts=[10**12])),
-            'annotation 4 has a mask whose counts are not those of its size',
-        ),
-        (
-            mask(segmentation=dict(size=[40, 50], counts=[2010, -10])),
             'annotation 4 has a mask whose counts are not those of its size',
         ),
         (

@@ -110,7 +110,6 @@ def test_parts_fit_together(path):
     assert (
         backbone.init_cfg.checkpoint == f'pretrain/{"_".join(["conv2former", size, *weights])}.pth'
     )
-    assert not {'depth', 'style', 'num_stages', 'norm_cfg'} & set(backbone)
     assert all(100 < mean < 130 for mean in config.model.data_preprocessor.mean)  # of 0 to 255
     model = build(path)
     channels = list(model.backbone.channels)
@@ -188,8 +187,6 @@ def test_classification_schedule(path):
         ]  # fmt: skip
         assert config.model.backbone.get('layer_scale_init_value', 1e-6) == 1e-6
         assert not config.get('custom_hooks')  # no EMA
-        # what the base's comment says
-        assert -(-1_281_167 // batch) * 300 == 375_600
     assert config.model.head.loss == dict(
         type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'
     )
@@ -208,20 +205,18 @@ def test_classification_schedule(path):
     assert metadata['Epochs'] == epochs
 
 
-def test_fine_tuning_s_iterations():
-    assert (-(-1_281_167 // 512), -(-1_281_167 // 512) * 30) == (2503, 75_090)
-
-
 @pytest.mark.parametrize('path', LEAVES, ids=NAMES)
 def test_optimizer_groups_are_valid(path):
     config, model = load(path), build(path)
-    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    groups = build_optim_wrapper(model, config.optim_wrapper).optimizer.param_groups
     base_rate = config.optim_wrapper.optimizer.lr
-    assert all(0 < group['lr'] <= base_rate for group in optimizer.param_groups)
-    in_groups = [id(p) for group in optimizer.param_groups for p in group['params']]
+    assert all(0 < group['lr'] <= base_rate for group in groups)
+    # A fused step has launches for each.
+    assert len({(group['lr'], group['weight_decay']) for group in groups}) == len(groups)
+    in_groups = [id(p) for group in groups for p in group['params']]
     assert sorted(in_groups) == sorted(id(parameter) for parameter in model.parameters())
     decay = config.optim_wrapper.paramwise_cfg.decay_rate
-    rates = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
+    rates = {id(p): group['lr'] for group in groups for p in group['params']}
     is_isotropic = hasattr(model.backbone, 'blocks')
     blocks = model.backbone.blocks if is_isotropic else model.backbone.stages[-1]
     last_block = blocks[-1].mlp.fc2.weight
@@ -316,12 +311,16 @@ def test_recipes_on_public_data(path):
 
 
 @pytest.mark.parametrize('path', LEAVES, ids=NAMES)
-def test_every_path_to_data_begins_with_the_data_root(path):
+def test_data_are_below_the_data_root_and_loaded_by_workers_that_stay(path):
     config = load(path)
     is_evaluated = '_in22k' not in path.stem or config.val_cfg is not None
     parts = ('train', 'val', 'test') if is_evaluated else ('train',)
     for part in parts:
-        assert config[f'{part}_dataloader'].dataset.data_root == config.data_root
+        loader = config[f'{part}_dataloader']
+        assert loader.dataset.data_root == config.data_root
+        assert loader.num_workers >= 2
+        assert loader.persistent_workers
+        assert loader.pin_memory
     for part in parts[1:]:
         evaluator = config[f'{part}_evaluator']
         assert evaluator.get('ann_file', config.data_root).startswith(config.data_root)

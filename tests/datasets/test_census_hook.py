@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 from helpers.in_process import refusal_of
 from helpers.tiny import tiny_config
-from helpers.tools import run_tool
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from torch import nn
@@ -61,13 +60,6 @@ def test_refusal_in_one_line_before_the_first_iteration(detector, sample, tmp_pa
     assert not list(tmp_path.glob('work/*.pth'))
     assert refusal_of('train', detector, '--work-dir', tmp_path / 'work', '--no-census',
                       '--cfg-options', *options) == ''  # fmt: skip
-
-
-def test_table_is_logged_without_warnings(detector, tmp_path):
-    output = run_tool('train', detector, '--work-dir', tmp_path, '--cfg-options', 'log_level=INFO')
-    assert 'Census of the data' in output
-    assert 'objects used' in output
-    assert 'WARNING - Data:' not in output
 
 
 def test_an_error_of_any_kind_ends_all_processes(monkeypatch):

@@ -6,7 +6,6 @@ since. `test_gpu.py` has the same on a GPU.
 
 import copy
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +14,8 @@ from helpers.comparisons import randomized
 from helpers.in_process import load_tool, refusal_of, with_data, write_tiny_config
 from helpers.simulated_graphs import StandIn, tree_leaves
 from helpers.tiny import scalars
-from mmengine.registry import HOOKS
 from torch import nn
 
-import mmconv2former
 from mmconv2former import Conv2Former, Conv2FormerIsotropic, use_cuda_graphs
 from mmconv2former.engine import cuda_graphs
 from mmconv2former.engine.cuda_graphs import VaryingSizeError
@@ -355,15 +352,6 @@ def test_frozen_parameters_are_captured_again(simulated):
 
 
 # ------------------------------------------------------------------------------ hook and refusals
-def test_hook(simulated):
-    hook = HOOKS.build(dict(type='mmconv2former.CudaGraphsHook'))
-    assert isinstance(hook, mmconv2former.CudaGraphsHook)
-    model = nn.ModuleDict(dict(backbone=build()))
-    hook.before_train(SimpleNamespace(model=model))
-    step(model.backbone.train(), images(2, 3, 32, 32))
-    assert StandIn.replays == 2
-
-
 def test_refusals(simulated, monkeypatch):
     with pytest.raises(ValueError, match='with_cp=False'):
         use_cuda_graphs(build(with_cp=True), training=True)

@@ -31,14 +31,6 @@ def segmentation(sample, tmp_path):
     return make
 
 
-@pytest.fixture(scope='module')
-def finished(sample, tmp_path_factory):
-    """The work dir of a run that has written iter_2.pth and iter_4.pth."""
-    work_dir = tmp_path_factory.mktemp('finished')
-    run(tiny_config('segmentation', sample, work_dir, 4, 2))
-    return work_dir
-
-
 # ------------------------------------------------------------------------------------------ resume
 CASES = {
     # name of the last checkpoint, length, interval, interruptions (iteration, whether in the

@@ -7,22 +7,18 @@ Commands stand in blocks of shell, behind `$ ` in other blocks, and in code with
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import shlex
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
 from markdown_it import MarkdownIt
 
-from helpers import ROOT
+from helpers.in_process import load_tool, typed
 from helpers.pages import read_blocks
 
 SHELL = ('bash', 'console', 'sh', 'shell')
@@ -100,23 +96,9 @@ class Parsed(Exception):
 
 
 @cache
-def load_tool(path: str) -> ModuleType:
+def tool_of(path: str) -> Any:
     """The module of a tool such as `tools/train.py`, not run."""
-    name = 'documented_' + Path(path).stem
-    spec = importlib.util.spec_from_file_location(name, ROOT / path)
-    if spec is None or spec.loader is None:
-        raise ImportError(path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-@contextmanager
-def typed(words: list[str]) -> Iterator[None]:
-    """`sys.argv` as after typing `words`."""
-    with patch.object(sys, 'argv', words):
-        yield
+    return load_tool(Path(path).stem)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
@@ -132,7 +114,7 @@ def parse(words: list[str]) -> argparse.Namespace:
 
     with typed(words), patch.object(argparse.ArgumentParser, 'parse_args', stop):
         try:
-            load_tool(words[0]).main()
+            tool_of(words[0]).main()
         except Parsed as parsed:
             return parsed.arguments
     raise AssertionError(f'{words[0]} does not read its command line')
@@ -147,7 +129,7 @@ def flags_of(path: str) -> set[str]:
 
     with typed([path]), patch.object(argparse.ArgumentParser, 'parse_args', stop):
         try:
-            load_tool(path).main()
+            tool_of(path).main()
         except Parsed as parsed:
             parsers = [parsed.parser]
             while parsers:

@@ -114,7 +114,6 @@ def write_tiny_config(path, kernel=5, depths=(1, 1, 2, 1), init_cfg=None, more='
     return path
 
 
-# As `helpers.tiny.quick_segmentation`, without what this network has already.
 SMALL_DATA = [
     *FOUR_ITERATIONS,
     *WITHOUT_WORKERS,

@@ -107,13 +107,6 @@ def scalars(work_dir):
     return values
 
 
-def quick_segmentation(sample, work_dir, *options):
-    """Arguments, after SMALL_SEGMENTATION, for four iterations on the embedded sample."""
-    data_root = sample / 'ade/ADEChallengeData2016'
-    return ['--data-root', data_root, '--work-dir', work_dir,
-            '--cfg-options', *FOUR_ITERATIONS, *options]  # fmt: skip
-
-
 @contextmanager
 def without_values():
     """Modules that are built here have shapes only."""

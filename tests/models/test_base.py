@@ -183,12 +183,6 @@ def test_outputs_suit_the_roi_align_of_mmcv():
     torch.testing.assert_close(mmcv_ops.roi_align(features, rois, (3, 3)), expected)
 
 
-def test_trace():
-    model = build().eval()
-    traced = torch.jit.trace(model, X[:, :, :, :64])
-    torch.testing.assert_close(traced(X), model(X))
-
-
 @pytest.mark.skipif(
     digit_version(torch.__version__) < digit_version('2.5'),
     reason='torch < 2.5 exports with a fixed batch',
@@ -201,11 +195,6 @@ def test_export_with_dynamic_shapes():
     program = torch.export.export(model, (X[:, :, :, :64],), dynamic_shapes=(shapes,))
     x = torch.randn(3, 3, 128, 128)
     torch.testing.assert_close(program.module()(x), model(x))
-
-
-def test_copies():
-    model = build().eval()
-    torch.testing.assert_close(copy.deepcopy(model)(X), model(X), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -61,10 +61,6 @@ def test_issue_forms(path):
     assert len({field['id'] for field in fields}) == len(fields)
 
 
-def test_three_forms():
-    assert [path.stem for path in FORMS] == ['bug', 'feature', 'question']
-
-
 def test_citation_is_of_this_version_and_the_paper():
     citation = read('CITATION.cff')
     assert {'cff-version', 'message', 'title', 'authors'} <= citation.keys()

@@ -495,18 +495,9 @@ DAMAGED = {  # change of the content of the newest checkpoint, message
 
 
 @pytest.fixture(scope='module')
-def two_checkpoints(sample, tmp_path_factory):
-    """The work dir of a run that has written iter_2.pth and iter_4.pth."""
-    work_dir = tmp_path_factory.mktemp('finished')
-    config = tiny_config('segmentation', sample, work_dir, 4, 2)
-    ReliableRunner.from_cfg(config).train()
-    return work_dir
-
-
-@pytest.fixture(scope='module')
-def runner(sample, two_checkpoints):
+def runner(sample, tmp_path_factory):
     """A runner that is about to load or resume, with a list of its warnings."""
-    config = tiny_config('segmentation', sample, two_checkpoints, 4, 2)
+    config = tiny_config('segmentation', sample, tmp_path_factory.mktemp('runner'), 4, 2)
     config.resume = 'auto'
     config.custom_hooks = [dict(type='EMAHook')]
     runner = ReliableRunner.from_cfg(config)
@@ -518,29 +509,29 @@ def runner(sample, two_checkpoints):
     return runner
 
 
-def resume(runner, two_checkpoints, work_dir):
+def resume(runner, finished, work_dir):
     """Resumes from the newest readable of two checkpoints, which may be in the work dir."""
     for name in ('iter_2.pth', 'iter_4.pth'):
         if not (work_dir / name).exists():
-            (work_dir / name).symlink_to(two_checkpoints / name)
+            (work_dir / name).symlink_to(finished / name)
     runner._work_dir, runner._has_loaded, runner._resume = str(work_dir), False, 'auto'
     runner.warnings.clear()
     runner.load_or_resume()
 
 
 @pytest.mark.parametrize('fault', DAMAGED)
-def test_the_one_before_is_taken(fault, runner, two_checkpoints, tmp_path, fault_report):
+def test_the_one_before_is_taken(fault, runner, finished, tmp_path, fault_report):
     change, message = DAMAGED[fault]
-    content = reading.read_checkpoint(str(two_checkpoints / 'iter_4.pth'))
+    content = reading.read_checkpoint(str(finished / 'iter_4.pth'))
     change(content)
     torch.save(content, tmp_path / 'iter_4.pth')
-    resume(runner, two_checkpoints, tmp_path)
+    resume(runner, finished, tmp_path)
     said = next(text for text in runner.warnings if 'Trying the previous checkpoint' in text)
     survived = runner.iter == 2 and message in said and said.isprintable()
     seen = said.replace(f'{tmp_path}/', '')
     fault_report(AREA, f'--resume, the newest with {fault}', 1, int(survived), seen)
     assert survived, runner.warnings
-    before = reading.read_checkpoint(str(two_checkpoints / 'iter_2.pth'))
+    before = reading.read_checkpoint(str(finished / 'iter_2.pth'))
     torch.testing.assert_close(dict(runner.model.state_dict()), dict(before['state_dict']))
 
 
@@ -566,17 +557,17 @@ GARBLED = {
 
 
 @pytest.mark.parametrize('fault', GARBLED)
-def test_garbled_last_checkpoint(fault, runner, two_checkpoints, tmp_path, fault_report):
+def test_garbled_last_checkpoint(fault, runner, finished, tmp_path, fault_report):
     (tmp_path / 'last_checkpoint').write_bytes(GARBLED[fault])
-    resume(runner, two_checkpoints, tmp_path)
+    resume(runner, finished, tmp_path)
     survived = runner.iter == 4 and not runner.warnings
     seen = 'the checkpoint with the highest number is taken'
     fault_report(AREA, f'`last_checkpoint` contains {fault}', 1, int(survived), seen)
     assert survived, runner.warnings
 
 
-def test_unchanged_checkpoint_is_resumed(runner, two_checkpoints, tmp_path):
-    resume(runner, two_checkpoints, tmp_path)
+def test_unchanged_checkpoint_is_resumed(runner, finished, tmp_path):
+    resume(runner, finished, tmp_path)
     assert (runner.iter, runner.warnings) == (4, [])
 
 

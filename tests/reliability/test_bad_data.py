@@ -1,7 +1,7 @@
 """Bad data in the recipes' pipelines: handled as mmdet and mmseg do, or refused by name.
 
 Each fault is put into a copy of the embedded sample. Its training split is then loaded as in
-training and as in evaluation, and checked by `tools/prepare_data.py`.
+training and as in evaluation.
 """
 
 import copy
@@ -25,7 +25,6 @@ from helpers.tools import run_tool
 from mmengine.dataset import Compose
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
 from PIL import ExifTags, Image
-from prepare_data import CHECKS
 
 from mmconv2former import ReliableRunner
 from mmconv2former.datasets.checked import CheckedDataset, CheckedPipeline, DataError
@@ -134,76 +133,67 @@ def one_label_of_151(labels):
 # --------------------------------------------------------------------------------------- the table
 BOTH, DETECTION, SEGMENTATION = ('detection', 'segmentation'), ('detection',), ('segmentation',)
 # Name, tasks, fault, words of the refusal (which must name the file too) or None if it is handled,
-# what the user sees then, and the kind under which prepare_data.py lists it.
+# what the user sees then.
 NO_OBJECTS = "its list 'annotations' is missing or empty"
 FAULTS = [
     ('JPEG cut in its header', BOTH, with_image(keep(0.1)), ['truncated or broken'],
-     '', 'image cannot be read'),
-    ('JPEG cut in its body', BOTH, with_image(keep(0.7)), ['truncated or broken'], '',
-     'image cannot be read'),
-    ('image is missing', DETECTION, with_image(lambda path: path.unlink()), ['No such file'], '',
-     'missing'),
+     ''),
+    ('JPEG cut in its body', BOTH, with_image(keep(0.7)), ['truncated or broken'], ''),
+    ('image is missing', DETECTION, with_image(lambda path: path.unlink()), ['No such file'], ''),
     ('image is missing', SEGMENTATION, with_image(lambda path: path.unlink()), None,
-     'not trained on: the list is what the folder holds', 'missing'),
-    ('image of no bytes', BOTH, with_image(keep(0)), [], '', 'image cannot be read'),
-    ('16-bit PNG', BOTH, with_image(save_as('PNG', sixteen_bits)), None, 'trained on, in 8 bits',
-     None),
+     'not trained on: the list is what the folder holds'),
+    ('image of no bytes', BOTH, with_image(keep(0)), [], ''),
+    ('16-bit PNG', BOTH, with_image(save_as('PNG', sixteen_bits)), None, 'trained on, in 8 bits'),
     ('RGBA PNG', BOTH, with_image(save_as('PNG', lambda p: p.convert('RGBA'))), None,
-     'trained on, without transparency', None),
+     'trained on, without transparency'),
     ('CMYK JPEG', BOTH, with_image(save_as('JPEG', lambda p: p.convert('CMYK'))), None,
-     'trained on, as RGB', None),
-    ('image of 1x1 pixel', DETECTION, of_size(1, 1), None, 'trained on and evaluated, enlarged',
-     None),
-    ('image of 1x1 pixel', SEGMENTATION, of_size(1, 1), [], '', None),
+     'trained on, as RGB'),
+    ('image of 1x1 pixel', DETECTION, of_size(1, 1), None, 'trained on and evaluated, enlarged'),
+    ('image of 1x1 pixel', SEGMENTATION, of_size(1, 1), [], ''),
     ('image of 10000x20 pixels', BOTH, of_size(10_000, 20), None,
-     'trained on and evaluated, padded to 32 pixels', None),
+     'trained on and evaluated, padded to 32 pixels'),
     ('image of 20x10000 pixels', BOTH, of_size(20, 10_000), None,
-     'trained on and evaluated, padded to 32 pixels', None),
+     'trained on and evaluated, padded to 32 pixels'),
     ('JSON cut in half', DETECTION,
      lambda task, root: keep(0.5)(root / 'annotations/instances_train2017.json'),
-     ['cannot read dataset', 'instances_train2017.json', 'is no valid JSON'], '', 'not JSON'),
+     ['cannot read dataset', 'instances_train2017.json', 'is no valid JSON'], ''),
     ('category that the file has not', DETECTION, with_object(category_id=12), None,
-     'this object is left out', 'unknown category'),
+     'this object is left out'),
     ('category renamed in the file', DETECTION,
      with_annotations(lambda content: content['categories'][0].update(name='human')),
-     ['instances_train2017.json has 79 of the 80 classes'], '', "category is not COCO's"),
-    ('empty box', DETECTION, with_object(bbox=[5, 5, 0, 0]), None, 'this object is left out',
-     'box thinner than a pixel'),
+     ['instances_train2017.json has 79 of the 80 classes'], ''),
+    ('empty box', DETECTION, with_object(bbox=[5, 5, 0, 0]), None, 'this object is left out'),
     ('inverted box', DETECTION, with_object(bbox=[30, 30, -9, -9]), None,
-     'this object is left out', 'box of negative size'),
+     'this object is left out'),
     ('box of NaN', DETECTION, with_object(bbox=[5, 5, float('nan'), 4]),
-     ['train2017.json: annotation 1 has bbox [5, 5, nan, 4]'], '',
-     'box is not four finite numbers'),
+     ['train2017.json: annotation 1 has bbox [5, 5, nan, 4]'], ''),
     ('box without end', DETECTION, with_object(bbox=[5, 5, float('inf'), 4]),
-     ['train2017.json: annotation 1 has bbox [5, 5, inf, 4]'], '',
-     'box is not four finite numbers'),
+     ['train2017.json: annotation 1 has bbox [5, 5, inf, 4]'], ''),
     ('polygon of two points', DETECTION, with_object(segmentation=[[1, 1, 20, 20]]), None,
-     'this object is ignored', 'polygon is not three points or more'),
+     'this object is ignored'),
     ('mask outside the image', DETECTION,
      with_object(segmentation=[[100, 100, 120, 100, 120, 120]]), None,
-     'trained on, its mask is empty', 'polygon outside its image'),
+     'trained on, its mask is empty'),
     ('object without a mask', DETECTION, with_object(segmentation=[]),
-     ["field 'mask' (COCO: 'segmentation') is missing"], '', 'object without a mask'),
+     ["field 'mask' (COCO: 'segmentation') is missing"], ''),
     ('mask of another size', DETECTION, with_object(segmentation=dict(size=[9, 9], counts='Q2')),
-     ['train2017.json: annotation 1 has a mask of size [9, 9], its image has height 64'], '',
-     'mask of another size'),
+     ['train2017.json: annotation 1 has a mask of size [9, 9], its image has height 64'], ''),
     ('no image has objects', DETECTION,
      with_annotations(lambda content: content['annotations'].clear()),
-     ['instances_train2017.json', NO_OBJECTS], '', 'images without objects'),
+     ['instances_train2017.json', NO_OBJECTS], ''),
     ('image of another size than annotated', DETECTION,
      with_image(save_as('JPEG', lambda p: p.resize((80, 48)))),
-     ['has shape (48, 80), annotations say (64, 64)'], '', 'another size than annotated'),
+     ['has shape (48, 80), annotations say (64, 64)'], ''),
     ('label 151', SEGMENTATION, write_labels(one_label_of_151), ['labels [150] are not a class'],
-     '', 'label above 150'),
+     ''),
     ('labels of 16 bits', SEGMENTATION, write_labels(lambda labels: labels.astype(np.uint16)),
-     ['one channel of 8 bits'], '', 'one channel with 8 bits'),
+     ['one channel of 8 bits'], ''),
     ('labels as RGB', SEGMENTATION, write_labels(lambda labels: np.dstack([labels] * 3)),
-     ['one channel of 8 bits'], '', 'one channel with 8 bits'),
+     ['one channel of 8 bits'], ''),
     ('labels of another size', SEGMENTATION, write_labels(lambda labels: labels[:, :32]),
-     ['labels have shape (64, 32), the image has (64, 64)'], '', 'labels of another size'),
-    ('labels are missing', SEGMENTATION, with_labels(lambda path: path.unlink()), [], '',
-     'label image is missing'),
-    ('labels cut off', SEGMENTATION, with_labels(keep(0.5)), [], '', 'image cannot be read'),
+     ['labels have shape (64, 32), the image has (64, 64)'], ''),
+    ('labels are missing', SEGMENTATION, with_labels(lambda path: path.unlink()), [], ''),
+    ('labels cut off', SEGMENTATION, with_labels(keep(0.5)), [], ''),
 ]  # fmt: skip
 CASES = [(task, *fault) for fault in FAULTS for task in fault[1]]
 
@@ -256,18 +246,15 @@ def load_all(loader):
 
 
 @pytest.mark.parametrize(
-    ('task', 'fault', 'tasks', 'inject', 'refusal', 'seen', 'reported'),
+    ('task', 'fault', 'tasks', 'inject', 'refusal', 'seen'),
     CASES,
     ids=[f'{case[0]}: {case[1]}' for case in CASES],
 )
-def test_bad_data(
-    task, fault, tasks, inject, refusal, seen, reported, small, tmp_path, fault_report, slow
-):
+def test_bad_data(task, fault, tasks, inject, refusal, seen, small, tmp_path, fault_report, slow):
     kind, folder = DATA[task]
     root = shutil.copytree(small / folder, tmp_path / f'ein Ordner, größer 图, {kind}')
     inject(task, root)
     runs = [('train', 0), ('val', 0)] + [('train', 2)] * slow
-    survived = 0
     for phase, workers in runs:
         # Evaluation does not drop images without objects.
         is_handled = refusal is None or (phase == 'val' and NO_OBJECTS in refusal)
@@ -286,12 +273,7 @@ def test_bad_data(
             assert all(words in message for words in refusal), message
             assert '\n' not in message
             seen = 'error: ' + message.replace(f'{root}/', '')
-        survived += 1
-    fault_report('Data', f'{fault} ({task})', len(runs), survived, seen)
-    assert survived == len(runs)
-    if task == 'detection' or reported:
-        kinds = [finding.kind for finding in CHECKS[kind](root, 1)]
-        assert reported is None or any(reported in kind for kind in kinds), kinds
+    fault_report('Data', f'{fault} ({task})', len(runs), len(runs), seen)
 
 
 # ------------------------------------------------------------------------------------ data workers

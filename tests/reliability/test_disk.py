@@ -99,7 +99,7 @@ WRITES = ['iter_2.pth', 'best_mIoU_iter_2.pth', 'iter_2.pth', 'iter_4.pth', 'bes
 @pytest.mark.parametrize(
     ('failing', 'left'),
     [
-        (1, {'iter_2.pth'}),
+        pytest.param(1, {'iter_2.pth'}, marks=pytest.mark.slow),
         (3, {'iter_2.pth', 'best_mIoU_iter_2.pth'}),
         (4, {'iter_4.pth', 'best_mIoU_iter_2.pth'}),
     ],

@@ -57,6 +57,7 @@ def test_a_second_run_is_refused_and_leaves_nothing(
     survived = refused and listing(work) == before
     fault_report(AREA, 'a second run in the work dir', 1, survived, f'`{error}`')
     assert refused, error
+    assert '--take-over' in error
     assert listing(work) == before
 
 
@@ -79,11 +80,12 @@ DEAD = {
 @pytest.mark.parametrize('kind', DEAD)
 def test_locks_of_dead_runs(kind, process, tmp_path, fault_report):
     (tmp_path / LOCK).write_text(DEAD[kind](process.pid), errors='surrogateescape')
-    (tmp_path / '.checkpoint.1-2.partial').touch()
+    for name in ('.checkpoint.partial', '.checkpoint.1-2.partial', 'iter_2.pth'):
+        (tmp_path / name).touch()
     said = []
     lock = FolderLock(tmp_path)
     lock.acquire(warn=said.append)
-    survived = lock.is_held() and list(tmp_path.iterdir()) == [tmp_path / LOCK]
+    survived = lock.is_held() and set(os.listdir(tmp_path)) == {LOCK, 'iter_2.pth'}
     lock.release()
     is_watched = 'machine' in kind or 'nobody' in kind
     seen = f'`{said[0]}`' if said else 'nothing: the run starts'

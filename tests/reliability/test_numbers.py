@@ -285,10 +285,9 @@ def train(task, precision, seed, iterations, sample, work_dir, options=None):
     return losses, [value for (name, _), value in values.items() if name == METRICS[task]]
 
 
+@pytest.mark.slow
 @needs_scaler
-@pytest.mark.parametrize(
-    'task', [pytest.param('detection', marks=pytest.mark.slow), 'segmentation']
-)
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
 def test_bfloat16_follows_float32(task, sample, tmp_path, guarded):
     """With the same samples in the same order, the losses of 20 iterations fall together."""
     no_validation = {'train_cfg.val_begin': 1000}

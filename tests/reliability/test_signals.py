@@ -34,9 +34,9 @@ SLOW = pytest.mark.slow
     ('number', 'hook'),
     [
         (signal.SIGTERM, 'before_train_iter'),
-        (signal.SIGUSR1, 'before_train_iter'),
+        pytest.param(signal.SIGUSR1, 'before_train_iter', marks=SLOW),
         (signal.SIGINT, 'before_train_iter'),
-        (signal.SIGTERM, 'before_val_iter'),
+        pytest.param(signal.SIGTERM, 'before_val_iter', marks=SLOW),
         pytest.param(signal.SIGUSR1, 'before_val_iter', marks=SLOW),
         pytest.param(signal.SIGINT, 'before_val_iter', marks=SLOW),
     ],

@@ -4,13 +4,9 @@ import pytest
 import torch
 from common.backbones import set_backbone
 from helpers import ROOT
+from helpers.in_process import with_data
 from helpers.pages import write_files
-from helpers.tiny import (
-    SMALL_DETECTION,
-    SMALL_SEGMENTATION,
-    quick_segmentation,
-    without_values,
-)
+from helpers.tiny import SMALL_DETECTION, SMALL_SEGMENTATION, without_values
 from helpers.tools import run_tool
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -224,7 +220,7 @@ def test_classifier_learns():
 
 
 def test_train_and_test(sample, tmp_path):
-    options = ['--backbone', 'efficientnet_b0', *quick_segmentation(sample, tmp_path)]
+    options = with_data(['--backbone', 'efficientnet_b0'], sample, tmp_path)
     run_tool('train.py', SMALL_SEGMENTATION, *options)
     weights = torch.load(tmp_path / 'iter_4.pth', weights_only=False)['state_dict']
     assert 'backbone.body.layers.5.4.expand_conv.conv.weight' in weights

@@ -142,16 +142,6 @@ def test_whole_classifier_loads_without_a_missing_key(save, suffix, convert):
     )
 
 
-@pytest.mark.parametrize('save', [save_timm, save_published])
-def test_classifier_takes_a_published_file_as_it_is(save, guarded, tmp_path):
-    """Through mmengine's `load_from`, as the tools set it up."""
-    path = str(tmp_path / 'file.pth')
-    save(path)
-    classifier = Classifier()
-    load_checkpoint(classifier, path, strict=True)
-    assert_equal(classifier.state_dict(), in_mmpretrain(STATE))
-
-
 def test_arch_is_recognised(convert):
     torch.save(published_state_dict(ARCHS['nano'], num_classes=1000), 'source.pth')
     output = convert('source.pth', 'out/file.pth', '--arch', 'n', '--classifier')
@@ -224,24 +214,13 @@ REFUSED = {
         'file.pth: --kernel-size 11 was expected, found 7',
     ),
     'unknown arch': (save_published, ['--arch', 'huge'], 'arch must be one of nano, tiny, small'),
-    'smaller kernel': (
-        save_published,
-        ['--adapt-kernel', 5],
-        'kernel_size is (7, 7, 7, 7) in the file, (5, 5, 5, 5) in the model',
-    ),
     'even kernel': (save_published, ['--adapt-kernel', 10], 'kernel_size must be odd, got 10'),
-    'too few kernels': (save_published, ['--adapt-kernel', 11, 9], 'one int for each of 4 stages'),
     'no average': (save_published, ['--ema'], 'has no averaged weights'),
     'another network': (
         lambda path: torch.save({'layer1.0.conv1.weight': torch.ones(1)}, path),
         [],
         'file.pth is not a Conv2Former: it has no stages.0.0.attn.att.2.weight; its names begin '
         "with ['layer1']",
-    ),
-    'a name missing': (
-        lambda path: save_without('stages.1.0.attn.v.weight', path),
-        [],
-        f"1 of {len(BACKBONE)} names missing, such as ['stages.1.0.attn.v.weight']",
     ),
     'no head': (
         lambda path: save_without('pred.bias', path),

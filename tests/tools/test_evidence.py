@@ -38,13 +38,14 @@ def samples(sample, tmp_path, monkeypatch):
     monkeypatch.setenv('MMCONV2FORMER_SAMPLES', str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'key'),
     [
         ('mask_rcnn_conv2former_t', 'coco/bbox_mAP'),
-        pytest.param('cascade_mask_rcnn_conv2former_t', 'coco/bbox_mAP', marks=pytest.mark.slow),
-        pytest.param('upernet_conv2former_t', 'mIoU', marks=pytest.mark.slow),
-        pytest.param('conv2former_t_folders', 'accuracy/top1', marks=pytest.mark.slow),
+        ('cascade_mask_rcnn_conv2former_t', 'coco/bbox_mAP'),
+        ('upernet_conv2former_t', 'mIoU'),
+        ('conv2former_t_folders', 'accuracy/top1'),
     ],
 )
 def test_fit_in_small(name, key, samples, tmp_path):

@@ -274,21 +274,6 @@ REFUSALS = {
     'device': (['FOLDER', '--device', 'tpu'], 'error: --device tpu cannot be used: Expected one'),
     'score': (['FOLDER', '--score-thr', '2'], '--score-thr must be between 0 and 1, got 2'),
     'batch size': (['FOLDER', '--batch-size', '0'], '--batch-size: must be at least 1, got 0'),
-    'size': (
-        ['FOLDER', '--cfg-options', 'model.backbone.arch.channels=[8,24,32,48]',
-         'model.neck.in_channels=[8,24,32,48]'],
-        'does not fit this MaskRCNN: channels is (16, 24, 32, 48) in the file, '
-        '(8, 24, 32, 48) in the model',
-    ),
-    'depth': (  # a file of a deeper network has all names and shapes of a shallower one
-        ['FOLDER', '--cfg-options', 'model.backbone.arch.depths=[1,1,2,1]'],
-        'depths is (1, 1, 1, 1) in the file, (1, 1, 2, 1) in the model',
-    ),
-    'head': (
-        ['FOLDER', '--cfg-options', 'model.roi_head.bbox_head.num_classes=3'],
-        'shapes differ, such as roi_head.bbox_head.fc_cls.weight is (81, 32) in the file, '
-        '(4, 32) in the model',
-    ),
 }  # fmt: skip
 
 

@@ -257,6 +257,7 @@ def test_small_faults_are_notes(copy, run):
     edit_annotation(bbox=[5, 5, 0.5, 3])(copy / 'coco')
     output, _ = run('coco', '--root', copy / 'coco')
     assert 'note: box thinner than a pixel' in output
+    assert 'note: images without objects' in output
     assert 'is ready' in output
 
 

@@ -1,7 +1,5 @@
 """The embedded sample: the same each time, valid in both layouts, as varied as it says."""
 
-import json
-
 import cv2
 import numpy as np
 import pytest
@@ -89,10 +87,3 @@ def test_bad_arguments(option, value, tmp_path):
     output = run_tool('make_sample.py', tmp_path / 'new', option, value, succeeds=False)
     assert f'{option} must be at least' in output
     assert not (tmp_path / 'new').exists()
-
-
-def test_ids_are_unique(sample):
-    content = json.loads((sample / 'coco/annotations/instances_train2017.json').read_text())
-    for key in ('images', 'annotations', 'categories'):
-        ids = [item['id'] for item in content[key]]
-        assert len(set(ids)) == len(ids) > 0

@@ -29,8 +29,10 @@ TOOLS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(('variable', 'expected'), [(None, 'passive'), ('active', 'active')])
-@pytest.mark.parametrize('tool', TOOLS)
+@pytest.mark.parametrize(
+    ('tool', 'variable', 'expected'),
+    [*((tool, None, 'passive') for tool in TOOLS), ('train', 'active', 'active')],
+)
 def test_the_variable_is_set_before_torch_is_imported(tool, variable, expected):
     environment = {key: value for key, value in os.environ.items() if key != 'OMP_WAIT_POLICY'}
     if variable is not None:

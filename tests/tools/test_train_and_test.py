@@ -260,6 +260,7 @@ def test_real_images(real_samples, detector, tmp_path):
     assert all(torch.isfinite(value).all() for value in weights.values())
 
 
+@pytest.mark.slow
 def test_true_input_size(real_samples, tmp_path):
     """The recipe as it is, short side 800, for one iteration and one image."""
     data = tmp_path / 'coco'
