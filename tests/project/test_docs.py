@@ -18,7 +18,8 @@ import sys
 
 import pytest
 import torch
-from helpers.commands import ROOT, Command, flags_of, inline_code, parse, read_commands
+from helpers import ROOT
+from helpers.commands import Command, flags_of, inline_code, parse, read_commands
 from helpers.pages import Block, files_of, read_blocks
 from markdown_it import MarkdownIt
 from mmengine.config import Config
