@@ -535,15 +535,15 @@ def test_the_one_before_is_taken(fault, runner, finished, tmp_path, fault_report
     torch.testing.assert_close(dict(runner.model.state_dict()), dict(before['state_dict']))
 
 
-def test_nothing_remains_of_a_checkpoint_that_fails_late(runner, two_checkpoints, tmp_path):
+def test_nothing_remains_of_a_checkpoint_that_fails_late(runner, finished, tmp_path):
     """mmengine loads the log and the optimizer before the schedules."""
-    content = reading.read_checkpoint(str(two_checkpoints / 'iter_4.pth'))
+    content = reading.read_checkpoint(str(finished / 'iter_4.pth'))
     content['param_schedulers'] = None
     content['message_hub']['runtime_info']['epoch_position'] = [1, 2]
     for group in content['optimizer']['param_groups']:
         group['weight_decay'] = 0.7
     torch.save(content, tmp_path / 'iter_4.pth')
-    resume(runner, two_checkpoints, tmp_path)
+    resume(runner, finished, tmp_path)
     assert runner.iter == 2
     assert 'epoch_position' not in runner.message_hub.runtime_info
     assert all(group['weight_decay'] < 0.7 for group in runner.optim_wrapper.param_groups)
@@ -571,12 +571,12 @@ def test_unchanged_checkpoint_is_resumed(runner, finished, tmp_path):
     assert (runner.iter, runner.warnings) == (4, [])
 
 
-def test_setting_of_another_kind_is_that_of_the_config(runner, two_checkpoints, tmp_path):
+def test_setting_of_another_kind_is_that_of_the_config(runner, finished, tmp_path):
     """mmengine saves the lowest rate as None if the config gives it as a ratio."""
-    content = reading.read_checkpoint(str(two_checkpoints / 'iter_4.pth'))
+    content = reading.read_checkpoint(str(finished / 'iter_4.pth'))
     content['param_schedulers'][1]['eta_min'] = None
     torch.save(content, tmp_path / 'iter_4.pth')
-    resume(runner, two_checkpoints, tmp_path)
+    resume(runner, finished, tmp_path)
     assert runner.iter == 4
     assert runner.param_schedulers[1].eta_min == 0
     assert 'param_scheduler.1.eta_min 0 (checkpoint: None)' in runner.warnings[0]
