@@ -39,11 +39,11 @@ from common.inference import (
 from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
 from mmconv2former.datasets.checked import leaves
+from mmconv2former.engine.runner import unwrapped
 
 MIN_SIDE = 224  # pixels; smaller images are enlarged, so that a classifier's text is legible
 
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dump = METRICS.build(dict(type=name, out_file_path=args.out))
             runner.test_evaluator.metrics.append(dump)
         if args.checkpoint == 'none':
-            model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+            model: Any = unwrapped(runner.model)
             model.init_weights()  # with pretrained weights; mmengine only does so for training
         if args.cuda_graphs:
             replay_backbone(runner.model)

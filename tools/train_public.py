@@ -53,6 +53,7 @@ from mmengine.registry import MODELS, init_default_scope
 from plot_curves import pyplot, read_scalars
 
 from mmconv2former.engine.stopping import STOPPED
+from mmconv2former.models.conv2former import ARCHS
 
 SEEDS = (0, 1, 2)
 BASELINES = ('convnext_tiny', 'swin_tiny')
@@ -94,7 +95,7 @@ class Run:
         dataset: Key of `DATASETS`.
         backbone: 'conv2former', of the recipe's size, or a baseline's name.
         seed: Of the initial weights, the order of the images and their augmentation.
-        kernel_size: Of Conv2Former; None for that of its size, 7 for N and 11 for T.
+        kernel_size: Of Conv2Former; None for that of its size.
         full_size: Whether the recipe is trained as it is, with Conv2Former-T.
         iterations: Of the training.
     """
@@ -172,7 +173,7 @@ def plan(names: list[str], full_size: bool, iterations: int | None) -> list[Run]
         *(one for seed in others for one in runs('conv2former', seed)),
         *(one for seed in others for baseline in BASELINES for one in runs(baseline, seed)),
     ]
-    own = 11 if full_size else 7
+    own = ARCHS['tiny' if full_size else 'nano'].kernel_size
     kernels = [
         one
         for k in KERNEL_SIZES

@@ -1,6 +1,7 @@
 """`train_public.py`: runs differ in one thing only, stop and go on, and give the tables."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -199,6 +200,17 @@ def test_tables_have_means_and_spreads():
     assert f'{n}conv2former, 9 iterations | 90.0 | 41.0 |' in classes
     assert set(PUBLIC_METRICS) == set(DATASETS)
     assert mean_and_spread([1.0]) == '1.0'
+
+
+def test_results_in_the_readme_are_those_of_the_table():
+    readme = ' '.join((train_public.ROOT / 'README.md').read_text().split())
+    table = public_table(train_public.read_evidence(train_public.EVIDENCE))
+    names = {'Conv2Former-N has a test AP of': 'conv2former', 'Swin-T': 'swin_tiny',
+             'ConvNeXt-T': 'convnext_tiny'}  # fmt: skip
+    for name, backbone in names.items():
+        (value,) = re.findall(rf'{name} (\d\d\.\d)', readme)
+        row = rf'_bccd` \| {backbone}, \d+ iterations \|.*?\| \d \| {value}[ |]'
+        assert re.search(row, table), name
 
 
 def test_helpers(tmp_path):
