@@ -191,9 +191,10 @@ def problems_of_state(state: Any, parameters: Mapping[int, tuple[int, Tensor]]) 
             elif not torch.isfinite(value).all():
                 yield f'{place} is NaN or infinite'
             # A factored average has the size 1 where it was averaged. A vector may be a table.
-            elif number in alike and value.dim() == alike[number][1] > 1:
+            elif name in names or (number in alike and value.dim() == alike[number][1] > 1):
                 own = parameters[number][1].shape
-                if any(a not in (1, b) for a, b in zip(value.shape, own)):
+                has_dims = value.dim() in (0, len(own))
+                if not has_dims or any(a not in (1, b) for a, b in zip(value.shape, own)):
                     yield f'{place} has the shape {tuple(value.shape)}, its parameter {tuple(own)}'
 
 

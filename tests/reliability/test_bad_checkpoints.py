@@ -409,6 +409,11 @@ def of_state(change):
     return changed
 
 
+def last_vector(state):
+    """The averages of the last parameter that is a vector."""
+    return [averages for averages in state.values() if averages['exp_avg'].dim() == 1][-1]
+
+
 def history(content, name):
     return content['message_hub']['log_scalars'][name]
 
@@ -424,6 +429,10 @@ DAMAGED = {  # change of the content of the newest checkpoint, message
     'an average of gradients of another shape': (
         of_state(lambda state: state[0].update(exp_avg=state[0]['exp_avg'][:3])),
         "optimizer.state[0].'exp_avg' has the shape (3,",
+    ),
+    'an average of the gradients of a bias of another shape': (
+        of_state(lambda state: last_vector(state).update(exp_avg=torch.ones(3))),
+        ".'exp_avg' has the shape (3,), its parameter (",
     ),
     'an average of gradients that is a text': (
         of_state(lambda state: state[0].update(exp_avg='none')), "optimizer.state[0].'exp_avg' is '"

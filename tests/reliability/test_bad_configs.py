@@ -111,6 +111,9 @@ SETTINGS = {  # lines of a config that are refused as their part is built, and t
         "model = dict(backbone=dict(arch='huge'))\n",
         'cannot build mmconv2former.Conv2Former: ValueError: arch must be one of nano',
     ),
+    'a training without iterations': (
+        'train_cfg = dict(max_iters=0)\n', 'train_cfg.max_iters is 0: nothing would be trained',
+    ),
     'epochs of an infinite sampler': (
         "train_cfg = dict(_delete_=True, type='EpochBasedTrainLoop', max_epochs=2)\n",
         'train_cfg counts epochs, but train_dataloader.sampler InfiniteSampler has no end',

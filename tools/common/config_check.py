@@ -210,19 +210,23 @@ def check_config(config: Config, needed: Sequence[str] = ()) -> None:
     if find_spec(scope) is None:
         raise ConfigError(f'default_scope is {scope!r}, but {scope} is not installed')
     if 'train_cfg' in needed:
-        check_units(config)
+        check_loop(config)
 
 
-def check_units(config: Config) -> None:
-    """Refuses a training whose parts count epochs and iterations side by side.
+def check_loop(config: Config) -> None:
+    """Refuses a training without iterations, or whose parts count epochs and iterations.
 
     mmengine takes such configs. An endless epoch never validates or saves; in a loop of iterations,
     what counts epochs happens once, after the last iteration.
 
     Raises:
-        ConfigError: A part does not fit the loop.
+        ConfigError: The loop is empty, or a part does not fit it.
     """
     loop, parts = config.train_cfg, []
+    for key in ('max_epochs', 'max_iters'):
+        length = loop.get(key)
+        if isinstance(length, int) and length < 1:
+            raise ConfigError(f'train_cfg.{key} is {length}: nothing would be trained')
     if type_name(loop) == 'EpochBasedTrainLoop' or loop.get('by_epoch'):
         sampler = type_name(config.train_dataloader.get('sampler'))
         batches = type_name(config.train_dataloader.get('batch_sampler'))
