@@ -31,7 +31,7 @@ help:
 	@echo 'make audit   check the pins for known vulnerabilities (needs the JSON API of pypi.org)'
 	@echo "make compatibility  all tests on OpenMMLab's own releases and the backbone's on older torch,"
 	@echo '             into docs/compatibility.md (34 minutes if pip has cached all packages, 14 GB)'
-	@echo 'make bench   speed and memory against the published code, into docs/performance.md (8 minutes)'
+	@echo 'make bench   speed and memory against the published code, into docs/performance.md (10 minutes)'
 
 setup:
 	@tools/setup_env.sh

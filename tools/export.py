@@ -53,7 +53,7 @@ CHECK_SIZES = [(64, 64), (96, 160), (75, 70), (224, 224)]
 CHECK_BATCHES = [1, 3]
 DETECTOR_SHAPE = (800, 1344)  # COCO's test scale, as mmdet pads it
 DETECTOR_CHECKS = 3  # random images
-FREE_SIZES_SINCE = '2.6'  # torch version whose `torch.export` needs no bounds for free sizes
+DYNAMIC_SIZES_SINCE = '2.6'  # torch version whose `torch.export` needs no bounds for dynamic sizes
 
 
 # --------------------------------------------------------------------------------------- networks
@@ -61,7 +61,7 @@ class Network(nn.Module):
     """A model as a function of the input (N, 3, H, W), with names for its outputs."""
 
     output_names: tuple[str, ...] = ('logits',)
-    has_free_sizes = True
+    has_dynamic_sizes = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Detections(Network):
     box. The input size is fixed because mmdet makes anchors and clips boxes in Python.
     """
 
-    has_free_sizes = False
+    has_dynamic_sizes = False
 
     def __init__(self, model: BaseModule) -> None:
         super().__init__(model)
@@ -338,10 +338,10 @@ def write_torchscript(network: Network, x: Tensor, path: Path, args: argparse.Na
 
 
 def write_program(network: Network, x: Tensor, path: Path, args: argparse.Namespace) -> None:
-    torch.export.save(torch.export.export(network, (x,), dynamic_shapes=free_sizes()), path)
+    torch.export.save(torch.export.export(network, (x,), dynamic_shapes=dynamic_sizes()), path)
 
 
-def free_sizes() -> tuple[dict[int, Any]]:
+def dynamic_sizes() -> tuple[dict[int, Any]]:
     """Batch, height and width of the one input, for `torch.export`."""
     return (dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC),)
 
@@ -354,11 +354,11 @@ def write_onnx(network: Network, x: Tensor, path: Path, args: argparse.Namespace
     )
     if args.dynamo:
         torch.onnx.export(
-            network, (x,), path, dynamic_shapes=free_sizes(), dynamo=True, external_data=False,
+            network, (x,), path, dynamic_shapes=dynamic_sizes(), dynamo=True, external_data=False,
             verbose=False, **options,
         )  # fmt: skip
         return
-    if network.has_free_sizes:
+    if network.has_dynamic_sizes:
         axes = {INPUT: {0: 'batch', 2: 'height', 3: 'width'}, **{n: {0: 'batch'} for n in names}}
     else:
         axes = {name: {0: 'detections'} for name in names}
@@ -366,7 +366,7 @@ def write_onnx(network: Network, x: Tensor, path: Path, args: argparse.Namespace
         options['dynamo'] = False
     with CompleteNorms():
         # Trace detectors first: in this exporter mmdet takes a branch that calls removed code.
-        traced = network if network.has_free_sizes else trace(network, x)
+        traced = network if network.has_dynamic_sizes else trace(network, x)
         torch.onnx.export(traced, (x,), str(path), dynamic_axes=axes, **options)
 
 
@@ -467,7 +467,7 @@ def check(
         SystemExit: The network or the file refuses a shape.
     """
     channels = in_channels(network)
-    comparison = compare if network.has_free_sizes else compare_detections
+    comparison = compare if network.has_dynamic_sizes else compare_detections
     results = []
     for batch, height, width in shapes:
         x = random_images(batch, (height, width), channels)
@@ -557,10 +557,10 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(f'--check-batches must be at least 1, got {min(args.check_batches)}')
     version = torch.__version__
     if (args.dynamo or args.out.suffix == '.pt2') and digit_version(version) < digit_version(
-        FREE_SIZES_SINCE
+        DYNAMIC_SIZES_SINCE
     ):
         raise SystemExit(
-            f'error: .pt2 and --dynamo need torch {FREE_SIZES_SINCE} or later, found {version}; '
+            f'error: .pt2 and --dynamo need torch {DYNAMIC_SIZES_SINCE} or later, found {version}; '
             '.onnx without --dynamo and .torchscript do not'
         )
     needed = ['onnx', 'onnxruntime', *(['onnxscript'] if args.dynamo else [])] if is_onnx else []
@@ -581,7 +581,7 @@ def export(network: Network, args: argparse.Namespace) -> dict[str, Any]:
         SystemExit: The network cannot be exported, or the file computes something else.
     """
     write, load = FORMATS[args.out.suffix]
-    if network.has_free_sizes:
+    if network.has_dynamic_sizes:
         size, batch = args.shape or (96, 128), 2  # torch.export would fix a batch of 1
         shapes = [(n, *size_) for n, size_ in product(args.check_batches, args.check_sizes)]
     else:
@@ -620,7 +620,7 @@ def export(network: Network, args: argparse.Namespace) -> dict[str, Any]:
     file: dict[str, Any] = dict(name=args.out.name, seconds=round(seconds, 1))
     if args.out.suffix == '.onnx':
         file |= dict(opset=args.opset, exporter='torch.export' if args.dynamo else 'trace')
-    sizes = 'free' if network.has_free_sizes else list(x.shape)
+    sizes = 'dynamic' if network.has_dynamic_sizes else list(x.shape)
     return dict(file=file, outputs=list(network.output_names), sizes=sizes, checks=checks)
 
 

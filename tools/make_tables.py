@@ -303,9 +303,9 @@ def public_table(evidence: dict[str, dict]) -> str:
         for (recipe, name), results in public_runs(evidence, dataset).items():
             untrained = [one['untrained'] for one in results if one['untrained']]
             what = f'{results[0]["backbone"]}, untrained'
-            minutes = mean(one['seconds'] / 60 for one in results)
+            minutes = sorted({round(one['seconds'] / 60) for one in results})
             for label, tested, time in (
-                (name, [one['metrics'] for one in results], f'{minutes:.0f} min'),
+                (name, [one['metrics'] for one in results], f'{range_of(minutes)} min'),
                 (what, untrained, ''),
             ):
                 if not tested:
@@ -320,6 +320,11 @@ def public_table(evidence: dict[str, dict]) -> str:
                 rows.append([f'`{recipe}`', label, parameters, flops, seeds, *cells, time])
     header = ['recipe', 'backbone', 'parameters', "backbone's FLOPs", 'seeds', 'AP or mIoU']
     return table([*header, 'AP50 or pixel accuracy', 'training'], rows)
+
+
+def range_of(values: list[int]) -> str:
+    """A number, or the first and the last of several."""
+    return str(values[0]) if len(values) == 1 else f'{values[0]} to {values[-1]}'
 
 
 def class_table(evidence: dict[str, dict], dataset: str) -> str:

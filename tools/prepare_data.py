@@ -412,7 +412,7 @@ def check_config_data(config_path: str, root: Path | None, workers: int) -> Iter
             yield Finding('labels cannot be counted', str(error))
         return
     print('\n'.join(census.lines))
-    yield from (Finding('cannot teach', text) for text in census.problems)
+    yield from (Finding('cannot be trained on', text) for text in census.problems)
     yield from (Finding('odd', text, is_error=False) for text in census.oddities)
 
 

@@ -75,10 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--no-dry-run',
         action='store_true',
-        help='do not try evaluation, drawing and saving on two images before training',
+        help='skip the trial of evaluation, drawing and saving on two images before training',
     )
     parser.add_argument(
-        '--no-census', action='store_true', help='do not count and judge the data before training'
+        '--no-census', action='store_true', help='skip the census of the data before training'
     )
     parser.add_argument(
         '--show-schedule',

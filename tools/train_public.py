@@ -6,7 +6,7 @@
 
 DATA has the folders `bccd` and `camvid` (docs/data.md says where to get them). Each run trains one
 backbone with one seed; the runs of a dataset differ in nothing else. The last checkpoint is tested.
-When the minutes are over, the run stops with a checkpoint, and the same command continues it.
+When the time is up, the run stops with a checkpoint, and the same command continues it.
 Results go to docs/evidence.json at once, with logs, curves and drawn predictions beside it, and
 tools/make_tables.py turns them into tables.
 

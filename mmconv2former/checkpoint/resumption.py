@@ -1,7 +1,7 @@
-"""Whether a run can be resumed from the content of a checkpoint, before anything is loaded.
+"""Checks whether a run can be resumed from a checkpoint's content, before anything is loaded.
 
-mmengine notices damaged content late or never: a best score that is a text fails after the next
-validation, the position of a schedule in the first iteration.
+mmengine notices damaged content late or never: a best score that is a string fails after the next
+validation, a bad position of a schedule in the first iteration.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def is_number(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, if it is short; else what it is."""
+    """A value for a message; its type if the value may be long."""
     is_short = value is None or isinstance(value, (bool, int, float, str))
     return printable(repr(value), 60) if is_short else f'of type {type(value).__name__}'
 

@@ -3,9 +3,9 @@
 - mmdet numbers labels in the order of the file's `categories`, whatever the order of `classes`.
 - pycocotools takes the annotation id 0 for "no match", so that perfect boxes do not score 1.0.
 - pycocotools keeps one of several images with the same id, with the objects of all.
-- pycocotools takes all memory or crashes for coordinates such as NaN and 1e9, and for wrong sizes.
-- pycocotools takes files that lack one of the three lists, and reports other faults without a name.
-- pycocotools needs `iscrowd` in evaluation, which mmdet's datasets take as 0.
+- pycocotools exhausts the memory or crashes on coordinates such as NaN and 1e9, and on wrong sizes.
+- pycocotools accepts files that lack one of the three lists; other errors do not name the entry.
+- pycocotools needs `iscrowd` in evaluation; mmdet's datasets take a missing one as 0.
 
 The changed class is the one that mmdet's datasets and metrics share. Datasets also keep the paths
 of all images of the file, as `all_images`; mmdet drops those without objects.

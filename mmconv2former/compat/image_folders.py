@@ -1,7 +1,7 @@
 """mmpretrain's image folders, with labels by name.
 
-mmpretrain numbers the folders that it finds: hidden ones too, such as `.ipynb_checkpoints`, and
-whatever the names of the given classes.
+mmpretrain numbers the folders that it finds, including hidden ones such as `.ipynb_checkpoints`,
+regardless of the names of the given classes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stands in for `mmcv._ext`, mmcv's compiled operators, where mmcv was installed without them.
 
 PyPI has no compiled mmcv, and compiling it takes minutes and a compiler. The operators that
-detectors and segmentors use exist in torchvision, compiled for CPU and CUDA, or are short in
+detectors and segmentors use exist in torchvision, compiled for CPU and CUDA, or take a few lines of
 PyTorch. Functions here have the names, arguments and in-place results of mmcv's C++ interface.
 Other operators raise an error when they are called. Sources: the Python wrappers in `mmcv/ops`, and
 the formulas of mmcv's kernels.
@@ -286,7 +286,7 @@ def roi_pool_forward(
 ) -> None:
     """Maximum of `input` (N, C, H, W) in each bin of `rois` (R, 5); `argmax` are its positions.
 
-    mmcv rounds other pixels into a bin than torchvision. Empty bins are 0 with position -1.
+    mmcv rounds the borders of bins differently than torchvision. Empty bins are 0, at position -1.
     """
     height, width = input.shape[2:]
     output.zero_()

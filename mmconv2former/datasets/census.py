@@ -1,8 +1,8 @@
-"""What is in the datasets of a run, and what of it is odd or cannot teach.
+"""Counts what is in the datasets of a run, and finds what is unusual or cannot be trained on.
 
 `take_census` counts images, objects and classes and judges the counts, `table_of` prints them.
-Objects are counted in full, from annotations in memory. Masks are files: an even sample of them is
-read, unless all are wanted.
+All objects are counted, from annotations in memory. Masks are files: an evenly spaced sample
+is read, unless all are requested.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Census:
         classes: Names of the classes.
         images: Images that are used.
         read: Images or masks that were counted.
-        counts: Objects, pixels or images of each class that can teach.
+        counts: Objects, pixels or images of each class that can be trained on.
         rows: Further counts for the table, by name.
-        problems: What cannot teach, each in one line.
+        problems: What cannot be trained on, one line each.
         oddities: What is worth a warning.
     """
 
@@ -95,7 +95,7 @@ def count(split: str, dataset: Any, masks_read: int | None, workers: int = 0) ->
 
 
 def count_objects(split: str, dataset: Any, classes: list[str]) -> Census:
-    """Objects of a detection dataset, as mmdet keeps them: crowded ones teach nothing."""
+    """Objects of a detection dataset, as mmdet keeps them; crowded ones are not trained on."""
     labels, crowded, boxes, sizes = array('q'), array('b'), array('d'), array('d')
     empty = 0
     for index in range(len(dataset)):

@@ -22,7 +22,7 @@ ADVICE = '. Correct the data, or skip this check: --no-census'
 
 @register(HOOKS)
 class CensusHook(Hook):
-    """Counts what is in the datasets before training, and refuses what cannot teach.
+    """Counts what is in the datasets, before training, and refuses what cannot be trained on.
 
     - Image folders of validation and test get the class numbers of training.
     - Classes have the same numbers in all datasets.
@@ -31,7 +31,7 @@ class CensusHook(Hook):
     - The main process counts images, objects and classes (see `census`), and logs the table.
 
     Raises:
-        DataError: The data cannot teach, or parts of the run disagree (in all processes).
+        DataError: The data cannot be trained on, or parts of the run disagree (in all processes).
     """
 
     priority = 'NORMAL'  # before the dry run

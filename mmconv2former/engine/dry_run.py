@@ -83,7 +83,7 @@ class DryRunHook(Hook):
         if scale > LARGEST:
             runner.logger.warning(
                 f'Data: images have values up to {scale:.0f} when they reach the network: mean and '
-                'std of model.data_preprocessor must be of values as they are loaded (0 to 255)'
+                'std of model.data_preprocessor must match the values as loaded (0 to 255)'
             )
         seconds = time.monotonic() - start
         runner.logger.info(f'Dry run passed in {seconds:.1f} s: {", ".join(found)}.')

@@ -78,7 +78,7 @@ def follow_config(runner: Any, settings: Settings | None) -> None:
     # Without the wrapper's last group, the settings as they are written, which are not scaled.
     rates = sorted({group['lr'] for group in runner.optim_wrapper.optimizer.param_groups})
     runner.logger.warning(
-        'Resumed with other settings than the checkpoint, which the config decides: '
+        'Resumed with other settings than the checkpoint; those of the config apply: '
         f'{"; ".join(dict.fromkeys(found))}. The learning rate is now {rates[-1]:.3g}.'
     )
 

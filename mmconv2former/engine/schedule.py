@@ -1,4 +1,4 @@
-"""Plays the learning rates of a whole run without its model, and says what is unusual about them.
+"""Simulates the learning rates of a whole run without its model, and reports what is unusual.
 
 The most common mistake: `train_cfg.max_epochs` or `max_iters` was changed, the schedulers were not.
 The rate then falls too late or too early, and nothing fails.
@@ -22,7 +22,7 @@ from ..text import PrintableError
 
 MARGIN = 0.1  # of a run: nothing is said about shorter stretches at a constant rate
 UNBOUNDED = 10**9  # mmengine's `end` of a scheduler without one
-LONGEST = 5_000_000  # iterations that are played, in about 10 s; others run until they are stopped
+LONGEST = 5_000_000  # iterations that are simulated, in about 10 s; longer runs are stopped by hand
 RISING = ('OneCycle', 'Restart', 'Cyclic')  # past the optimizer's rate, or again, by design
 ROWS, BAR = 20, 30  # of a table
 

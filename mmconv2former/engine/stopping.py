@@ -41,7 +41,7 @@ class StoppingHook(Hook):
 
     The process ends with the exit code `STOPPED`. With several processes, all stop after the same
     iteration, at most `EVERY` iterations after the signal; one of them needs to receive it. A
-    validation is left at once if its iteration has a checkpoint, and run by the resumed
+    validation is aborted at once if its iteration has a checkpoint, and repeated by the resumed
     run; otherwise it is finished first.
 
     Without effect outside of the main thread, where Python allows no handlers of signals.
@@ -65,10 +65,10 @@ class StoppingHook(Hook):
             self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS}
 
     def restore(self) -> None:
-        """Restores the handlers of before, at the end of training.
+        """Restores the previous handlers, at the end of training.
 
-        A stopped process of several ignores signals instead: launchers send one to the others when
-        the first has ended.
+        In a stopped run of several processes, signals are ignored instead: when the first process
+        has ended, launchers send a signal to the others.
         """
         ignore = self.stopped and get_world_size() > 1
         for number, handler in self.previous.items():

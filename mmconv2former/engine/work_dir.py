@@ -1,8 +1,8 @@
 """The files of a run that others must not write: checkpoints, `last_checkpoint`, a lock.
 
 One run writes in a folder at a time. Network disks do not share the locks of the operating system,
-so the lock is a file that names its run. A run of this machine is looked up by its process; one of
-another machine lives as long as it touches the file.
+so the lock is a file that names its run. A run on this machine is looked up by its process; one on
+another machine counts as alive as long as it touches the file.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ class FolderLock:
         return True
 
     def _read(self) -> tuple[str | None, float]:
-        """Content of the file and when it was touched; to open it asks a network disk again."""
+        """Content and time of the last touch; opening the file makes a network disk look again."""
         try:
             with self.path.open(errors='replace') as file:
                 return file.read(LONGEST_PATH), os.fstat(file.fileno()).st_mtime

@@ -100,12 +100,12 @@ class Launcher:
 def without_python(
     run: Callable[..., Any], fixed: tuple, number: int
 ) -> tuple[Callable[..., Any], tuple, bool]:
-    """The function in C that a launch of Triton calls in the end, called here without the detour.
+    """The C function at the end of Triton's launch path, to be called directly.
 
     Triton's own `run` is Python. It passes its arguments on to `run.launch`, with others that are
-    the same each time and depend on the release. Which these are is seen in one call with a
-    stand-in for `run.launch`. The detour stays if that shows anything else, such as memory that
-    each launch allocates.
+    the same each time and depend on the release. One call with a stand-in for `run.launch` shows
+    which these are. If it shows anything else, such as memory that each launch allocates, `run`
+    is used as it is.
 
     Args:
         run: Takes the grid, the stream, `fixed`, and the kernel's arguments.

@@ -25,9 +25,9 @@ from mmengine.utils import digit_version
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures('in_process')
-with_free_sizes = pytest.mark.skipif(
-    digit_version(torch.__version__) < digit_version(export.FREE_SIZES_SINCE),
-    reason=f'torch < {export.FREE_SIZES_SINCE} exports programs of fixed sizes only',
+with_dynamic_sizes = pytest.mark.skipif(
+    digit_version(torch.__version__) < digit_version(export.DYNAMIC_SIZES_SINCE),
+    reason=f'torch < {export.DYNAMIC_SIZES_SINCE} exports programs of fixed sizes only',
 )
 
 
@@ -119,7 +119,7 @@ def test_torchscript(case, model_of, tmp_path):
     compare(torch.jit.load(out), model_of(recipe).model, what)
 
 
-@with_free_sizes
+@with_dynamic_sizes
 def test_program_of_the_first_stage(model_of, tmp_path):
     """The whole network is slow, see below."""
     model = model_of(DETECTION_MODEL)
@@ -134,7 +134,7 @@ def test_program_of_the_first_stage(model_of, tmp_path):
 
 
 @pytest.mark.slow
-@with_free_sizes
+@with_dynamic_sizes
 @pytest.mark.parametrize('case', CASES)
 def test_program(case, model_of, tmp_path):
     """From 64 pixels a side: a last feature map of one row has another memory layout."""
@@ -146,7 +146,7 @@ def test_program(case, model_of, tmp_path):
 
 
 @pytest.mark.slow
-@with_free_sizes
+@with_dynamic_sizes
 @pytest.mark.parametrize('case', CASES)
 def test_onnx_through_torch_export(case, model_of, tmp_path):
     recipe, what = CASES[case]

@@ -1,7 +1,7 @@
 """Code that several tools share.
 
-Tools import this package before torch: OpenMP reads how its threads wait when it is loaded. Threads
-that spin slow a busy machine down, and cost nothing less on an idle one.
+Tools import this package before torch, because OpenMP reads how its threads should wait when it is
+loaded. Spinning threads slow a busy machine down and gain nothing on an idle one.
 """
 
 import argparse
