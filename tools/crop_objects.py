@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 from common import parser_of
 from common.data_layout import COCO_SPLITS
+from common.folders import new_folder
 from pycocotools.coco import COCO
 
 
@@ -66,12 +67,13 @@ def main() -> None:
             f'--classes {args.classes}: {args.source} has objects of {len(counts)} categories'
         )
     names = {id_: cocos['train'].cats[id_]['name'] for id_, _ in counts.most_common(args.classes)}
-    for split, coco in cocos.items():
-        lines = crop_split(coco, args.source / COCO_SPLITS[split], args.folder / split, names, args)
-        meta = args.folder / 'meta' / f'{split}.txt'
-        meta.parent.mkdir(parents=True, exist_ok=True)
-        meta.write_text(''.join(f'{line}\n' for line in lines))
-        print(f'{split}: {len(lines)} objects')
+    with new_folder(args.folder) as folder:
+        for split, coco in cocos.items():
+            lines = crop_split(coco, args.source / COCO_SPLITS[split], folder / split, names, args)
+            meta = folder / 'meta' / f'{split}.txt'
+            meta.parent.mkdir(exist_ok=True)
+            meta.write_text(''.join(f'{line}\n' for line in lines))
+            print(f'{split}: {len(lines)} objects')
 
 
 def large_objects(coco: COCO, min_side: int) -> list[dict]:
@@ -79,7 +81,7 @@ def large_objects(coco: COCO, min_side: int) -> list[dict]:
     return [
         annotation
         for annotation in coco.anns.values()
-        if not annotation['iscrowd'] and min(annotation['bbox'][2:]) >= min_side
+        if not annotation.get('iscrowd') and min(annotation['bbox'][2:]) >= min_side
     ]
 
 
@@ -100,9 +102,12 @@ def crop_split(
         image = cv2.imread(str(images / file_name))
         if image is None:
             raise SystemExit(f'error: {images / file_name} is missing or not an image')
+        cropped = crop(image, object_['bbox'], args.margin)
+        if not cropped.size:  # the box is outside of its image
+            continue
         written[category] += 1
         path = Path(category, f'{Path(file_name).stem}_{object_["id"]}.jpg')
-        cv2.imwrite(str(folder / path), crop(image, object_['bbox'], args.margin))
+        cv2.imwrite(str(folder / path), cropped)
         lines.append(f'{path} {labels[category]}')
     return lines
 
@@ -110,8 +115,8 @@ def crop_split(
 def crop(image: np.ndarray, bbox: list[float], margin: float) -> np.ndarray:
     """The part of an image (H, W, 3) in a box (x, y, width, height) and a margin around it."""
     x, y, width, height = bbox
-    left, top = (max(0, round(v - margin * size)) for v, size in ((x, width), (y, height)))
-    right, bottom = round(x + width * (1 + margin)), round(y + height * (1 + margin))
+    left, right = (max(0, round(x + width * share)) for share in (-margin, 1 + margin))
+    top, bottom = (max(0, round(y + height * share)) for share in (-margin, 1 + margin))
     return image[top:bottom, left:right]
 
 

@@ -64,6 +64,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from mmpretrain.models import GlobalAveragePooling, LinearClsHead
+from plot_curves import read_logs
 
 from mmconv2former import Baseline, Conv2Former
 from mmconv2former.checkpoint.reading import read_checkpoint
@@ -109,6 +110,7 @@ def main() -> None:
     if args.kind in ('steps', 'fit') and 'MMCONV2FORMER_SAMPLES' not in os.environ:
         parser.error('MMCONV2FORMER_SAMPLES must name the folder with the real samples')
     names = args.names or known
+    args.out.parent.mkdir(parents=True, exist_ok=True)
 
     if args.kind == 'fit':
         fitted = [name for name in names if name in FITS]
@@ -161,8 +163,7 @@ def run(tool: str, *args: object) -> None:
 
 def logged(work_dir: Path) -> list[dict]:
     """The records of a training in a work dir, and of its resumed runs."""
-    paths = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [record for records in read_logs(work_dir) for record in records]
 
 
 def outcome(losses: list[float], iterations: int, metrics: dict, seconds: float) -> dict:

@@ -73,7 +73,9 @@ class Features(Network):
 
     def __init__(self, backbone: BaseModule) -> None:
         super().__init__(nn.ModuleDict(dict(backbone=backbone)))
-        self.output_names = tuple(f'features_{i}' for i in range(len(backbone.channels)))
+        with torch.no_grad():
+            count = len(backbone.eval()(random_images(1, (64, 64), in_channels(self))))
+        self.output_names = tuple(f'features_{i}' for i in range(count))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.model.backbone(x)
@@ -178,7 +180,9 @@ def build_network(config: Config, checkpoint: str, what: str) -> Network:
             f'{config.default_scope}, got {what}'
         )
     model = load_whole_model(config, checkpoint)
-    if networks[what] is Detections and not (model.with_rpn and model.with_roi_head):
+    if networks[what] is Detections and not (
+        getattr(model, 'with_rpn', False) and getattr(model, 'with_roi_head', False)
+    ):
         raise SystemExit(
             f'error: --what model needs a two-stage detector, got {config.model.type}; '
             'use --what backbone'

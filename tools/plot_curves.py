@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
@@ -59,8 +61,7 @@ def read_scalars(work_dir: Path, metric_names: list[str]) -> tuple[Curves, Curve
     """Losses by iteration and the named metrics by validation step, of the runs in a work dir."""
     losses: Curves = {}
     metrics: Curves = {}
-    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):  # named by time
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+    for records in read_logs(work_dir):
         first_step = min((record['step'] for record in records if 'loss' in record), default=None)
         if losses and first_step is not None and first_step <= min(losses['loss']):
             losses, metrics = {}, {}  # a new run, not a resumed one
@@ -72,6 +73,19 @@ def read_scalars(work_dir: Path, metric_names: list[str]) -> tuple[Curves, Curve
                 elif not is_training and name in metric_names:
                     metrics.setdefault(name, {})[record['step']] = value
     return losses, metrics
+
+
+def read_logs(work_dir: Path) -> Iterator[list[dict]]:
+    """The logged records of each run in a work dir, by time.
+
+    Lines that a full disk has cut off are left out.
+    """
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):  # named by time
+        records = []
+        for line in path.read_text().splitlines():
+            with suppress(ValueError):
+                records.append(json.loads(line))
+        yield records
 
 
 def draw(losses: Curves, metrics: Curves, out: Path) -> None:

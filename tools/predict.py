@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import common  # before torch
 import cv2
@@ -56,6 +57,7 @@ VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpe
 DEFAULT_SCORE = 0.3
 DEFAULT_RATE = 25.0  # frames per second, for videos that do not state it
 TOP = 5  # classes of a classifier
+RESULTS = {'pictures': ('.jpg', '.mp4'), 'labels': ('.png',), 'json': ('.json',)}  # by folder
 # Of one input, e.g. an image of another size for CUDA graphs, or too large for the memory.
 FAILURES = (ValueError, RuntimeError, MemoryError)
 
@@ -86,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.cuda_graphs:
         check_cuda_graphs(device)
     sources = find_sources(args.inputs, args.out)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f'--out {args.out} cannot be a folder: {error.strerror}')
     config = read_config(args)
 
     with run_errors(args.traceback):
@@ -142,10 +148,10 @@ def find_sources(inputs: Iterable[str], out: Path) -> list[Source]:
 
     Args:
         inputs: Files, folders (searched with their subfolders) and patterns.
-        out: Folder of the results, which is not searched.
+        out: Folder of the results, whose own folders are not searched.
 
     Raises:
-        SystemExit: An input does not exist or has no images and videos.
+        SystemExit: An input does not exist, has no images and videos, or would be overwritten.
     """
     sources: dict[Path, Source] = {}
     names = UniqueNames()
@@ -155,23 +161,41 @@ def find_sources(inputs: Iterable[str], out: Path) -> list[Source]:
             found = [path]
         else:
             files = path.rglob('*') if path.is_dir() else map(Path, glob.glob(text, recursive=True))
-            found = [file for file in sorted(files) if is_input(file, out)]
+            images = sorted(filter(is_input, files))
+            found = [file for file in images if not is_result(file, out)]
         if not found:
-            exists = path.is_dir() or glob.has_magic(text)
-            problem = 'has no images and no videos' if exists else 'does not exist'
+            if images:
+                problem = f'has only results in {out}'
+            elif path.is_dir() or glob.has_magic(text):
+                problem = 'has no images and no videos'
+            else:
+                problem = 'does not exist'
             raise SystemExit(f'error: input {text} {problem}')
         for file in found:
             wanted = file.relative_to(path) if path.is_dir() else file.name
             resolved = file.resolve()
-            sources[resolved] = Source(resolved, names.name(resolved, wanted))
+            # The suffix of a link counts, not that of the file where it leads.
+            sources[resolved] = Source(Path(os.path.abspath(file)), names.name(resolved, wanted))
+    for source in sources.values():
+        for kind, suffixes in RESULTS.items():
+            for suffix in suffixes:
+                result = out / kind / f'{source.name}{suffix}'
+                if result.resolve() in sources:
+                    raise SystemExit(
+                        f'error: input {result} would be overwritten by a result: choose another '
+                        '--out'
+                    )
     return list(sources.values())
 
 
-def is_input(path: Path, out: Path) -> bool:
-    """Whether a file is a visible image or video, and no result of this tool."""
+def is_input(path: Path) -> bool:
+    """Whether a file is a visible image or video."""
     is_known = path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
-    is_result = out.resolve() in path.resolve().parents
-    return path.is_file() and is_known and not is_result and not path.name.startswith('.')
+    return path.is_file() and is_known and not path.name.startswith('.')
+
+
+def is_result(path: Path, out: Path) -> bool:
+    return any((out / kind).resolve() in path.resolve().parents for kind in RESULTS)
 
 
 # -------------------------------------------------------------------------------------- predictor
@@ -279,6 +303,11 @@ class Predictor:
             return dict(instances=self._instances(sample.pred_instances))
         if 'pred_sem_seg' in sample:
             return dict(classes=self._regions(sample.pred_sem_seg.data.numpy()))
+        if 'pred_score' not in sample:
+            raise SystemExit(
+                'error: objects, masks, semantic labels and classes can be written, not '
+                f'{", ".join(sample.keys())} of {type(self.model).__name__}'
+            )
         best = top_classes(sample.pred_score)
         return dict(
             classes=[
@@ -339,6 +368,7 @@ class Writer:
         self.predictor, self.out, self.with_drawings = predictor, out, with_drawings
 
     def path(self, kind: str, name: str, suffix: str) -> Path:
+        """A file of `RESULTS`, in its folder."""
         path = self.out / kind / f'{name}{suffix}'
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -352,11 +382,17 @@ class Writer:
             mmcv.imwrite(labels, str(self.path('labels', source.name, '.png')))
             content['labels'] = f'labels/{source.name}.png'
         text = json.dumps(content, ensure_ascii=False, indent=1)
-        self.path('json', source.name, '.json').write_text(text, encoding='utf-8')
+        with self.open_json(source) as file:
+            file.write(text)
         if self.with_drawings:
             image = load_for_drawing(self.predictor.loader, source.path)
             drawn = self.predictor.draw(image, sample)
             mmcv.imwrite(drawn, str(self.path('pictures', source.name, '.jpg')))
+
+    def open_json(self, source: Source) -> TextIO:
+        # JSON has the same escapes for what UTF-8 cannot express, as of names in Latin-1.
+        path = self.path('json', source.name, '.json')
+        return path.open('w', encoding='utf-8', errors='backslashreplace')
 
     def write_video(
         self, source: Source, rate: float, frames: Iterable[tuple[np.ndarray, Any]]
@@ -367,7 +403,7 @@ class Writer:
             SystemExit: OpenCV cannot write videos.
         """
         film = None
-        with self.path('json', source.name, '.json').open('w', encoding='utf-8') as file:
+        with self.open_json(source) as file:
             video = json.dumps(str(source.path), ensure_ascii=False)
             file.write(f'{{"video": {video}, "frames_per_second": {rate}, "frames": [')
             try:
@@ -410,7 +446,10 @@ def predict_images(
             failures += [f'image {source.path}: {why(error)}' for source, _ in batch]
             continue
         for (source, _), sample in zip(batch, samples):
-            writer.write_image(source, sample)
+            try:
+                writer.write_image(source, sample)
+            except (OSError, *FAILURES) as error:
+                failures.append(f'image {source.path}: {why(error)}')
     return failures
 
 

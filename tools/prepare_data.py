@@ -54,6 +54,7 @@ from mmconv2former.datasets.census import take_census
 from mmconv2former.datasets.census_hook import folder_classes, follow
 from mmconv2former.datasets.checked import CheckedDataset, DataError
 from mmconv2former.images import open_image
+from mmconv2former.text import printable
 
 TOLERANCE = 1.0  # pixels by which official boxes and polygons exceed their image, by rounding
 NEEDED_FIELDS = {
@@ -90,6 +91,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--report', type=Path, help='file for the whole report')
     args = parser.parse_args(argv)
+    if args.report is not None:
+        try:
+            args.report.write_text('')
+        except OSError as error:
+            parser.error(f'--report {args.report} cannot be written: {error.strerror}')
     if args.dataset in CHECKS:
         root = args.root or Path(DEFAULT_ROOT[args.dataset])
         found_all = CHECKS[args.dataset](root, args.workers)
@@ -102,9 +108,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     items: dict[tuple[bool, str], list[str]] = defaultdict(list)
     for finding in found_all:
         items[not finding.is_error, finding.kind].append(finding.item)
+    print('\n'.join(report(items, SHOWN)))
     if args.report is not None:
         args.report.write_text(''.join(f'{line}\n' for line in report(items)))
-    print('\n'.join(report(items, SHOWN)))
     errors = [kind for is_note, kind in items if not is_note]
     if errors:
         if args.dataset in CHECKS and any('missing' in kind for kind in errors):
@@ -118,7 +124,7 @@ def report(items: dict[tuple[bool, str], list[str]], most: int | None = None) ->
     """The lines of a report, errors first, with a maximum number of findings of each kind."""
     for (is_note, kind), found in sorted(items.items(), key=lambda entry: entry[0][0]):
         yield f'{"note" if is_note else "ERROR"}: {kind} ({len(found)})'
-        yield from (f'    {item}' for item in found[:most])
+        yield from (f'    {printable(item)}' for item in found[:most])
         if most is not None and len(found) > most:
             yield f'    ... and {len(found) - most} more'
 
@@ -252,7 +258,7 @@ def is_inside(xs: Sequence[float], ys: Sequence[float], width: float, height: fl
 def oriented_size(image: Image.Image) -> tuple[int, int]:
     """Width and height of an image as OpenCV loads it, rotated as its EXIF data say."""
     width, height = image.size
-    is_on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    is_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
     return (height, width) if is_on_its_side else (width, height)
 
 

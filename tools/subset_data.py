@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from common import parser_of
 from common.data_layout import ADE_SPLITS, COCO_SPLITS
+from common.folders import new_folder
 
 Item = TypeVar('Item')
 
@@ -42,14 +44,15 @@ def main() -> None:
     amounts['val'] = amounts['train'] if args.val_is_train else ('val', args.val)
     write = write_ade if (args.source / 'images').is_dir() else write_coco
     try:
-        write(args.source, args.folder, amounts)
+        with new_folder(args.folder) as folder:
+            write(args.source, folder, amounts)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
 
 def share_or_count(text: str) -> float | int:
     value = float(text)
-    if value <= 0 or (value >= 1 and value != int(value)):
+    if not 0 < value < math.inf or (value >= 1 and value != int(value)):
         raise argparse.ArgumentTypeError(f'must be a share in (0, 1) or a count, got {text}')
     return value if value < 1 else int(value)
 
@@ -79,13 +82,13 @@ def write_coco(source: Path, folder: Path, amounts: Amounts) -> None:
     for split, (source_split, amount) in amounts.items():
         path = source / f'annotations/instances_{COCO_SPLITS[source_split]}.json'
         content = json.loads(path.read_text())
-        with_objects = {a['image_id'] for a in content['annotations'] if not a['iscrowd']}
+        with_objects = {a['image_id'] for a in content['annotations'] if not a.get('iscrowd')}
         images = [image for image in content['images'] if image['id'] in with_objects]
         images = spread(images, amount, path)
         ids = {image['id'] for image in images}
         annotations = [a for a in content['annotations'] if a['image_id'] in ids]
         contents[split] = content | dict(images=images, annotations=annotations)
-    (folder / 'annotations').mkdir(parents=True)
+    (folder / 'annotations').mkdir()
     for split, content in contents.items():
         name = COCO_SPLITS[split]
         (folder / f'annotations/instances_{name}.json').write_text(json.dumps(content))

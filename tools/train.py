@@ -150,6 +150,7 @@ def set_precision(config: Config, format_: str) -> str:
     """
     settings = config.optim_wrapper
     type_ = settings.get('type', 'OptimWrapper')
+    type_ = type_ if isinstance(type_, str) else type_.__name__
     if type_ not in AMP_REPLACES:
         raise SystemExit(
             f'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, got {type_}'
@@ -161,7 +162,8 @@ def set_precision(config: Config, format_: str) -> str:
     own = settings.get('dtype')
     if format_ != 'auto':
         dtype, reason = format_, f'--amp {format_}'
-        if own not in (None, format_):
+        default = 'float16' if type_ == 'AmpOptimWrapper' else format_  # mmengine's
+        if (own or default) != format_:
             settings.pop('loss_scale', None)  # meant for the config's own format
     elif own is not None:
         dtype, reason = own, f'optim_wrapper.dtype={own}'

@@ -201,6 +201,8 @@ def main() -> None:
     if unknown := set(args.names) - set(DATASETS):
         parser.error(f'unknown: {", ".join(sorted(unknown))}; known: {", ".join(DATASETS)}')
     names = args.names or list(DATASETS)
+    args.work_dir = args.work_dir.resolve()  # tools run in the project's folder
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in names:
         if not (args.data / name).is_dir():
             parser.error(f'{args.data / name} is missing; docs/data.md says where to get it')

@@ -36,6 +36,7 @@ from common.cli import (
     add_trust_argument,
     check_files,
     guard_checkpoints,
+    run_errors,
 )
 from common.inference import (
     DRAWN_BY,
@@ -62,6 +63,7 @@ from mmconv2former import Baseline, Conv2Former, Conv2FormerIsotropic
 from mmconv2former.checkpoint.architecture import recognise_arch
 from mmconv2former.checkpoint.loading import find_prefix, load_pretrained
 from mmconv2former.checkpoint.reading import CheckpointError, read_state_dict
+from mmconv2former.datasets.checked import CheckedPipeline
 from mmconv2former.images import open_image
 from mmconv2former.models.baselines import BASELINES
 from mmconv2former.models.blocks import Block
@@ -386,7 +388,11 @@ def find_images(paths: Sequence[Path], limit: int) -> list[Path]:
         if not path.exists():
             raise FileNotFoundError(f'{path} does not exist')
         if path.is_dir():
-            found += sorted(p for p in path.rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES)
+            found += sorted(
+                p
+                for p in path.rglob('*')
+                if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith('.')
+            )
         else:
             found.append(path)
     if not found:
@@ -404,7 +410,13 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         with open_image(path) as image:
-            return ImageOps.exif_transpose(image).convert('RGB')
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith('I'):  # 16 bits, which Pillow would clip at 255
+                high = np.asarray(image).astype(np.int64) >> 8
+                image = Image.fromarray(high.clip(0, 255).astype(np.uint8))
+            elif image.mode == 'F':
+                raise ValueError('its values are floating-point numbers')
+            return image.convert('RGB')
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f'image {path} cannot be read: {error}') from error
 
@@ -730,7 +742,8 @@ def draw_predictions(args: argparse.Namespace) -> None:
     """predictions beside the ground truth on images of a dataset."""
     config = read_config(args)
     one_of({scope: None for scope in DRAWN_BY if scope != 'mmpretrain'}, config)
-    pairs = drawn_pairs(config, args)
+    with run_errors(args.traceback):
+        pairs = drawn_pairs(config, args)
     columns = min(2, len(pairs))
     aspect = max(image.shape[0] / image.shape[1] for image in pairs.values())
     figure, axes = panels(-(-len(pairs) // columns), columns, 4.8, aspect)
@@ -749,6 +762,7 @@ def drawn_pairs(config: Config, args: argparse.Namespace) -> dict[str, np.ndarra
     Raises:
         SystemExit: Data are missing, or the config has no such split.
         CheckpointError: The checkpoint cannot be read or is of another network.
+        DataError: A sample cannot be read.
         ValueError: The split has no such image.
     """
     parts = dataset_settings(config, args.split)
@@ -756,7 +770,10 @@ def drawn_pairs(config: Config, args: argparse.Namespace) -> dict[str, np.ndarra
     model = load_whole_model(config, args.checkpoint).to(args.device)
     # With `test_mode` images without objects are kept.
     changes = dict(pipeline=settings_of_files(config).pipeline, test_mode=True)
-    dataset = ConcatDataset([DATASETS.build(dict(part, **changes)) for part in parts])
+    datasets = [DATASETS.build(dict(part, **changes)) for part in parts]
+    for part in datasets:
+        part.pipeline = CheckedPipeline(part.pipeline, part)
+    dataset = ConcatDataset(datasets)
     last = len(dataset) - 1
     indices = args.indices or np.unique(np.linspace(0, last, args.count).round().astype(int))
     for index in indices:

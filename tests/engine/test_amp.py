@@ -63,6 +63,9 @@ CHOICES = [
     ('A100', 'float16', dict(dtype='float16', loss_scale=8.0), 'float16', 8.0, ''),
     ('A100', 'float16', dict(loss_scale=8.0), 'float16', 8.0, ''),
     ('V100', 'float16', dict(dtype='bfloat16'), 'float16', 'dynamic', ''),
+    ('A100', 'bfloat16', dict(type='AmpOptimWrapper', loss_scale=8.0), 'bfloat16', OFF, ''),
+    ('A100', 'float16', dict(type='AmpOptimWrapper', loss_scale=8.0), 'float16', 8.0, ''),
+    ('A100', 'auto', dict(type=OptimWrapper), 'bfloat16', OFF, ''),
     # Types that have mixed precision already, e.g. in the config that an earlier run saved.
     ('A100', 'auto', dict(type='AmpOptimWrapper'), 'bfloat16', OFF, ''),
     ('A100', 'auto', dict(type=CPU), 'bfloat16', OFF, ''),

@@ -75,6 +75,25 @@ def test_crops(crops, sample):
     assert names == sorted(path.name for path in (crops / 'val').iterdir())
 
 
+def test_crops_of_odd_annotations(sample, tmp_path):
+    """Without `iscrowd`; boxes outside of their image have no crop; no half folder is left."""
+    source = shutil.copytree(sample / 'coco', tmp_path / 'source')
+    path = source / 'annotations/instances_val2017.json'
+    content = json.loads(path.read_text())
+    for annotation in content['annotations']:
+        del annotation['iscrowd']
+        annotation['bbox'] = [-500, 10, 40, 40]
+    content['annotations'][0]['bbox'] = [10, 10, 40, 40]
+    path.write_text(json.dumps(content))
+    arguments = ['crop_objects', source, tmp_path / 'new', '--classes', 3, '--min-side', 12]
+    assert 'val: 1 objects' in run_tool(*arguments)
+    for image in (source / 'val2017').iterdir():
+        image.unlink()
+    arguments[2] = tmp_path / 'other'
+    assert 'is missing or not an image' in run_tool(*arguments, succeeds=False)
+    assert {path.name for path in tmp_path.iterdir()} == {'source', 'new'}
+
+
 @pytest.mark.parametrize(
     ('option', 'value', 'message'),
     [

@@ -20,6 +20,7 @@ from helpers.models import (
 )
 from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 from mmdet.structures import DetDataSample
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.utils import digit_version
 from torch import nn
@@ -233,6 +234,13 @@ def test_refuses_with_one_message(case, model_of, tmp_path, capsys):
         run(model_of(DETECTION_MODEL), tmp_path / name, *options)
     assert message in f'{stop.value}{capsys.readouterr().err}'
     assert not list(tmp_path.iterdir())
+
+
+def test_one_stage_detectors_are_refused(model_of, monkeypatch):
+    monkeypatch.setattr(export, 'load_whole_model', lambda *_: nn.Identity())
+    config = Config.fromfile(model_of(DETECTION_MODEL).config)
+    with pytest.raises(SystemExit, match='needs a two-stage detector, got MaskRCNN'):
+        export.build_network(config, 'none.pth', 'model')
 
 
 @pytest.mark.parametrize('arguments', [['network.pt2'], ['network.onnx', '--dynamo']])

@@ -1,7 +1,9 @@
 """Prediction on images and videos, by the tool and by the host libraries' own inferencers."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -234,6 +236,8 @@ def test_unreadable_inputs_are_listed_and_the_others_predicted(models, folder, t
     (folder / 'cut off.jpg').write_bytes(whole[: len(whole) // 2])
     (folder / 'film.mp4').write_bytes(b'no film')
     cv2.imwrite(str(folder / 'thin.png'), np.zeros((2, 200, 3), np.uint8))
+    (tmp_path / 'out/json').mkdir(parents=True)
+    (tmp_path / 'out/json/tief').write_text('not a folder')
     with pytest.raises(SystemExit) as stop:
         predict(models[SEGMENTATION_MODEL], tmp_path / 'out', folder, '--batch-size', 3)
     first, *lines = str(stop.value).splitlines()
@@ -243,20 +247,30 @@ def test_unreadable_inputs_are_listed_and_the_others_predicted(models, folder, t
         [
             'a.jpg: AssertionError: failed to load image',
             'cut off.jpg: the file is truncated or broken: image file is truncated',
+            'zwei.jpg: FileExistsError: ',
             'film.mp4: OpenCV finds no frames in it',
         ],
         strict=True,
     ):
         assert message in line
-    assert '3 of 6 inputs predicted' in capsys.readouterr().out
+    assert '2 of 6 inputs predicted' in capsys.readouterr().out
     names = {path.name for path in (tmp_path / 'out/json').rglob('*.json')}
-    assert names == {'erstes Bild ä.json', 'zwei.json', 'thin.json'}  # padded to 32 rows
+    assert names == {'erstes Bild ä.json', 'thin.json'}  # padded to 32 rows
+
+
+def test_name_that_is_not_utf_8(models, folder, tmp_path):
+    """As of archives from systems in Latin-1."""
+    name = os.fsdecode(b'caf\xe9.jpg')
+    shutil.copy(folder / 'tief/zwei.jpg', folder / name)
+    found = predict(models[SEGMENTATION_MODEL], tmp_path / 'out', folder)
+    assert sorted(found) == ['caf\udce9', 'erstes Bild ä', 'tief/zwei']
+    assert found['caf\udce9']['image'] == str(folder / name)
 
 
 def test_inputs(folder, tmp_path, monkeypatch):
     shutil.copy(folder / 'tief/zwei.jpg', folder / 'tief/zwei.png')
-    (folder / 'out').mkdir()
-    shutil.copy(folder / 'tief/zwei.jpg', folder / 'out/result.jpg')
+    (folder / 'out/pictures').mkdir(parents=True)
+    shutil.copy(folder / 'tief/zwei.jpg', folder / 'out/pictures/result.jpg')
     monkeypatch.chdir(folder)
     found = find_sources(['tief/*', 'tief/zwei.jpg', '.', str(folder)], folder / 'out')
     assert [(str(source.path.relative_to(folder)), source.name) for source in found] == [
@@ -266,6 +280,27 @@ def test_inputs(folder, tmp_path, monkeypatch):
     ]
     (folder / '[1].jpg').write_bytes(b'')
     assert [source.name for source in find_sources(['[1].jpg'], tmp_path)] == ['[1]']
+    (folder / 'film.mp4').symlink_to(folder / 'notes.txt')  # as DVC stores files
+    assert find_sources(['film.mp4'], tmp_path)[0].is_video
+
+
+@pytest.mark.parametrize('inputs', [['.'], ['tief'], ['tief/zwei.jpg']])
+def test_results_beside_the_inputs(inputs, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert 'zwei' in find_sources(inputs, Path())[-1].name
+    assert 'zwei' in find_sources(inputs, Path('tief'))[-1].name
+
+
+@pytest.mark.parametrize('kind', ['pictures', 'labels'])
+def test_inputs_are_not_overwritten(kind, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    name = f'{kind}/zwei.{"jpg" if kind == "pictures" else "png"}'
+    (folder / kind).mkdir()
+    shutil.copy(folder / 'tief/zwei.jpg', name)
+    with pytest.raises(SystemExit, match=f'error: input {name} would be overwritten by a result'):
+        find_sources([name], Path())
+    with pytest.raises(SystemExit, match=f'error: input {kind} has only results in'):
+        find_sources([kind], Path())
 
 
 REFUSALS = {
@@ -273,6 +308,7 @@ REFUSALS = {
     'pattern': (['nowhere/*.jpg'], 'error: input nowhere/*.jpg has no images and no videos'),
     'device': (['FOLDER', '--device', 'tpu'], 'error: --device tpu cannot be used: Expected one'),
     'score': (['FOLDER', '--score-thr', '2'], '--score-thr must be between 0 and 1, got 2'),
+    'output': (['FOLDER', '--out', str(ROOT / 'Makefile')], 'cannot be a folder: File exists'),
     'batch size': (['FOLDER', '--batch-size', '0'], '--batch-size: must be at least 1, got 0'),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import cv2
@@ -244,6 +245,25 @@ def test_faults_are_found(kind, folder, change, expected, copy, tmp_path, run):
     assert contents(root) == before
 
 
+def test_report_that_cannot_be_written_is_refused_first(copy, tmp_path):
+    arguments = ['coco', '--root', copy / 'coco', '--report', tmp_path / 'none/report.txt']
+    output = run_tool('prepare_data.py', *arguments, succeeds=False)
+    assert 'report.txt cannot be written: No such file or directory' in output
+    assert 'is ready' not in output
+
+
+def test_names_are_safe_to_show(copy, tmp_path, run):
+    def rename(content):
+        content['images'][0]['file_name'] = 'x\x1b[2J\nis ready.jpg'
+
+    edit(rename, 'train2017')(copy / 'coco')
+    report = tmp_path / 'report.txt'
+    output, _ = run('coco', '--root', copy / 'coco', '--workers', 1, '--report', report)
+    for text in (output, report.read_text()):
+        assert 'x\\x1b[2J\\nis ready.jpg' in text
+        assert '\x1b' not in text
+
+
 def test_output_is_shortened_and_the_report_is_not(copy, tmp_path, run):
     for path in (copy / 'coco/train2017').iterdir():
         path.unlink()
@@ -269,6 +289,10 @@ def test_size_is_that_of_the_rotated_image(tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.new('RGB', (40, 30)).save(image, exif=exif)
+    entry = struct.pack('<HHI4sI', ExifTags.Base.Orientation, 2, 4, b'odd', 0)  # type 2: a text
+    odd = b'Exif\0\0II*\0' + struct.pack('<IH', 8, 1) + entry
+    Image.new('RGB', (40, 30)).save(tmp_path / 'odd.jpg', exif=odd)
+    assert prepare_data.check_image(tmp_path / 'odd.jpg', (40, 30)) == []
     assert cv2.imread(str(image)).shape == (40, 30, 3)
     assert prepare_data.check_image(image, (30, 40)) == []
     (finding,) = prepare_data.check_image(image, (40, 30))

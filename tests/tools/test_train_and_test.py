@@ -361,7 +361,20 @@ def test_subset_refuses(sample, tmp_path):
     assert '99 were requested' in run_tool(*arguments, succeeds=False)
     arguments[-1] = '1.5'
     assert 'must be a share in (0, 1) or a count' in run_tool(*arguments, succeeds=False)
+    arguments[-1] = 'inf'
+    assert 'must be a share in (0, 1) or a count' in run_tool(*arguments, succeeds=False)
     assert not (tmp_path / 'new').exists()
+
+
+def test_subset_without_iscrowd(sample, tmp_path):
+    source = shutil.copytree(sample / 'coco', tmp_path / 'source')
+    for path in (source / 'annotations').iterdir():
+        content = json.loads(path.read_text())
+        for annotation in content['annotations']:
+            del annotation['iscrowd']
+        path.write_text(json.dumps(content))
+    output = run_tool('subset_data', source, tmp_path / 'new', '--train', 3, '--val', 2)
+    assert 'train2017: 3 images' in output
 
 
 NO_WEIGHTS = ['--cfg-options', 'model.backbone.init_cfg=None']

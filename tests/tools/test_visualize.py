@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from xml.etree import ElementTree
 
 import cv2
@@ -44,6 +45,7 @@ def images(tmp_path):
     cv2.imwrite(str(folder / 'transparent.png'), pixels)
     cv2.imwrite(str(folder / 'below/grey.PNG'), pixels[..., 0])
     (folder / 'notes.txt').write_text('no image')
+    (folder / '._colour.jpg').write_text("of macOS's archives")
     return folder
 
 
@@ -144,6 +146,18 @@ def test_receptive_fields_of_several_networks(checkpoint, images, tmp_path, caps
     np.testing.assert_allclose(arrays['fields'][0], total / 3, rtol=1e-3, atol=1e-4 * total.max())
     side, share = visualize.smallest_square(arrays['fields'][0], 0.99)
     assert f'{side} ({share:.1%})' in printed
+
+
+@pytest.mark.parametrize('suffix', ['png', 'tif'])
+def test_image_with_16_bits(suffix, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30), np.uint8)
+    for name, image in (('8', pixels), ('16', pixels.astype(np.uint16) * 257)):
+        cv2.imwrite(str(tmp_path / f'{name}.{suffix}'), image)
+    deep = np.asarray(visualize.read_image(tmp_path / f'16.{suffix}'))
+    np.testing.assert_array_equal(deep, np.stack([pixels] * 3, 2))
+    cv2.imwrite(str(tmp_path / 'a.tif'), pixels.astype(np.float32))
+    with pytest.raises(ValueError, match=r'a\.tif cannot be read: its values are floating-point'):
+        visualize.read_image(tmp_path / 'a.tif')
 
 
 def test_layer_scale_of_random_weights_widens_the_field():
@@ -311,9 +325,22 @@ def test_predictions_beside_the_truth(recipe, models, sample, tmp_path, capsys, 
     for index in (6, -1):
         with pytest.raises(SystemExit, match=f'error: --indices must be from 0 to 5, got {index}'):
             run('--indices', index)
+    with pytest.raises(SystemExit, match=r"error: cannot build .* keyword argument 'archh'"):
+        run('--cfg-options', 'model.backbone.archh=n')
     (other,) = FOLDERS.keys() - {recipe}
     with pytest.raises(SystemExit, match=r'error: .*does not fit.* names missing'):
         run(checkpoint=models[other].checkpoint)
+
+
+@pytest.mark.parametrize('recipe', FOLDERS)
+def test_broken_image_is_named(recipe, models, sample, tmp_path):
+    data = shutil.copytree(sample / FOLDERS[recipe], tmp_path / 'data')
+    (image,) = data.rglob('*val*/000000000001.jpg')
+    image.write_bytes(image.read_bytes()[:200])
+    model = models[recipe]
+    arguments = ['predictions', model.config, model.checkpoint, '--data-root', data, '--count', 1]
+    with pytest.raises(SystemExit, match=r'error: .*000000000001\.jpg.* truncated'):
+        visualize.main([str(argument) for argument in arguments])
 
 
 # ----------------------------------------------------------------------------------------- curves
@@ -321,7 +348,8 @@ def test_curves_are_those_of_plot_curves(tmp_path, monkeypatch):
     folder = tmp_path / '20260101_000000/vis_data'
     folder.mkdir(parents=True)
     records = [dict(step=1, loss=2.0, loss_cls=1.0), dict(step=2, loss=1.0), dict(step=1, mIoU=3.0)]
-    (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, records)))
+    lines = [*map(json.dumps, records), '{"step": 3, "loss":']  # cut off by a full disk
+    (folder / 'scalars.json').write_text('\n'.join(lines))
     out = tmp_path / 'other.png'
     monkeypatch.setattr('sys.argv', ['plot_curves.py', str(tmp_path), '--out', str(out)])
     plot_curves.main()

@@ -35,6 +35,7 @@ def set_backbone(config: Config, name: str) -> None:
     """
     variant = find_baseline(name)
     model = config.model
+    model.pop('pretrained', None)  # mmseg passes it on to the backbone
     old = model.backbone
     model.backbone = dict(
         type='mmconv2former.Baseline', name=name, drop_path_rate=old.get('drop_path_rate', 0.0)

@@ -24,6 +24,7 @@ from torch import nn
 
 from common import parser_of
 from common.cli import add_config_arguments, load_config
+from common.config_check import type_name
 from mmconv2former import use_cuda_graphs
 from mmconv2former.checkpoint.loading import load_model
 from mmconv2former.datasets.checked import leaves
@@ -39,6 +40,7 @@ DRAWN_BY = {
 LARGEST_NAMED = 2**23
 # Pixels of a drawing: matplotlib needs 80 bytes a pixel and more.
 MOST_DRAWN = 2**25
+LONGEST_SIDE = 65_500  # of a JPEG
 
 
 # ------------------------------------------------------------------------------------ command line
@@ -97,7 +99,7 @@ def load_whole_model(config: Config, checkpoint: str) -> BaseModel:
     Raises:
         CheckpointError: The checkpoint cannot be read, or is of another network.
     """
-    init_default_scope(config.default_scope)
+    init_default_scope(config.get('default_scope') or 'mmengine')
     settings = copy.deepcopy(config.model)
     if config.get('data_preprocessor') is not None:  # mmpretrain has it beside the model
         settings.setdefault('data_preprocessor', config.data_preprocessor)
@@ -111,7 +113,7 @@ def load_whole_model(config: Config, checkpoint: str) -> BaseModel:
 
 def to_deploy(model: nn.Module) -> None:
     """Folds the backbone for inference, if it can be folded."""
-    switch_to_deploy = getattr(model.backbone, 'switch_to_deploy', None)
+    switch_to_deploy = getattr(getattr(model, 'backbone', None), 'switch_to_deploy', None)
     if switch_to_deploy is not None:
         switch_to_deploy()
 
@@ -146,7 +148,7 @@ def settings_of_files(config: Config) -> ConfigDict:
             image.
     """
     first, *others = dataset_settings(config)
-    if any(str(step.get('type')).endswith('TestTimeAug') for step in first.pipeline):
+    if any(type_name(step) == 'TestTimeAug' for step in first.pipeline):
         raise SystemExit(
             f'error: the test pipeline of {config.filename} has TestTimeAug, which makes several '
             'inputs of an image: move it to tta_pipeline (tools/test.py --tta)'
@@ -162,7 +164,7 @@ def settings_of_files(config: Config) -> ConfigDict:
 
 def without_labels(pipeline: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The steps of a pipeline, from its settings, without those that load annotations."""
-    return [step for step in pipeline if not str(step.get('type')).endswith('LoadAnnotations')]
+    return [step for step in pipeline if not type_name(step).endswith('LoadAnnotations')]
 
 
 # ---------------------------------------------------------------------------------------- drawings
@@ -241,8 +243,8 @@ def draw(
             `out_file`.
 
     Returns:
-        uint8 (H, W, 3), RGB; smaller if the image has more than `MOST_DRAWN` pixels. It has what
-        was drawn last, so set `draw_gt` or `draw_pred` to False.
+        uint8 (H, W, 3), RGB; smaller if the image has more than `MOST_DRAWN` pixels or a side
+        above `LONGEST_SIDE`. It has what was drawn last, so set `draw_gt` or `draw_pred` to False.
     """
     image, sample = reduced(image, sample)
     if score_thr is not None and 'pred_instances' in sample:
@@ -257,7 +259,11 @@ def draw(
 
 def reduced(image: np.ndarray, sample: Any) -> tuple[np.ndarray, Any]:
     """An image and its sample, with a part of their rows and columns if they are too large."""
-    every = math.ceil(math.sqrt(image.shape[0] * image.shape[1] / MOST_DRAWN))
+    height, width = image.shape[:2]
+    longest = max(
+        math.sqrt(height * width / MOST_DRAWN), height / LONGEST_SIDE, width / LONGEST_SIDE
+    )
+    every = math.ceil(longest)
     if every == 1:
         return image, sample
     image = np.ascontiguousarray(image[::every, ::every])
