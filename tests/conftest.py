@@ -15,6 +15,10 @@ if not any(Path(device).exists() for device in ('/dev/nvidiactl', '/dev/kfd')):
 
 import pytest
 import torch
+
+# Writes its cache at the first import, which several processes cannot do at a time: here pytest
+# has not started any.
+import yapf.yapflib.yapf_api  # noqa: F401
 from common.tables import with_table
 from helpers.in_process import isolated
 from helpers.runs import run
