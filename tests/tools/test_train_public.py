@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from itertools import product
 
 import numpy as np
 import pytest
@@ -205,12 +206,15 @@ def test_tables_have_means_and_spreads():
 def test_results_in_the_readme_are_those_of_the_table():
     readme = ' '.join((train_public.ROOT / 'README.md').read_text().split())
     table = public_table(train_public.read_evidence(train_public.EVIDENCE))
-    names = {'Conv2Former-N has a test AP of': 'conv2former', 'Swin-T': 'swin_tiny',
-             'ConvNeXt-T': 'convnext_tiny'}  # fmt: skip
-    for name, backbone in names.items():
-        (value,) = re.findall(rf'{name} (\d\d\.\d)', readme)
-        row = rf'_bccd` \| {backbone}, \d+ iterations \|.*?\| \d \| {value}[ |]'
-        assert re.search(row, table), name
+    (values,) = re.findall(
+        r'test AP of (\S+) on BCCD \(Swin-T (\S+), ConvNeXt-T (\S+)\) '
+        r'and a test mIoU of (\S+) on CamVid \((\S+), (\S+)\)',
+        readme,
+    )
+    runs = product(DATASETS, ['conv2former', 'swin_tiny', 'convnext_tiny'])
+    for value, (dataset, backbone) in zip(values, runs, strict=True):
+        row = rf'_{dataset}` \| {backbone}, \d+ iterations \|.*?\| \d \| {value}[ |]'
+        assert re.search(row, table), (dataset, backbone)
 
 
 def test_helpers(tmp_path):
