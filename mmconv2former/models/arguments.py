@@ -55,6 +55,8 @@ def parse_arch(arch: str | Mapping, archs: Mapping[str, Row], letters: Mapping[s
 
 def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
     """One odd kernel size for each stage."""
+    if not isinstance(kernel_size, (int, Sequence)):
+        raise TypeError(f'kernel_size must be an int or a list of ints, got {kernel_size!r}')
     sizes = (kernel_size,) * num_stages if isinstance(kernel_size, int) else tuple(kernel_size)
     if len(sizes) != num_stages:
         raise ValueError(
@@ -70,6 +72,8 @@ def parse_kernel_size(kernel_size: int | Sequence[int], num_stages: int) -> tupl
 
 def parse_out_indices(out_indices: int | Sequence[int], num_stages: int) -> tuple[int, ...]:
     """Stages counted from 0, none twice, in the given order."""
+    if not isinstance(out_indices, (int, Sequence)):
+        raise TypeError(f'out_indices must be an int or a list of ints, got {out_indices!r}')
     indices = (out_indices,) if isinstance(out_indices, int) else tuple(out_indices)
     for index in indices:
         check_int('out_indices', index, minimum=-num_stages, maximum=num_stages - 1)

@@ -6,7 +6,8 @@ Pretrained weights, arguments, outputs, freezing, modes and checks of the input.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -53,7 +54,8 @@ class PretrainedModule(BaseModule):
         self.init_cfg = [cfg for cfg in self._init_cfgs() if not is_pretrained(cfg)]
         super().init_weights()
         self.init_cfg = init_cfg
-        self.load_pretrained_weights()
+        with initialised_again_after_errors(self):
+            self.load_pretrained_weights()
 
     def load_pretrained_weights(self) -> None:
         """Loads the checkpoints that `init_cfg` names, and ignores the rest of it.
@@ -67,6 +69,16 @@ class PretrainedModule(BaseModule):
 
     def _init_cfgs(self) -> list[dict]:
         return [self.init_cfg] if isinstance(self.init_cfg, dict) else list(self.init_cfg or ())
+
+
+@contextmanager
+def initialised_again_after_errors(module: BaseModule) -> Iterator[None]:
+    """After an error, the next `init_weights` does not return early, with random weights."""
+    try:
+        yield
+    except Exception:
+        module._is_init = False
+        raise
 
 
 def is_pretrained(init_cfg: Mapping) -> bool:
@@ -104,6 +116,7 @@ class Conv2FormerBase(PretrainedModule):
         check_init_cfg(init_cfg)
         check_int('in_channels', in_channels, minimum=1)
         check_number('mlp_ratio', mlp_ratio, minimum=0, below=math.inf)
+        check_number('layer_scale_init_value', layer_scale_init_value, -math.inf, math.inf)
         check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
         check_choice('fusion', fusion, FUSIONS)
         check_choice('recompute', recompute, RECOMPUTE)
@@ -135,6 +148,9 @@ class Conv2FormerBase(PretrainedModule):
         self.strides = tuple(strides[i] for i in self.out_indices)
 
     def _block(self, channels: int, kernel_size: int, drop_path_rate: float) -> Block:
+        mlp_ratio = self._block_options['mlp_ratio']
+        if int(channels * mlp_ratio) < 1:
+            raise ValueError(f'mlp_ratio {mlp_ratio} leaves no hidden channels of {channels}')
         return Block(channels, kernel_size, drop_path_rate, **self._block_options)
 
     def _finish(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..registry import MODELS, WEIGHT_INITIALIZERS, register
 from .arguments import check_number, parse_out_indices
+from .base import initialised_again_after_errors
 from .layer_depth import STEM, Location, layer_depth, stage_depth
 
 STRIDES = (4, 8, 16, 32)
@@ -457,7 +458,8 @@ class Baseline(BaseModule):
                 may_miss=None if self.classification else NEW_FOR_DENSE_PREDICTION,
                 how_to_get=how_to_get_weights(self.name),
             )
-            WEIGHT_INITIALIZERS.build(load)(self.body)
+            with initialised_again_after_errors(self):
+                WEIGHT_INITIALIZERS.build(load)(self.body)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, 3, H, W)
         if self.norms is not None:

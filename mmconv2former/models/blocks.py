@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..ops.block import compute_block, is_supported, is_worth_it
 from ..ops.depthwise import DepthwiseConv
-from ..ops.dispatch import autocast_dtype
+from ..ops.dispatch import autocast_dtype, is_captured, is_transformed
 from ..ops.folding import BlockParameters, FoldedWeights
 from ..ops.memory_format import to_channels_first, to_channels_last
 from ..ops.norm import layer_norm
@@ -58,7 +58,9 @@ class Stem(nn.Sequential):
 
 def embed(stem: nn.Module, x: Tensor) -> Tensor:
     """Runs a stem and changes the layout: (N, in_channels, H, W) -> (N, H / s, W / s, C)."""
-    return to_channels_last(stem(x.contiguous(memory_format=torch.channels_last)))
+    if is_captured() or not is_transformed():  # vmap cannot change the layout
+        x = x.contiguous(memory_format=torch.channels_last)
+    return to_channels_last(stem(x))
 
 
 class LayerNorm(nn.LayerNorm):
@@ -302,8 +304,10 @@ class Downsample(nn.Sequential):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        norm, conv = self[0], self[1]  # torch 2.1 cannot compile the unpacking of a module
-        return to_channels_last(conv(to_channels_first(norm(x))))  # (N, H / 2, W / 2, C_out)
+        x = to_channels_first(self[0](x))
+        for i in range(1, len(self)):  # torch 2.1 cannot compile the unpacking of a module
+            x = self[i](x)
+        return to_channels_last(x)  # (N, H / 2, W / 2, C_out)
 
 
 def drop_path_rates(last: float, depth: int) -> list[float]:

@@ -152,7 +152,8 @@ class Conv2Former(Conv2FormerBase):
         return tuple(outputs[i] for i in self.out_indices)
 
     def _blocks(self) -> Iterable[nn.Module]:
-        return chain.from_iterable(self.stages)
+        # A stage in a wrapper, such as torch.compile's, is called as a whole.
+        return chain.from_iterable(s for s in self.stages if isinstance(s, nn.Sequential))
 
     def _stages_to_freeze(self, number: int) -> list[nn.Module]:
         return [*self.downsample_layers[: max(number, 1)], *self.stages[:number]]

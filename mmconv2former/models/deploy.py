@@ -1,6 +1,7 @@
 """A network converted for inference: affine parts are folded into neighbouring convolutions.
 
-The results differ by rounding only. Nothing can be trained or loaded afterwards.
+The results differ by rounding only. Nothing can be trained afterwards, and no checkpoint of the
+original network loaded.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import block_stock
 from ..ops.block import run, run_block, steps_for
@@ -18,7 +21,15 @@ from ..ops.depthwise import DepthwiseConv, prepare_weight
 from ..ops.dispatch import autocast_dtype, is_captured, is_transformed, without_autocast
 from ..ops.folding import FoldedWeights
 from ..ops.mkldnn_fusion import FusedConv, is_fusible
-from .blocks import PLAIN_LAYERS, Block, Downsample, PointwiseConv, Stem, has_attachment
+from .blocks import (
+    PLAIN_LAYERS,
+    Block,
+    Downsample,
+    LayerNorm,
+    PointwiseConv,
+    Stem,
+    has_attachment,
+)
 from .fusion import FUSIONS
 
 
@@ -26,12 +37,11 @@ def deploy(network: nn.Module) -> None:
     """Replaces stem, blocks and downsamplings of a network with their forms for inference.
 
     Raises:
-        RuntimeError: A layer of a block was added or replaced, is parametrized, has hooks or
-            another eps, which would be lost. The network is then unchanged.
+        RuntimeError: A layer was added or replaced, lacks a parameter, is parametrized, has hooks
+            or another eps, which would be lost. The network is then unchanged.
     """
     for name, module in network.named_modules():
-        if isinstance(module, Block):
-            check_block(name, module)
+        check_foldable(name, module)
     for parent in list(network.modules()):
         for name, child in parent.named_children():
             for kind, deployed in DEPLOYED.items():
@@ -39,28 +49,58 @@ def deploy(network: nn.Module) -> None:
                     setattr(parent, name, deployed(child))
 
 
-def check_block(name: str, block: Block) -> None:
-    """Raises RuntimeError if folding would lose something that is attached to a block."""
-    for layer_name, plain in PLAIN_LAYERS.items():
-        if layer_name == 'attn.att.2':  # the depthwise convolution is called unchanged
-            continue
-        layer = block.get_submodule(layer_name)
+def check_foldable(name: str, module: nn.Module) -> None:
+    """Raises RuntimeError if folding would lose something that is attached to a part."""
+    for layer_name, plain in layers_to_fold(module).items():
+        layer = module.get_submodule(layer_name)
         is_tanh = getattr(layer, 'approximate', 'none') != 'none'
-        if type(layer) is not plain or has_attachment(layer) or is_tanh:
+        if not is_plain(layer, plain) or has_attachment(layer) or is_tanh or lacks_values(layer):
             raise RuntimeError(
-                f'switch_to_deploy folds the layers of {name}, but {layer_name} was replaced, is '
-                f'parametrized or has hooks: {layer}. Merge or remove what was attached first'
+                f'switch_to_deploy folds the layers of {name}, but {layer_name or "it"} was '
+                f'replaced, lacks a parameter, is parametrized or has hooks: {layer}. Merge or '
+                'remove what was attached first'
             )
-    if len(block.attn.att) != 3:
+    if isinstance(module, Block) and len(module.attn.att) != 3:
         raise RuntimeError(
             f'switch_to_deploy folds the layers of {name}, but attn.att must have 3 layers, got '
-            f'{len(block.attn.att)}. Remove what was added first'
+            f'{len(module.attn.att)}. Remove what was added first'
         )
-    if block.attn.norm.eps != block.mlp.norm.eps:
+    if isinstance(module, Downsample) and len(module) != 2:
+        raise RuntimeError(
+            f'switch_to_deploy folds the layers of {name}, which must be 2, got {len(module)}. '
+            'Remove what was added first'
+        )
+    if isinstance(module, Block) and module.attn.norm.eps != module.mlp.norm.eps:
         raise RuntimeError(
             f'switch_to_deploy folds the layers of {name}, but mlp.norm must have the eps of '
-            f'attn.norm, {block.attn.norm.eps}, got {block.mlp.norm.eps}'
+            f'attn.norm, {module.attn.norm.eps}, got {module.mlp.norm.eps}'
         )
+
+
+def layers_to_fold(module: nn.Module) -> dict[str, type]:
+    """Names and types of what folding replaces in a part of a network; '' is the part itself."""
+    if isinstance(module, Block):
+        layers = {'': Block, **PLAIN_LAYERS}
+        del layers['attn.att.2']  # the depthwise convolution is called unchanged
+        return layers
+    if isinstance(module, Stem):
+        *_, norm, conv = module._modules
+        return {'': Stem, norm: _BatchNorm, conv: nn.Conv2d}
+    if isinstance(module, Downsample):
+        return dict(zip(module._modules, (LayerNorm, nn.Conv2d)))
+    return {}
+
+
+def is_plain(layer: nn.Module, plain: type) -> bool:
+    """Whether a layer is of exactly this type; of BatchNorm there are several."""
+    is_batch_norm = plain is _BatchNorm and isinstance(layer, _BatchNorm)
+    return type(layer) is plain or (is_batch_norm and not is_parametrized(layer))
+
+
+def lacks_values(layer: nn.Module) -> bool:
+    """Whether a layer has no bias or no affine part; that of a plain convolution is optional."""
+    values = [getattr(layer, key, 0) for key in ('weight', 'bias', 'running_var')]
+    return type(layer) is not nn.Conv2d and any(value is None for value in values)
 
 
 class DeployedBlock(nn.Module):
@@ -86,12 +126,14 @@ class DeployedBlock(nn.Module):
         self.depthwise = attn.att[2]
         self.fusion = attn.fusion
         self.is_plain = self.fusion == 'hadamard' and type(self.depthwise) is DepthwiseConv
-        self.folded: dict[tuple[torch.dtype, str], FoldedWeights] = {}  # made as needed
+        # Made as needed, and shared by the replicas of nn.DataParallel.
+        self.folded: dict[tuple[torch.dtype, torch.device, str], FoldedWeights] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         is_differentiated = torch.is_grad_enabled() and x.requires_grad
         is_stock = is_differentiated or is_captured() or is_transformed()
-        if self.is_plain and not is_fusible(x) and not is_stock:
+        is_plain = self.is_plain and not has_attachment(self.depthwise)
+        if is_plain and not is_fusible(x) and not is_stock:
             return self._by_function(x)
         y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         a = self.depthwise(self.gate.gelu(y))
@@ -108,14 +150,14 @@ class DeployedBlock(nn.Module):
         x = x.to(self.gate.weight.dtype)  # dtype of the residuals, as in a `Block`
         dtype = autocast_dtype(x)
         steps = steps_for(x, (self.depthwise.weight, self.pos.weight))
-        form = dtype, 'stock' if steps is block_stock else 'triton'
+        form = dtype, x.device, 'stock' if steps is block_stock else 'triton'
         if form not in self.folded:
             with torch.inference_mode(False), torch.no_grad():  # usable in any mode
                 self.folded[form] = self._cast(*form)
         with without_autocast(x):
             return run(run_block, steps, x, None, self.folded[form], self.eps, None)[0]
 
-    def _cast(self, dtype: torch.dtype, implementation: str) -> FoldedWeights:
+    def _cast(self, dtype: torch.dtype, device: torch.device, implementation: str) -> FoldedWeights:
         """The weights in a dtype, with depthwise weights in the layout of their kernels."""
         pair = [torch.cat(parts) for parts in zip(self.gate.pair(), self.value.pair())]
         pair, proj, fc1, fc2 = (
@@ -127,6 +169,10 @@ class DeployedBlock(nn.Module):
             for layer in (self.depthwise, self.pos)
         )
         return FoldedWeights._make((*pair, *depthwise, *proj, *fc1, *pos, *fc2, None, None))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.folded = {}
+        super()._load_from_state_dict(*args)
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
         self.folded = {}  # values, dtype or device may change
@@ -141,9 +187,8 @@ def deployed_downsample(downsample: Downsample) -> nn.Module:
     layers: list[Any] = list(downsample)
     norm, conv = layers
     with torch.no_grad():
-        weight, bias = with_norm(norm, conv.weight, conv.bias)
-        conv.weight.copy_(weight)
-        conv.bias.copy_(bias)
+        weight, bias = with_norm(norm, conv.weight, 0 if conv.bias is None else conv.bias)
+        conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
     norm.register_parameter('weight', None)
     norm.register_parameter('bias', None)
     return downsample
@@ -179,7 +224,7 @@ def matrix(layer: PointwiseConv) -> tuple[Tensor, Tensor]:
     return layer.weight.flatten(1), layer.bias
 
 
-def with_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def with_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | float) -> tuple[Tensor, Tensor]:
     """Weight (C_out, C_in, ...) and bias of a convolution with the norm's scale and shift."""
     scale = norm.weight.view(1, -1, *(1,) * (weight.dim() - 2))
     shift = norm.bias.view_as(scale) * weight

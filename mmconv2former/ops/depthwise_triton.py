@@ -165,7 +165,7 @@ def depthwise_forward(
     """
     batch, height, width, channels = x.shape
     blocks = blocks or blocks_for(weight.shape[-1])
-    y = torch.empty_like(x) if y is None else y
+    y = x.new_empty(x.shape) if y is None else y  # x of 1x1 pixels may have other strides
     launcher = forward_launcher(
         x.get_device(), x.dtype, None if bias is None else bias.dtype, channels, weight.shape[-1],
         weight.stride(3), flip, blocks, epilogue, kept is not None,

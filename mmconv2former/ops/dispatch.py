@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 if hasattr(torch.compiler, 'is_compiling'):  # torch >= 2.3
     from torch.compiler import is_compiling
@@ -22,8 +23,11 @@ def is_captured() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a transform of `torch.func` is active, which needs differentiable operators."""
-    return torch._C._are_functorch_transforms_active()
+    """Whether a transform of `torch.func` or forward-mode differentiation is active.
+
+    These need differentiable operators, also without gradients.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_intercepted(x: Tensor) -> bool:

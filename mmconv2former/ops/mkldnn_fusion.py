@@ -9,13 +9,14 @@ gradients or a graph are needed, stock operators compute the same.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .depthwise import depthwise_conv2d
-from .dispatch import is_captured, is_cpu_float32
+from .dispatch import is_captured, is_cpu_float32, is_intercepted, is_transformed
 from .memory_format import to_channels_first, to_channels_last
 from .pointwise import pointwise_conv
 
@@ -27,10 +28,9 @@ HAS_FUSED_OPERATORS = torch.backends.mkldnn.is_available() and all(
 
 def is_fusible(x: Tensor) -> bool:
     """Whether oneDNN's fused operators run on x; the one place that decides."""
-    if torch.is_grad_enabled() or is_captured():
+    if torch.is_grad_enabled() or is_captured() or is_transformed() or is_intercepted(x):
         return False
-    is_plain = type(x) is Tensor  # subclasses only know stock operators
-    return is_plain and is_cpu_float32(x) and HAS_FUSED_OPERATORS
+    return is_cpu_float32(x) and HAS_FUSED_OPERATORS
 
 
 class FusedConv(nn.Module):
@@ -94,6 +94,10 @@ class FusedConv(nn.Module):
                 weight, *geometry, list(x.shape)
             )
         return self.packed_weight, self.bias, *geometry
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.packed_weight = None
+        super()._load_from_state_dict(*args)
 
     def _apply(self, function: Callable, recurse: bool = True) -> nn.Module:
         self.packed_weight = None  # values, dtype or device are about to change

@@ -1,6 +1,7 @@
 """Checkpoints in all their forms: loaded strictly, or refused with the reason."""
 
 import argparse
+import os
 import re
 
 import numpy as np
@@ -77,8 +78,12 @@ def test_published_checkpoint_loads_completely(path):
     arguments = argparse.Namespace(model='conv2former_n', lr=1e-3, opt_betas=None)
     content = dict(epoch=299, arch='nano', state_dict=state, args=arguments, optimizer={})
     torch.save(content | dict(metric=np.float64(83.2)), path)
+    os.rename(path, f'{path}.later')
     model = Conv2Former('nano', init_cfg=dict(type='Pretrained', checkpoint=path))
-    model.init_weights()
+    with pytest.raises(CheckpointError, match='does not exist'):
+        model.init_weights()
+    os.rename(f'{path}.later', path)
+    model.init_weights()  # after an error, this is not as if it had succeeded
     loaded = {f'module.{n}': v for n, v in model.state_dict().items() if not n.startswith('norm')}
     assert {name.split('.')[1] for name in state.keys() - loaded.keys()} == {'head', 'pred'}
     assert_equal(loaded, {name: state[name] for name in loaded})

@@ -18,6 +18,7 @@ from helpers.comparisons import (
 )
 from helpers.pages import read_blocks
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
@@ -410,6 +411,54 @@ def test_torch_func_jvp():
     _, found = torch.func.jvp(lambda x: model(x)[-1], (X,), tangent)
     _, expected = torch.func.jvp(lambda x: plain_outputs(model, x, state)[-1], (X,), tangent)
     assert relative_error(found, expected) < 1e-10
+
+
+def test_forward_mode_of_autograd():
+    model, tangent = build().eval(), torch.randn_like(X)
+    _, expected = torch.func.jvp(lambda x: model(x)[-1], (X,), (tangent,))
+    for is_enabled in (True, False):
+        with torch.set_grad_enabled(is_enabled), forward_ad.dual_level():
+            found = forward_ad.unpack_dual(model(forward_ad.make_dual(X, tangent))[-1]).tangent
+        assert relative_error(found, expected) < 1e-10
+
+
+def test_gradients_of_each_image():
+    model = build().eval()
+    parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+    def loss(parameters, image):
+        return loss_of(torch.func.functional_call(model, parameters, image[None]))
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X)
+    for i, image in enumerate(X):
+        for name, expected in torch.func.grad(loss)(parameters, image).items():
+            assert relative_error(found[name][i], expected) < 1e-9, name
+
+
+class Wrapper(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x)
+
+
+def test_stage_in_a_wrapper():
+    model = build().eval()
+    expected = model(X)
+    model.stages[0] = Wrapper(model.stages[0])
+    for output, value in zip(model(X), expected, strict=True):
+        assert relative_error(output, value) < 1e-10
+
+
+def test_layer_added_to_a_downsampling():
+    model = build().eval()
+    model.downsample_layers[1].append(nn.Tanh())
+    inputs = []
+    model.stages[1].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model(X)
+    assert inputs[0].abs().max() <= 1
 
 
 def second_gradients(function, parameters):

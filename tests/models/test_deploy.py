@@ -71,24 +71,80 @@ def fold_another_eps(model):
     model.stages[1][0].mlp.norm.eps = 0.1
 
 
+def fold_a_missing_bias(model):
+    model.stages[1][0].mlp.fc1.bias = None
+
+
+def fold_a_hook_of_a_block(model):
+    model.stages[1][0].register_forward_hook(lambda *_: None)
+
+
+def fold_a_hook_of_the_stem(model):
+    model.downsample_layers[0].register_forward_hook(lambda *_: None)
+
+
+def fold_another_norm_of_the_stem(model):
+    model.downsample_layers[0][5] = nn.GroupNorm(1, model.downsample_layers[0][5].num_features)
+
+
+def fold_a_normalised_downsampling(model):
+    nn.utils.parametrizations.weight_norm(model.downsample_layers[1][1])
+
+
+def fold_a_hook_of_a_downsampling(model):
+    model.downsample_layers[1][0].register_forward_hook(lambda _, __, out: 2 * out)
+
+
+def fold_an_added_layer_of_a_downsampling(model):
+    model.downsample_layers[1].append(nn.Tanh())
+
+
 @pytest.mark.parametrize(
-    'attach',
-    [
-        fold_a_hook,
-        fold_another_layer,
-        fold_another_activation,
-        fold_an_added_layer,
-        fold_another_eps,
-    ],
+    'attach', [value for name, value in list(globals().items()) if name.startswith('fold_')]
 )
 def test_what_would_be_lost_is_refused(attach):
     model = build()
     attach(model)
-    expected = model(X)[0]
-    with pytest.raises(RuntimeError, match=r'switch_to_deploy .* stages\.1\.0, but (mlp|attn)\.'):
+    expected = model(X)[-1]
+    place = r'stages\.1\.0, but (mlp|attn|it)|downsample_layers\.[01],'
+    with pytest.raises(RuntimeError, match=f'switch_to_deploy .* ({place})'):
         model.switch_to_deploy()
     assert not model.is_deployed
-    assert torch.equal(model(X)[0], expected)  # nothing was changed
+    assert torch.equal(model(X)[-1], expected)  # nothing was changed
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_hook_of_the_depthwise_convolution(precision):
+    model, seen = build(), []
+    model.stages[1][0].attn.att[2].register_forward_hook(lambda *_: seen.append(1))
+    model.switch_to_deploy()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, precision == 'bfloat16'):
+        model(X)
+    assert seen == [1]
+
+
+def test_loaded_weights_are_used():
+    model = build().switch_to_deploy()
+    with torch.no_grad():
+        before = model(X)[-1]
+        state = {n: 2 * v if 'fc2' in n else v for n, v in model.state_dict().items()}
+        model.load_state_dict(state)
+        after = model(X)[-1]
+        assert relative_error(after, before) > 0.01
+        torch.testing.assert_close(after, copy.deepcopy(model)(X)[-1])
+
+
+def test_forward_mode_without_gradients():
+    model, tangent = build(), torch.randn_like(X)
+    deployed = copy.deepcopy(model).switch_to_deploy()
+    (_, expected), (_, found) = (
+        torch.func.jvp(lambda x, m=m: m(x)[-1], (X,), (tangent,)) for m in (model, deployed)
+    )
+    with torch.no_grad():
+        _, without = torch.func.jvp(lambda x: deployed(x)[-1], (X,), (tangent,))
+    assert expected.norm() > 0
+    for value in (found, without):
+        assert relative_error(value, expected) < 1e-4
 
 
 def test_gradients_of_the_input():

@@ -267,6 +267,14 @@ def test_any_memory_layout():
             assert relative_error(value, reference) < 1e-13, name
 
 
+def test_single_pixels_with_strides_of_another_layout():
+    operands = make(3, 1, 1, 8, 3, torch.float64)
+    x = operands[0].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    x = x.as_strided(x.shape, (8, 1, 1, 1))  # contiguous, but not as x.contiguous() would be
+    for value, reference in zip(own(depthwise_conv2d, x, *operands[1:]), exact(*operands)):
+        assert relative_error(value, reference) < 1e-13
+
+
 def test_no_image():
     out, grad_x, *others = own(depthwise_conv2d, *make(0, 4, 4, 8, 3, torch.float32))
     assert out.shape == grad_x.shape == (0, 4, 4, 8)
