@@ -5,6 +5,7 @@ import pickle
 import re
 import shutil
 from pathlib import Path
+from statistics import mode
 
 import cv2
 import numpy as np
@@ -83,7 +84,9 @@ def test_crops_of_odd_annotations(sample, tmp_path):
     for annotation in content['annotations']:
         del annotation['iscrowd']
         annotation['bbox'] = [-500, 10, 40, 40]
-    content['annotations'][0]['bbox'] = [10, 10, 40, 40]
+    train = json.loads(path.with_name('instances_train2017.json').read_text())['annotations']
+    most = mode(annotation['category_id'] for annotation in train)
+    content['annotations'][0].update(bbox=[10, 10, 40, 40], category_id=most)
     path.write_text(json.dumps(content))
     arguments = ['crop_objects', source, tmp_path / 'new', '--classes', 3, '--min-side', 12]
     assert 'val: 1 objects' in run_tool(*arguments)

@@ -325,7 +325,9 @@ def test_predictions_beside_the_truth(recipe, models, sample, tmp_path, capsys, 
     for index in (6, -1):
         with pytest.raises(SystemExit, match=f'error: --indices must be from 0 to 5, got {index}'):
             run('--indices', index)
-    with pytest.raises(SystemExit, match=r"error: cannot build .* keyword argument 'archh'"):
+    with pytest.raises(
+        SystemExit, match=r"error: cannot build .* has no argument archh.* did you mean 'arch'"
+    ):
         run('--cfg-options', 'model.backbone.archh=n')
     (other,) = FOLDERS.keys() - {recipe}
     with pytest.raises(SystemExit, match=r'error: .*does not fit.* names missing'):
