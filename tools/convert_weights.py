@@ -1,4 +1,4 @@
-"""Makes a small, clean weight file from any Conv2Former checkpoint.
+"""Makes a small, clean weight file from any checkpoint of `Conv2Former` (not the isotropic ones).
 
     python tools/convert_weights.py conv2former_t.pth.tar pretrain/conv2former_t.pth
     python tools/convert_weights.py conv2former_b_22k.pth pretrain/conv2former_b_in22k.pth \\
