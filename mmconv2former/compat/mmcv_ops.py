@@ -351,12 +351,18 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Writes the gradient of each value of `sigmoid_focal_loss_forward` by its logit."""
+    """Writes the gradient of each value of `sigmoid_focal_loss_forward` by its logit.
+
+    By its formula: autograd has no gradient where a probability is rounded to 0 or 1.
+    """
     (x,) = single(input)
-    (grad,) = gradients(
-        lambda x: sigmoid_focal_loss(x, target, weight, gamma, alpha), [x], torch.ones_like(x)
-    )
-    grad_input.copy_(grad)
+    is_class = target[:, None] == torch.arange(x.shape[1], device=x.device)
+    p, rest = x.sigmoid(), (-x).sigmoid()
+    log_p, log_rest = (value.clamp(min=SMALLEST).log() for value in (p, rest))
+    positive = -alpha * rest**gamma * (rest - gamma * p * log_p)
+    negative = -(1 - alpha) * p**gamma * (gamma * rest * log_rest - p)
+    grad = torch.where(is_class, positive, negative)
+    grad_input.copy_(grad * of_class(weight, target)[:, None] if len(weight) else grad)
 
 
 def sigmoid_focal_loss(

@@ -47,6 +47,7 @@ class Census:
         counts: Objects, pixels or images of each class that can be trained on.
         rows: Further counts for the table, by name.
         problems: What cannot be trained on, one line each.
+        unusable: Why it has no usable object, which other parts of its split may make up for.
         oddities: What is worth a warning.
     """
 
@@ -58,6 +59,7 @@ class Census:
     counts: list[int]
     rows: dict[str, int | str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    unusable: str = ''
     oddities: list[str] = field(default_factory=list)
 
     @property
@@ -137,7 +139,7 @@ def count_objects(split: str, dataset: Any, classes: list[str]) -> Census:
             found = f'all {dropped:,} objects have no area in their image (bbox, area)'
         elif annotated is not None and not any(annotated.values()):
             found = "the file's list 'annotations' is missing or empty"
-        census.problems.append(f'no usable object: {found}')
+        census.unusable = f'no usable object: {found}'
     return census
 
 
@@ -351,6 +353,8 @@ def take_census(
     for split, whole in datasets.items():
         parts = list({id(leaf): leaf for leaf in leaves(whole)}.values())
         files[split] = Files()
+        unusable: list[str] = []
+        counted = len(censuses)
         for number, dataset in enumerate(parts, 1):
             name = split if len(parts) == 1 else f'{split} {number}'
             try:
@@ -368,7 +372,11 @@ def take_census(
             place = f'{name} ({place_of(dataset)})'
             problems += [f'{place}: {text}' for text in census.problems]
             oddities += [f'{place}: {text}' for text in census.oddities]
+            unusable += [f'{place}: {census.unusable}'] if census.unusable else []
             censuses.append(census)
+        # Images without objects beside others are negatives, or not labelled.
+        is_fatal = len(unusable) == len(censuses) - counted
+        (problems if is_fatal else oddities).extend(unusable)
         if any(getattr(part, '_indices', None) is not None for part in parts):
             cut.add(split)
         if files[split].missing:

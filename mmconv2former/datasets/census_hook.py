@@ -9,6 +9,7 @@ from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
+from mmengine.runner import BaseLoop
 from torch import nn
 
 from ..registry import HOOKS, register
@@ -37,7 +38,7 @@ class CensusHook(Hook):
     priority = 'NORMAL'  # before the dry run
 
     def __init__(self) -> None:
-        self.classes: Sequence[str] | None = None  # of the checkpoint
+        self.classes: Sequence[str] | None = None  # of the training, or of the checkpoint
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         meta = checkpoint.get('meta') or {}
@@ -45,7 +46,8 @@ class CensusHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         training = runner.train_dataloader.dataset
-        self._follow(runner, runner.val_loop, folder_classes(training))
+        self.classes = folder_classes(training)
+        self._follow(runner, runner.val_loop, self.classes)
         outcome: list[Any] = [None]
         if is_main_process():
             start = time.monotonic()
@@ -71,7 +73,7 @@ class CensusHook(Hook):
             raise DataError(first + more)
 
     def before_val(self, runner: Any) -> None:
-        if runner._train_loop is None:  # validation alone
+        if not isinstance(runner._train_loop, BaseLoop):  # validation alone
             self._evaluate_alone(runner, runner.val_loop, 'val')
 
     def before_test(self, runner: Any) -> None:

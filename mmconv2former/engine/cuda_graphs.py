@@ -419,8 +419,9 @@ def capturing(
 def uncached_autocast(x: Tensor) -> torch.autocast:
     """The current autocast without its cache of casts, which would be missing in a graph."""
     # `x` itself may be float64, which hides autocast's dtype.
-    dtype = autocast_dtype(torch.empty(0, device=x.device))
-    return torch.autocast(DEVICE, dtype, is_autocast_enabled(DEVICE), cache_enabled=False)
+    is_enabled = is_autocast_enabled(DEVICE)
+    dtype = autocast_dtype(torch.empty(0, device=x.device)) if is_enabled else None
+    return torch.autocast(DEVICE, dtype, is_enabled, cache_enabled=False)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ A value that the config sets is kept.
 
 from __future__ import annotations
 
-from inspect import isclass, signature
+from inspect import isclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from mmengine.device import get_device
 from mmengine.optim import OptimWrapperDict
 from mmengine.registry import OPTIMIZERS
 
+FUSED = ('SGD', 'Adam', 'AdamW')  # of Adagrad, some releases of torch are fused on CPUs only
 FUSED_ON = ('cuda',)  # device types; torch has fused steps on CPUs too, where launches are cheap
 # torch's implementations of an optimizer step. A config that names one keeps its choice.
 IMPLEMENTATIONS = ('fused', 'foreach', 'differentiable', 'capturable')
@@ -40,7 +41,7 @@ def with_fused_step(optim_wrapper: dict, device: torch.device) -> dict:
     cls = type_ if isclass(type_) else OPTIMIZERS.get(str(type_))
     is_torchs = cls is not None and cls.__module__.startswith('torch.optim.')
     has_chosen = any(key in optimizer for key in IMPLEMENTATIONS)
-    if has_chosen or not is_torchs or 'fused' not in signature(cls).parameters:
+    if has_chosen or not is_torchs or cls.__name__ not in FUSED:
         return optim_wrapper
     return {**optim_wrapper, 'optimizer': {**optimizer, 'fused': True}}
 

@@ -222,7 +222,8 @@ def check_wanted(runner: Any, scores: Mapping[str, Any]) -> None:
         if isinstance(hook, EarlyStoppingHook):
             wanted.append(('EarlyStoppingHook.monitor', hook.monitor))
     for setting, key in wanted:
-        if key != 'auto' and key not in scores:
+        # Loops and evaluators of other libraries put names before a metric's own.
+        if key != 'auto' and not any(f'/{key}'.endswith(f'/{name}') for name in scores):
             raise DryRunError(
                 f'{setting}={key!r} is no metric of val_evaluator, which has {", ".join(scores)}'
             )

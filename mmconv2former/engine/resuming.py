@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any, NamedTuple
 
 from mmengine.hooks import Hook
@@ -45,10 +46,17 @@ def settings_of(runner: Any) -> Settings | None:
     if any(isinstance(schedule, dict) or hasattr(schedule, 'best') for schedule in schedules):
         return None  # not built yet, or ReduceOnPlateau
     groups = runner.optim_wrapper.param_groups
+    optimizer = runner.optim_wrapper.optimizer
     return Settings(
-        [{key: group[key] for key in group if key != 'params'} for group in groups],
+        [{key: group[key] for key in group if is_setting(key, optimizer)} for group in groups],
         [copy.deepcopy(schedule.state_dict()) for schedule in schedules],
     )
+
+
+def is_setting(key: str, optimizer: Any) -> bool:
+    """Whether a config can set a key of a parameter group; other keys are state, as Prodigy's d."""
+    arguments = signature(type(optimizer).__init__).parameters
+    return key != 'params' and (key in arguments or key in ('lr', 'initial_lr', 'weight_decay'))
 
 
 def follow_config(runner: Any, settings: Settings | None) -> None:
@@ -87,7 +95,7 @@ def differences(
     settings: Settings, groups: list[dict], schedules: list[Any], scheduled: set[str], loop: Any
 ) -> Iterator[str]:
     """Names each setting that differs, with its value in the config and in the checkpoint."""
-    named = set(scheduled)
+    named = scheduled | ({'betas'} if 'momentum' in scheduled else set())
     for own, group in zip(settings.groups, groups):
         for key, value in own.items():
             if key not in named and value != group.get(key):

@@ -170,7 +170,8 @@ class ReliableRunner(Runner):
         hooks.setdefault('logger', dict(type='LoggerHook'))
         for name, cls in (('checkpoint', CheckpointHook), ('logger', LoggerHook)):
             hook = hooks[name]
-            if isinstance(hook, dict) and hook['type'] in (cls, cls.__name__):
+            stock = (cls, cls.__name__, f'mmengine.{cls.__name__}')
+            if isinstance(hook, dict) and hook['type'] in stock:
                 hooks[name] = {**hook, 'type': f'mmconv2former.Reliable{cls.__name__}'}
         ours = {
             'seed': 'SeedHook',

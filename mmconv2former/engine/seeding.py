@@ -113,6 +113,12 @@ def give_positions(dataloader: DataLoader, seed: int) -> None:
         batch_sampler.sampler = PositionedSampler(batch_sampler.sampler, seed)
 
 
+def set_epoch(sampler: Any, epoch: int) -> None:
+    """Sets the epoch of a sampler that counts them; others, as torch's, do not."""
+    if hasattr(sampler, 'set_epoch'):
+        sampler.set_epoch(epoch)
+
+
 class LaterBatches:
     """Wraps a batch sampler whose next iteration leaves out its first batches, without loading.
 
@@ -167,7 +173,7 @@ class ResumedBatches:
         self.epoch = 0
         if not self.sampler.is_infinite:
             self.epoch, position = divmod(position, len(dataloader))
-            self.sampler.set_epoch(self.epoch)
+            set_epoch(self.sampler, self.epoch)
         self.sampler.begin(seed, position * batch_sampler.batch_size)
         self.iterator = iter(dataloader)
 
@@ -185,6 +191,6 @@ class ResumedBatches:
             return next(self.iterator)
         except StopIteration:
             self.epoch += 1
-            self.sampler.set_epoch(self.epoch)
+            set_epoch(self.sampler, self.epoch)
             self.iterator = iter(self.dataloader)
             return next(self.iterator)

@@ -58,8 +58,8 @@ class StoppingHook(Hook):
 
     # -------------------------------------------------------------------------------------- signals
     def before_run(self, runner: Any) -> None:
-        """Installs the handlers, if this is a training run."""
-        is_training = isinstance(runner._train_loop, BaseLoop)
+        """Installs the handlers, if this is a training run that can save when it is stopped."""
+        is_training = isinstance(runner._train_loop, BaseLoop) and checkpoint_hooks(runner)
         if is_training and threading.current_thread() is threading.main_thread():
             self.work_dir = Path(runner.work_dir)
             self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS}
@@ -185,7 +185,13 @@ def command() -> str:
     if typed is None:
         typed = shlex.join(['python', *sys.argv])
     words = shlex.split(typed)
-    return printable(typed if '--resume' in words else f'{typed} --resume')
+    if '--resume' not in words:
+        return printable(f'{typed} --resume')
+    after = words.index('--resume') + 1
+    if after < len(words) and not words[after].startswith('-'):
+        del words[after]  # an earlier checkpoint than that of this stop
+        typed = shlex.join(words)
+    return printable(typed)
 
 
 def say(line: str) -> None:

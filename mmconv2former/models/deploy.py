@@ -132,8 +132,8 @@ class DeployedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         is_differentiated = torch.is_grad_enabled() and x.requires_grad
         is_stock = is_differentiated or is_captured() or is_transformed()
-        is_plain = self.is_plain and not has_attachment(self.depthwise)
-        if is_plain and not is_fusible(x) and not is_stock:
+        is_by_function = self.is_plain and not is_stock and not is_fusible(x)
+        if is_by_function and not has_attachment(self.depthwise):
             return self._by_function(x)
         y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
         a = self.depthwise(self.gate.gelu(y))

@@ -99,6 +99,25 @@ def focal_loss(x, target, gamma, alpha, weight):
     return loss if weight is None else loss * weight[target.clamp(max=3)][:, None]
 
 
+@pytest.mark.parametrize('gamma', [0.5, 2.0])
+def test_gradient_of_focal_loss_where_probabilities_are_rounded(gamma):
+    from mmcv.ops import sigmoid_focal_loss
+
+    x = torch.tensor([-100.0, -20, 17, 20, 80])[:, None].repeat(2, 1).requires_grad_()
+    target = torch.tensor([0, 1]).repeat_interleave(5)  # the class, and background
+    with operators(STAND_IN):
+        sigmoid_focal_loss(x, target, gamma, 0.25, None, 'sum').backward()
+    exact = x.detach().double().requires_grad_()
+    p, rest = exact.sigmoid(), (-exact).sigmoid()
+    loss = torch.where(
+        target[:, None] == 0,
+        -0.25 * rest**gamma * F.logsigmoid(exact),
+        -0.75 * p**gamma * F.logsigmoid(-exact),
+    )
+    (expected,) = torch.autograd.grad(loss.sum(), exact)
+    torch.testing.assert_close(x.grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize('weight', [None, torch.tensor([0.5, 1.0, 2.0, 4.0])])
 @pytest.mark.parametrize('reduction', ['none', 'mean', 'sum'])
 def test_focal_losses(reduction, weight):

@@ -68,6 +68,19 @@ def test_crowded_objects_alone_cannot_teach(split):
     assert 'no usable object: all 2 objects are crowded (iscrowd=1)' in problem
 
 
+def test_part_without_objects():
+    """Negatives, or images that are not labelled, beside labelled ones."""
+    report = take_census(
+        {'train': SimpleNamespace(datasets=[Samples([GOOD]), Samples([objects()])])}
+    )
+    assert not report.problems
+    assert any('no usable object: no objects' in text for text in report.oddities)
+    report = take_census(
+        {'train': SimpleNamespace(datasets=[Samples([objects()]), Samples([objects()])])}
+    )
+    assert len(report.problems) == 2
+
+
 def test_objects_of_other_categories_and_dropped_ones():
     dataset = Samples([GOOD], cat_ids=[5, 6], cat_img_map={5: [1], 6: [1, 1, 1], 9: [1, 1]})
     report = take_census(dict(train=dataset))

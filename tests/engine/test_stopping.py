@@ -132,6 +132,8 @@ def test_the_command_to_resume_with(monkeypatch):
     assert command() == "python tools/train.py 'a b.py' --resume"
     monkeypatch.setenv(stopping.COMMAND, 'tools/dist_train.sh CONFIG 2 --resume')
     assert command() == 'tools/dist_train.sh CONFIG 2 --resume'
+    monkeypatch.setenv(stopping.COMMAND, "train.py 'a b.py' --resume work/epoch_3.pth --amp")
+    assert command() == "train.py 'a b.py' --resume --amp"
 
 
 def test_a_worker_that_its_process_ends_has_not_crashed():

@@ -19,6 +19,7 @@ from common.measuring import Budget, Ceilings, Cost, Setting
 from common.model_specs import build, check_ways, inference_case, trains, without_values
 from helpers import ROOT
 from helpers.comparisons import randomized, relative_error
+from helpers.half_precision import needs_float16
 from helpers.in_process import write_tiny_config
 from helpers.simulated_graphs import StandIn
 
@@ -277,6 +278,7 @@ def test_shapes_are_those_of_the_network():
 
 
 # ---------------------------------------------------------------------------------------- report
+@needs_float16
 def test_report(run, tmp_path, monkeypatch):
     """A real one, of tiny sizes: every part is in both files."""
     recipe = str(write_tiny_config(tmp_path / 'tiny.py'))

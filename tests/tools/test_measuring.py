@@ -27,6 +27,7 @@ from common.measuring import (
     read_trace,
     trace,
 )
+from helpers.half_precision import needs_float16
 
 TINY = Setting((1, 1))
 
@@ -166,6 +167,7 @@ def test_calls_fill_the_time(device, seconds, calls, clock, monkeypatch):
         assert happened == ['call'] * 2 + ['record'] + ['call'] * calls + ['record', 'synchronize']
 
 
+@needs_float16
 def test_ceilings(monkeypatch):
     """Rates of results that are seen to be computed, for calls of 0.1 s."""
     results = []
