@@ -223,7 +223,6 @@ REFUSALS = {
              '--what must be one of backbone, model for mmdet, got labels'),
     'small': ('b.torchscript', ['--what', 'backbone', '--check-sizes', '16x16'],
               '--check-sizes 16x16: input must be at least 32x32 pixels'),
-    'detector': ('b.pt2', ['--shape', '64x64'], 'cannot export a whole detector'),
 }  # fmt: skip
 
 
@@ -234,6 +233,12 @@ def test_refuses_with_one_message(case, model_of, tmp_path, capsys):
         run(model_of(DETECTION_MODEL), tmp_path / name, *options)
     assert message in f'{stop.value}{capsys.readouterr().err}'
     assert not list(tmp_path.iterdir())
+
+
+@with_dynamic_sizes
+def test_whole_detector_as_a_program_is_refused(model_of, tmp_path):
+    with pytest.raises(SystemExit, match='cannot export a whole detector'):
+        run(model_of(DETECTION_MODEL), tmp_path / 'b.pt2', '--shape', '64x64')
 
 
 def test_one_stage_detectors_are_refused(model_of, monkeypatch):
