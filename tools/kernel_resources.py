@@ -33,6 +33,8 @@ import triton
 from common import parser_of
 from common.tables import show, table
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from mmconv2former import Conv2Former
 from mmconv2former.models.blocks import Block
@@ -211,9 +213,6 @@ def resources(launch: Launch, capability: int) -> Resources:
             signature[parameter.name] = f'*{TYPES[dtype]}'
             if not parameter.do_not_specialize_on_alignment:
                 attributes[(parameter.num,)] = [['tt.divisibility', 16]]
-    from triton.backends.compiler import GPUTarget  # here: older Triton has neither
-    from triton.compiler import ASTSource
-
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = dict(num_warps=launch.launcher.num_warps)
     compiled = triton.compile(source, target=GPUTarget('cuda', capability, 32), options=options)
