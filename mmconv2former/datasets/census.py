@@ -348,7 +348,8 @@ def take_census(
     Raises:
         DataError: A mask cannot be used.
     """
-    censuses, notes, problems, oddities = [], [], [], []
+    censuses: list[Census] = []
+    notes, problems, oddities = [], [], []
     files, cut = {}, set()
     for split, whole in datasets.items():
         parts = list({id(leaf): leaf for leaf in leaves(whole)}.values())
