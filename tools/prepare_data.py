@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.report is not None:
         try:
-            args.report.write_text('')
+            args.report.open('a').close()  # an earlier report is kept until then
         except OSError as error:
             parser.error(f'--report {args.report} cannot be written: {error.strerror}')
     if args.dataset in CHECKS:

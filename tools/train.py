@@ -38,7 +38,10 @@ AMP_FORMATS = ('auto', 'bfloat16', 'float16')
 CPU_WRAPPER = 'mmconv2former.CpuAmpOptimWrapper'
 GPU_WRAPPER = 'mmconv2former.ReliableAmpOptimWrapper'
 # Types that `--amp` may replace; the last two come from the config that an earlier run saved.
-AMP_REPLACES = ('OptimWrapper', 'AmpOptimWrapper', CPU_WRAPPER, GPU_WRAPPER)
+AMP_REPLACES = (
+    *('OptimWrapper', 'AmpOptimWrapper'),
+    *(name.rpartition('.')[2] for name in (CPU_WRAPPER, GPU_WRAPPER)),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -149,8 +152,7 @@ def set_precision(config: Config, format_: str) -> str:
         SystemExit: `optim_wrapper` has an unsupported type, or the GPU has no bfloat16.
     """
     settings = config.optim_wrapper
-    type_ = settings.get('type', 'OptimWrapper')
-    type_ = type_ if isinstance(type_, str) else type_.__name__
+    type_ = type_name(settings) or 'OptimWrapper'
     if type_ not in AMP_REPLACES:
         raise SystemExit(
             f'error: --amp needs optim_wrapper.type OptimWrapper or AmpOptimWrapper, got {type_}'

@@ -355,7 +355,6 @@ def take_census(
         parts = list({id(leaf): leaf for leaf in leaves(whole)}.values())
         files[split] = Files()
         unusable: list[str] = []
-        counted = len(censuses)
         for number, dataset in enumerate(parts, 1):
             name = split if len(parts) == 1 else f'{split} {number}'
             try:
@@ -376,8 +375,7 @@ def take_census(
             unusable += [f'{place}: {census.unusable}'] if census.unusable else []
             censuses.append(census)
         # Images without objects beside others are negatives, or not labelled.
-        is_fatal = len(unusable) == len(censuses) - counted
-        (problems if is_fatal else oddities).extend(unusable)
+        (problems if len(unusable) == len(parts) else oddities).extend(unusable)
         if any(getattr(part, '_indices', None) is not None for part in parts):
             cut.add(split)
         if files[split].missing:

@@ -221,9 +221,14 @@ def check_wanted(runner: Any, scores: Mapping[str, Any]) -> None:
                     )
         if isinstance(hook, EarlyStoppingHook):
             wanted.append(('EarlyStoppingHook.monitor', hook.monitor))
+    loop = runner.val_loop
+    is_stock = {type(part).__module__.split('.')[0] for part in (loop, loop.evaluator)} == {
+        'mmengine'
+    }
     for setting, key in wanted:
-        # Loops and evaluators of other libraries put names before a metric's own.
-        if key != 'auto' and not any(f'/{key}'.endswith(f'/{name}') for name in scores):
+        # Loops and evaluators of other libraries may put names before a metric's own.
+        has_prefix = not is_stock and any(key.endswith(f'/{name}') for name in scores)
+        if key != 'auto' and key not in scores and not has_prefix:
             raise DryRunError(
                 f'{setting}={key!r} is no metric of val_evaluator, which has {", ".join(scores)}'
             )

@@ -56,7 +56,8 @@ def settings_of(runner: Any) -> Settings | None:
 def is_setting(key: str, optimizer: Any) -> bool:
     """Whether a config can set a key of a parameter group; other keys are state, as Prodigy's d."""
     arguments = signature(type(optimizer).__init__).parameters
-    return key != 'params' and (key in arguments or key in ('lr', 'initial_lr', 'weight_decay'))
+    name = key.removeprefix('initial_')  # of which schedules make the current value
+    return key != 'params' and (name in arguments or name in ('lr', 'weight_decay', 'momentum'))
 
 
 def follow_config(runner: Any, settings: Settings | None) -> None:

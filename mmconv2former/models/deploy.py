@@ -125,7 +125,10 @@ class DeployedBlock(nn.Module):
             self.pos = FusedConv(mlp.pos.weight.detach(), mlp.pos.bias.detach())
         self.depthwise = attn.att[2]
         self.fusion = attn.fusion
-        self.is_plain = self.fusion == 'hadamard' and type(self.depthwise) is DepthwiseConv
+        is_depthwise_plain = (
+            type(self.depthwise) is DepthwiseConv and self.depthwise.bias is not None
+        )
+        self.is_plain = self.fusion == 'hadamard' and is_depthwise_plain
         # Made as needed, and shared by the replicas of nn.DataParallel.
         self.folded: dict[tuple[torch.dtype, torch.device, str], FoldedWeights] = {}
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 from helpers.in_process import refusal_of
 from helpers.tiny import tiny_config
+from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
 from torch import nn
@@ -232,3 +233,20 @@ def test_folders_of_validation_get_the_numbers_of_training(tmp_path):
     with pytest.raises(DataError, match='folders that are not a class of training: kite'):
         follow(image_folders(tmp_path / 'other', 'kite'), ('ball', 'box'))
     assert folder_classes(dataset_of()) is None
+
+
+@pytest.mark.parametrize('split', ['val', 'test'])
+def test_folders_of_an_evaluation_get_the_numbers_of_the_checkpoint(split, tmp_path):
+    """Also if the config has training data, which such a run does not build."""
+    data = image_folders(tmp_path, 'ball', 'kite')
+    loop = SimpleNamespace(
+        dataloader=SimpleNamespace(dataset=data), evaluator=SimpleNamespace(metrics=[])
+    )
+    runner = SimpleNamespace(_train_loop=dict(max_epochs=1), model=nn.Identity(),
+                             visualizer=SimpleNamespace(dataset_meta={}),
+                             logger=MMLogger.get_current_instance(), val_loop=loop,
+                             test_loop=loop)  # fmt: skip
+    hook, names = CensusHook(), ('ball', 'box', 'kite')
+    hook.after_load_checkpoint(runner, dict(meta=dict(dataset_meta=dict(classes=names))))
+    getattr(hook, f'before_{split}')(runner)
+    assert labels(data) == dict(ball=0, kite=2)

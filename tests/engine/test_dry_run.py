@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,12 +13,16 @@ from helpers.in_process import refusal_of, with_data, write_tiny_config
 from helpers.tiny import WITHOUT_WORKERS, tiny_config
 from helpers.tools import run_tool
 from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.hooks import EarlyStoppingHook
+from mmengine.runner import ValLoop
 from PIL import Image
 from torch import nn
 
 from mmconv2former.engine.drawing import spare_metrics
 from mmconv2former.engine.dry_run import (
     FILE,
+    DryRunError,
+    check_wanted,
     largest_input,
     try_validation,
     two_images,
@@ -90,6 +95,27 @@ def test_metric_that_chooses_the_best_checkpoint(segmentor, sample, tmp_path):
     message = segmentation_refusal(segmentor, sample, tmp_path, *options)
     assert "default_hooks.checkpoint.save_best='mIoU' is no metric of val_evaluator" in message
     assert 'mFscore' in message
+
+
+class OwnEvaluator(Evaluator):
+    pass
+
+
+@pytest.mark.parametrize(
+    ('evaluator', 'key', 'is_known'),
+    [
+        (Evaluator, 'mIoU', True),
+        (Evaluator, 'other/mIoU', False),
+        (OwnEvaluator, 'other/mIoU', True),
+        (OwnEvaluator, 'other_mIoU', False),
+    ],
+)
+def test_names_before_a_metric_of_other_evaluators(evaluator, key, is_known):
+    loop = ValLoop.__new__(ValLoop)
+    loop.evaluator = evaluator([])
+    runner = SimpleNamespace(val_loop=loop, hooks=[EarlyStoppingHook(monitor=key)])
+    with nullcontext() if is_known else pytest.raises(DryRunError, match='is no metric of'):
+        check_wanted(runner, {'mIoU': 1.0})
 
 
 def test_rule_that_keeps_the_worst_checkpoint(segmentor, sample, tmp_path):

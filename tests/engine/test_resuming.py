@@ -7,9 +7,16 @@ import torch
 from helpers.in_process import refusal_of, with_data, write_tiny_config
 from helpers.tiny import WITHOUT_WORKERS
 from mmengine.optim import LinearLR
+from mmengine.registry import OPTIMIZERS
 
 from mmconv2former.checkpoint.reading import CheckpointError
-from mmconv2former.engine.resuming import FACTS, Settings, compare_classes, differences
+from mmconv2former.engine.resuming import (
+    FACTS,
+    Settings,
+    compare_classes,
+    differences,
+    is_setting,
+)
 
 WARNING = 'Resumed with other settings than the checkpoint'
 
@@ -72,6 +79,34 @@ def test_run_without_schedule_is_resumed(train):
     assert len(set(rates.values())) == 1
     assert {3, 4} <= rates.keys()
     assert WARNING not in log
+
+
+@OPTIMIZERS.register_module()
+class Growing(torch.optim.SGD):
+    """Keeps a running value in its parameter groups, as Prodigy and D-Adaptation do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group['d'] = group.get('d', 0) + 1
+        return super().step(closure)
+
+
+def test_values_that_an_optimizer_keeps_in_its_groups(train, tmp_path):
+    options = ['optim_wrapper.optimizer._delete_=True', 'optim_wrapper.optimizer.type=Growing',
+               'optim_wrapper.optimizer.lr=0.01', 'param_scheduler.1.end=8']  # fmt: skip
+    train('run', 4, *options)
+    _, log = train('run', 8, *options, 'optim_wrapper.optimizer.momentum=0.5', resume=True)
+    assert 'momentum 0.5 (checkpoint: 0)' in log
+    checkpoint = torch.load(tmp_path / 'run/iter_8.pth', weights_only=False)
+    groups = checkpoint['optimizer']['param_groups']
+    assert {group['d'] for group in groups} == {8}
+    assert {group['momentum'] for group in groups} == {0.5}
+
+
+def test_settings_of_an_optimizer():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
+    keys = ['params', 'lr', 'initial_lr', 'betas', 'initial_betas', 'd', 'k']
+    assert [key for key in keys if is_setting(key, optimizer)] == keys[1:5]
 
 
 class Epochs:

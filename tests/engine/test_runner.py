@@ -219,3 +219,6 @@ def test_hooks_are_ours_and_can_be_turned_off(segmentation):
     )
     assert {'SeedHook', *ours} <= hook_names(runner)
     assert not {'CheckpointHook', 'LoggerHook'} & hook_names(runner)
+    runner._hooks.clear()
+    runner.register_default_hooks(dict(checkpoint=dict(type='mmengine.CheckpointHook')))
+    assert ours <= hook_names(runner)

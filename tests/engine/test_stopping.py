@@ -1,19 +1,21 @@
 """A run that is asked to stop saves, and continues later as if it had not been asked."""
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.runs import NOT_REPRODUCED, run
 from helpers.tiny import scalars, tiny_config
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from mmconv2former import ReliableRunner
 from mmconv2former.engine import stopping
 from mmconv2former.engine.hooks import EPOCH_POSITION
 from mmconv2former.engine.seeding import LaterBatches
-from mmconv2former.engine.stopping import SIGNALS, STOPPED, command, make_patient
+from mmconv2former.engine.stopping import SIGNALS, STOPPED, StoppingHook, command, make_patient
 
 
 class SignalHook(Hook):
@@ -118,6 +120,13 @@ def test_another_batch_size_continues_at_the_same_place_of_the_epoch(sample, tmp
     log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
     assert 'batch size 4 (checkpoint: 2). The run continues at the same place in its epoch' in log
     assert 'which now has 2 iterations' in log
+
+
+def test_signals_of_a_run_that_cannot_save_are_left_alone(monkeypatch):
+    loop = IterBasedTrainLoop.__new__(IterBasedTrainLoop)
+    hook, before = StoppingHook(), signal.getsignal(signal.SIGTERM)
+    hook.before_run(SimpleNamespace(_train_loop=loop, hooks=[CheckpointHook()], work_dir='.'))
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_batches_are_left_out_once():

@@ -165,3 +165,11 @@ def test_half_precision_and_tracing():
         assert relative_error(output.float(), reference) < 0.05
     for output, reference in zip(torch.jit.trace(model, X)(X), expected):
         torch.testing.assert_close(output, reference)
+
+
+def test_depthwise_convolution_without_bias():
+    model = build()
+    model.stages[0][0].attn.att[2].bias = None
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        expected = model(X)[-1]
+        assert relative_error(model.switch_to_deploy()(X)[-1], expected) < 0.05
