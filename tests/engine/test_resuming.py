@@ -85,9 +85,14 @@ def test_run_without_schedule_is_resumed(train):
 class Growing(torch.optim.SGD):
     """Keeps a running value in its parameter groups, as Prodigy and D-Adaptation do."""
 
+    def __init__(self, params, lr, momentum=0, weight_decay=0):
+        super().__init__(params, lr, momentum, weight_decay=weight_decay)
+        for group in self.param_groups:
+            group['d'] = 0
+
     def step(self, closure=None):
         for group in self.param_groups:
-            group['d'] = group.get('d', 0) + 1
+            group['d'] += 1
         return super().step(closure)
 
 
@@ -107,6 +112,14 @@ def test_settings_of_an_optimizer():
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
     keys = ['params', 'lr', 'initial_lr', 'betas', 'initial_betas', 'd', 'k']
     assert [key for key in keys if is_setting(key, optimizer)] == keys[1:5]
+
+
+def test_betas_follow_a_schedule_of_the_momentum():
+    settings = Settings([dict(betas=(0.9, 0.999), eps=1e-8)], [])
+    groups = [dict(betas=(0.85, 0.999), eps=1e-6)]
+    assert list(differences(settings, groups, [], {'momentum'}, None)) == [
+        'eps 1e-08 (checkpoint: 1e-06)'
+    ]
 
 
 class Epochs:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from mmconv2former import ReliableRunner
 from mmconv2former.engine import stopping
 from mmconv2former.engine.hooks import EPOCH_POSITION
-from mmconv2former.engine.seeding import LaterBatches
+from mmconv2former.engine.seeding import LaterBatches, ResumedBatches, give_positions
 from mmconv2former.engine.stopping import SIGNALS, STOPPED, StoppingHook, command, make_patient
 
 
@@ -134,6 +134,13 @@ def test_batches_are_left_out_once():
     assert len(batches) == 3
     assert list(batches) == [[2]]
     assert list(batches) == [[0], [1], [2]]
+
+
+def test_samplers_that_count_no_epochs_are_resumed():
+    loader = DataLoader(range(4))  # torch's own sampler
+    give_positions(loader, seed=0)
+    batches = ResumedBatches(loader, 0, position=6, ignored_calls=0)
+    assert [next(batches).item() for _ in range(4)] == [2, 3, 0, 1]
 
 
 def test_the_command_to_resume_with(monkeypatch):
