@@ -29,18 +29,23 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-import triton
 from common import parser_of
 from common.tables import show, table
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+
+try:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+except ImportError as error:
+    raise SystemExit(f'error: needs Triton 3.3, which comes with torch 2.7: {error}') from None
 
 from mmconv2former import Conv2Former
 from mmconv2former.models.blocks import Block
 from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_triton
 from mmconv2former.ops.block import RECOMPUTE
 from mmconv2former.ops.launch import Launcher
+from mmconv2former.ops.triton_support import installation_problem
 
 TYPES = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32',
          torch.float64: 'fp64', torch.int64: 'i64', torch.int32: 'i32'}  # fmt: skip
@@ -88,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--page', action='store_true', help='store the table in docs/data/kernel_resources.md'
     )
     args = parser.parse_args(argv)
+    problem = installation_problem()
+    if problem is not None:
+        raise SystemExit(f'error: {problem}')
     if os.environ.get('TRITON_INTERPRET') == '1':
         raise SystemExit('error: TRITON_INTERPRET=1: there is nothing to compile; unset it')
     run = run_network if args.network else run_convolution

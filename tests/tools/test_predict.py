@@ -20,6 +20,7 @@ from helpers.models import (
 from helpers.pages import read_blocks
 from helpers.simulated_graphs import StandIn
 from mmdet.apis import DetInferencer
+from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmpretrain.apis import ImageClassificationInferencer
@@ -82,7 +83,7 @@ def test_detection(models, folder, tmp_path):
     for instance, mask in zip(instances, expected['masks'], strict=True):
         assert coco_mask.area(instance['mask']) == coco_mask.area(mask)
         assert coco_mask.decode(instance['mask']).shape == (64, 64)
-        assert instance['class'] == inferencer.model.dataset_meta['classes'][instance['label']]
+        assert instance['class'] == CocoDataset.METAINFO['classes'][instance['label']]
 
 
 def test_the_page_calls_the_inferencer_of_mmdet(models, folder, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ KNOWN = {
     'Setting OMP_NUM_THREADS environment': 'one thread a process, as it should be',
     'Setting MKL_NUM_THREADS environment': 'one thread a process, as it should be',
     'Default ``avg_non_ignore`` is False': "the loss of mmseg's own recipes",
+    '``build_loss`` would be deprecated': "mmseg's heads call it, not the user",
     'The draw is False': 'drawings are off unless the user asks for them',
     'Distributed training is not used, all SyncBatchNorm': 'the same computation in one process',
     'Hooks will be executed in the following order': '80 lines that no user asked for',
