@@ -17,10 +17,9 @@ from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from types import ModuleType
-from typing import Any
+from typing import NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .finder import find_changed
@@ -73,14 +72,14 @@ class StandIn(ModuleType):
             raise AttributeError(name)
         if name in STAND_INS:
             return STAND_INS[name]
+        return lambda *args, **kwargs: missing(name)
 
-        def missing(*args: Any, **kwargs: Any) -> None:
-            raise NotImplementedError(
-                f'mmcv has no compiled operators here, and {name} has no replacement. '
-                f'{HOW_TO_COMPILE}'
-            )
 
-        return missing
+def missing(name: str) -> NoReturn:
+    """Raises the error about an operator without a stand-in."""
+    raise NotImplementedError(
+        f'mmcv has no compiled operators here, and {name} has no replacement. {HOW_TO_COMPILE}'
+    )
 
 
 def single(*tensors: Tensor) -> list[Tensor]:
@@ -183,53 +182,20 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Pools `input` (N, C, H, W) over `rois` (R, 5) into `output` (R, C, height, width).
+    """Averages samples of `input` (N, C, H, W) in each bin of `rois` (R, 5).
 
-    With `pool_mode` 1 the samples of a bin are averaged. With 0 the largest is taken, and its
-    position in the feature map is written into `argmax_y` and `argmax_x`.
+    Writes into `output` (R, C, height, width). `argmax_y` and `argmax_x` are not needed.
+
+    Raises:
+        NotImplementedError: `pool_mode` is 0, the maximum.
     """
+    if pool_mode != 1:
+        missing("RoIAlign with pool_mode='max'")
     x, boxes = single(input, rois)
-    boxes = boxes.to(x.dtype)
-    align = torch.ops.torchvision.roi_align
-    size = aligned_height, aligned_width
-    if pool_mode == 1:
-        output.copy_(align(x, boxes, spatial_scale, *size, sampling_ratio, aligned))
-        return
-    starts, bins = bins_of(boxes, size, spatial_scale, aligned)
-    for samples, of_grid in grids(bins, sampling_ratio):
-        # Bins with one sample each are the samples of the larger bins.
-        fine = [size[0] * samples[0], size[1] * samples[1]]
-        values = align(x, boxes[of_grid], spatial_scale, *fine, 1, aligned)
-        largest, index = F.max_pool2d(values, samples, return_indices=True)
-        output[of_grid] = largest.to(output.dtype)
-        steps = bins[of_grid] / bins.new_tensor(samples)  # (r, 2)
-        for axis, argmax, place in (
-            (0, argmax_y, index // fine[1]),
-            (1, argmax_x, index % fine[1]),
-        ):
-            start, step = (value[:, axis, None, None, None] for value in (starts[of_grid], steps))
-            argmax[of_grid] = (start + (place + 0.5) * step).to(argmax.dtype)
-
-
-def bins_of(
-    boxes: Tensor, size: tuple[int, int], spatial_scale: float, aligned: bool
-) -> tuple[Tensor, Tensor]:
-    """Start (R, 2) of regions in the feature map and size (R, 2) of their bins, y before x."""
-    corners = boxes[:, [2, 1, 4, 3]] * spatial_scale - (0.5 if aligned else 0.0)
-    sides = corners[:, 2:] - corners[:, :2]
-    sides = sides if aligned else sides.clamp(min=1)
-    return corners[:, :2], sides / sides.new_tensor(size)
-
-
-def grids(bins: Tensor, sampling_ratio: int) -> list[tuple[list[int], Tensor]]:
-    """Samples of a bin along y and x, with the indices of the regions that have so many."""
-    if sampling_ratio > 0:
-        return [([sampling_ratio] * 2, torch.arange(len(bins), device=bins.device))]
-    counts = bins.ceil().long().clamp(min=1)
-    return [
-        (samples.tolist(), (counts == samples).all(1).nonzero()[:, 0])
-        for samples in torch.unique(counts, dim=0)
-    ]
+    found = torch.ops.torchvision.roi_align(
+        x, boxes.to(x.dtype), spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned
+    )
+    output.copy_(found)
 
 
 def roi_align_backward(
@@ -246,97 +212,12 @@ def roi_align_backward(
     aligned: bool,
 ) -> None:
     """Writes the gradient of `roi_align_forward` with respect to its input."""
-    grad, boxes, y, x = single(grad_output, rois, argmax_y, argmax_x)
-    if pool_mode == 1:
-        found = torch.ops.torchvision._roi_align_backward(
-            grad, boxes.to(grad.dtype), spatial_scale, aligned_height, aligned_width,
-            *grad_input.shape, sampling_ratio, aligned,
-        )  # fmt: skip
-        grad_input.copy_(found)
-        return
-    number, channels, height, width = grad_input.shape
-    found = torch.zeros(number, channels, height * width, dtype=grad.dtype, device=grad.device)
-    is_inside = (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
-    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
-    image = boxes[:, 0].long()[:, None, None, None].expand(y.shape)
-    channel = torch.arange(channels, device=grad.device)[:, None, None].expand(y.shape)
-    for at_y, weight_y in neighbours(y):
-        for at_x, weight_x in neighbours(x):
-            place = (at_y.clamp(max=height - 1) * width + at_x.clamp(max=width - 1)).long()
-            value = grad * weight_y * weight_x * is_inside
-            found.index_put_((image, channel, place), value, accumulate=True)
-    grad_input.copy_(found.view_as(grad_input))
-
-
-def neighbours(position: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The two pixels beside positions along an axis, with their bilinear weights."""
-    low = position.floor()
-    return [(low, 1 - (position - low)), (low + 1, position - low)]
-
-
-# ------------------------------------------------------------------------------------------ RoIPool
-def roi_pool_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-) -> None:
-    """Maximum of `input` (N, C, H, W) in each bin of `rois` (R, 5); `argmax` are its positions.
-
-    mmcv rounds the borders of bins differently than torchvision. Empty bins are 0, at position -1.
-    """
-    height, width = input.shape[2:]
-    output.zero_()
-    argmax.fill_(-1)
-    for i, (image, *corners) in enumerate(rois.float().tolist()):
-        x_1, y_1 = (value * spatial_scale for value in corners[:2])
-        x_2, y_2 = ((value + 1) * spatial_scale for value in corners[2:])
-        if x_2 <= x_1 or y_2 <= y_1:
-            continue
-        columns = pooled_ranges(x_1, x_2, pooled_width, width)
-        for h, (top, bottom) in enumerate(pooled_ranges(y_1, y_2, pooled_height, height)):
-            if bottom <= top:
-                continue
-            of_rows, rows = input[int(image), :, top:bottom].max(1)  # (C, W)
-            for w, (left, right) in enumerate(columns):
-                if right > left:
-                    output[i, :, h, w], column = of_rows[:, left:right].max(1)
-                    column = column[:, None] + left
-                    argmax[i, :, h, w] = ((rows.gather(1, column) + top) * width + column)[
-                        :, 0
-                    ].int()
-
-
-def pooled_ranges(start: float, end: float, bins: int, size: int) -> list[tuple[int, int]]:
-    """First pixel of each bin along an axis, and the first after it, within the feature map."""
-    step = torch.tensor((end - start) / bins)
-    edges = torch.arange(bins + 1) * step + start
-    low, high = edges[:-1].floor().clamp(0, size), edges[1:].ceil().clamp(0, size)
-    return [(int(a), int(b)) for a, b in zip(low, high)]
-
-
-def roi_pool_backward(
-    grad_output: Tensor,
-    rois: Tensor,
-    argmax: Tensor,
-    grad_input: Tensor,
-    pooled_height: int,
-    pooled_width: int,
-    spatial_scale: float,
-) -> None:
-    """Writes the gradient of `roi_pool_forward` with respect to its input."""
-    found = torch.zeros_like(grad_input, memory_format=torch.contiguous_format).flatten(2)
-    image = rois[:, 0].long()[:, None, None, None].expand(argmax.shape)
-    channel = torch.arange(argmax.shape[1], device=argmax.device)[:, None, None].expand(
-        argmax.shape
-    )
-    is_inside = argmax >= 0
-    places = (image, channel, argmax.long().clamp(min=0))
-    found.index_put_(places, grad_output * is_inside, accumulate=True)
-    grad_input.copy_(found.view_as(grad_input))
+    grad, boxes = single(grad_output, rois)
+    found = torch.ops.torchvision._roi_align_backward(
+        grad, boxes.to(grad.dtype), spatial_scale, aligned_height, aligned_width,
+        *grad_input.shape, sampling_ratio, aligned,
+    )  # fmt: skip
+    grad_input.copy_(found)
 
 
 # --------------------------------------------------------------------------------------- focal loss
@@ -380,43 +261,6 @@ def sigmoid_focal_loss(
 def of_class(weight: Tensor, target: Tensor) -> Tensor:
     """Weights of classes (C,) for targets (N,); background has that of the last class."""
     return weight[target.clamp(0, len(weight) - 1)].float()
-
-
-def softmax_focal_loss_forward(
-    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
-) -> None:
-    """Focal loss of probabilities (N, C), 0 for negative targets."""
-    p, _ = softmax_focal_terms(input, target)
-    loss = -alpha * (1 - p) ** gamma * p.clamp(min=SMALLEST).log()
-    loss = torch.where(target >= 0, loss, 0.0)
-    output.copy_(loss * of_class(weight, target) if len(weight) else loss)
-
-
-def softmax_focal_loss_backward(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor,
-    buff: Tensor,
-    grad_input: Tensor,
-    gamma: float,
-    alpha: float,
-) -> None:
-    """Writes the gradient of `softmax_focal_loss_forward` by the logits of `input`."""
-    p, all_p = softmax_focal_terms(input, target)
-    log = p.clamp(min=SMALLEST).log()
-    of_loss = alpha * (gamma * (1 - p) ** (gamma - 1) * p * log - (1 - p) ** gamma)
-    of_loss = torch.where(target >= 0, of_loss, 0.0)
-    if len(weight):
-        of_loss = of_loss * of_class(weight, target)
-    buff.copy_(of_loss)
-    is_class = target[:, None] == torch.arange(input.shape[1], device=input.device)
-    grad_input.copy_(of_loss[:, None] * (is_class.to(all_p.dtype) - all_p))
-
-
-def softmax_focal_terms(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability of the target (N,), and all probabilities (N, C)."""
-    (all_p,) = single(input)
-    return all_p.gather(1, target.clamp(min=0)[:, None])[:, 0], all_p
 
 
 # --------------------------------------------------------------------------- deformable convolution
@@ -553,9 +397,8 @@ def attend(spatial_shapes: Tensor) -> Callable[[Tensor, Tensor, Tensor], Tensor]
 STAND_INS: dict[str, Callable] = {
     function.__name__: function
     for function in (
-        nms, softnms, bbox_overlaps, roi_align_forward, roi_align_backward, roi_pool_forward,
-        roi_pool_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_backward,
-        softmax_focal_loss_forward, softmax_focal_loss_backward, deform_conv_forward,
+        nms, softnms, bbox_overlaps, roi_align_forward, roi_align_backward,
+        sigmoid_focal_loss_forward, sigmoid_focal_loss_backward, deform_conv_forward,
         deform_conv_backward_input, deform_conv_backward_parameters, modulated_deform_conv_forward,
         modulated_deform_conv_backward, ms_deform_attn_forward, ms_deform_attn_backward,
     )
