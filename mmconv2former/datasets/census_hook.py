@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mmengine.dist import broadcast_object_list, is_main_process
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.runner import BaseLoop
 from torch import nn
@@ -83,7 +84,7 @@ class CensusHook(Hook):
         self._follow(runner, loop, self.classes)
         datasets, metrics = {split: loop.dataloader.dataset}, loop.evaluator.metrics
         problems = [*few_outputs(datasets, runner.model), *different_ignored(datasets, {}, metrics)]
-        wrong, oddities = compare_truth(split, loop.dataloader.dataset, metrics)
+        wrong, oddities = compare_truth(split, loop)
         for text in oddities:
             runner.logger.warning(f'Data: {text}')
         for text in [*problems, *wrong]:
@@ -109,7 +110,7 @@ class CensusHook(Hook):
         if runner.val_loop is not None:
             datasets['val'] = runner.val_loop.dataloader.dataset
             metrics = runner.val_loop.evaluator.metrics
-            wrong, oddities = compare_truth('val', datasets['val'], metrics)
+            wrong, oddities = compare_truth('val', runner.val_loop)
         problems = [
             *moved_classes(datasets),
             *few_outputs(datasets, runner.model),
@@ -241,19 +242,21 @@ def different_ignored(
         yield f'ignore_index differs: {found}; all must have the same'
 
 
-def compare_truth(split: str, dataset: Any, metrics: Sequence[Any]) -> tuple[list[str], list[str]]:
+def compare_truth(split: str, loop: Any) -> tuple[list[str], list[str]]:
     """Compares the annotation files of mmdet's metrics with the images that are evaluated.
+
+    Not for evaluators that give each metric its part of the images (MultiDatasetsEvaluator).
 
     Returns:
         Problems and oddities: images that a file lacks, and further images of a file.
     """
     files = {
         metric._coco_api.annotation_file: metric._coco_api
-        for metric in metrics
+        for metric in (loop.evaluator.metrics if type(loop.evaluator) is Evaluator else ())
         if hasattr(getattr(metric, '_coco_api', None), 'annotation_file')
         and not getattr(metric, 'format_only', False)
     }
-    parts = list(leaves(dataset))
+    parts = list(leaves(loop.dataloader.dataset))
     problems: list[str] = []
     oddities: list[str] = []
     if not files or not all(hasattr(leaf, 'all_images') for leaf in parts):

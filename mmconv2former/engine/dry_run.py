@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.dist import all_gather_object, is_main_process
-from mmengine.evaluator import DumpResults
+from mmengine.evaluator import DumpResults, Evaluator
 from mmengine.evaluator.metric import _to_cpu
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from torch import nn
@@ -165,6 +166,8 @@ def try_validation(runner: Any, batches: Sequence[Any]) -> list[str]:
     """Predicts, evaluates and draws; returns what it did."""
     loop, model = runner.val_loop, runner.model
     metrics = loop.evaluator.metrics
+    # Others, as mmdet's MultiDatasetsEvaluator, give each metric its part of the predictions.
+    evaluates_all = type(loop.evaluator) is Evaluator
     predictions, drawn = 0, 0
     was_training = model.training
     model.eval()
@@ -182,14 +185,17 @@ def try_validation(runner: Any, batches: Sequence[Any]) -> list[str]:
                 except Exception as error:  # of any library
                     images = ', '.join(image_paths(batch))
                     raise DryRunError(explain(f'validation of {images}', error)) from error
-        scores = dict(pair for metric in metrics for pair in evaluate(metric).items())
+        scores = {}
+        if evaluates_all:
+            scores = dict(pair for metric in metrics for pair in evaluate(metric).items())
     finally:
         model.train(was_training)
         for metric, before in zip(metrics, attributes):
             vars(metric).clear()
             vars(metric).update(before)
             metric.results.clear()
-    check_wanted(runner, scores)
+    if evaluates_all:
+        check_wanted(runner, scores)
     done = [f'{predictions} predictions', f'{len(scores)} metrics']
     return [*done, 'a drawing'] if drawn else done
 
@@ -214,24 +220,27 @@ def check_wanted(runner: Any, scores: Mapping[str, Any]) -> None:
             wanted += [('default_hooks.checkpoint.save_best', key) for key in hook.key_indicators]
             for key, rule in zip(hook.key_indicators, hook.rules):
                 name = next(iter(scores), '') if key == 'auto' else key
-                if rule == 'less' and any(k in name for k in hook._default_greater_keys):
+                if rule == 'less' and is_better_greater(name, hook):
                     raise DryRunError(
                         f"default_hooks.checkpoint.rule='less' would keep the worst {name} as the "
                         "best checkpoint: set rule='greater'"
                     )
         if isinstance(hook, EarlyStoppingHook):
             wanted.append(('EarlyStoppingHook.monitor', hook.monitor))
-    loop = runner.val_loop
-    is_stock = {type(part).__module__.split('.')[0] for part in (loop, loop.evaluator)} == {
-        'mmengine'
-    }
+    is_stock = type(runner.val_loop).__module__.startswith('mmengine.')
     for setting, key in wanted:
-        # Loops and evaluators of other libraries may put names before a metric's own.
+        # Loops of other libraries may put names before a metric's own.
         has_prefix = not is_stock and any(key.endswith(f'/{name}') for name in scores)
         if key != 'auto' and key not in scores and not has_prefix:
             raise DryRunError(
                 f'{setting}={key!r} is no metric of val_evaluator, which has {", ".join(scores)}'
             )
+
+
+def is_better_greater(name: str, hook: CheckpointHook) -> bool:
+    """Whether mmengine knows a metric as one that rises, such as the mAP in `coco/bbox_mAP_50`."""
+    words = '|'.join(map(re.escape, hook._default_greater_keys))
+    return re.search(rf'(?<![A-Za-z])({words})(?![A-Za-z])', name) is not None
 
 
 def draw(runner: Any, batch: Any, outputs: Any) -> bool:

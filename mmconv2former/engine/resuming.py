@@ -71,6 +71,10 @@ def follow_config(runner: Any, settings: Settings | None) -> None:
         settings: Of the config; see `settings_of`.
     """
     if settings is None:
+        runner.logger.warning(
+            'Resumed with the learning rates and the schedule of the checkpoint: those of the '
+            'config are not compared (several optimizers, or ReduceOnPlateau).'
+        )
         return
     groups, schedules = runner.optim_wrapper.param_groups, runner.param_schedulers or []
     scheduled = {schedule.param_name for schedule in schedules}
@@ -156,8 +160,8 @@ def facts_of(runner: Any) -> dict[str, Any]:
 
 def sources(dataset: Any) -> str:
     """The annotation files, or else the folders, of a dataset or of those inside a wrapper."""
-    inner = getattr(dataset, 'datasets', None)
-    if inner:
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, 'dataset', None)]
+    if inner != [None]:
         return ', '.join(map(sources, inner))
     if getattr(dataset, 'ann_file', None):
         return str(dataset.ann_file)

@@ -27,7 +27,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from mmengine.visualization import Visualizer
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader
+from torch.utils.data import DataLoader
 
 from ..checkpoint.loading import check_model
 from ..checkpoint.reading import CheckpointError, load_from_checked_file
@@ -86,6 +86,7 @@ class ReliableRunner(Runner):
     take_over = False  # whether to take the work dir from a living run
     _locks: dict[str, FolderLock | None] | None = None  # by folder
     _settings: Settings | None = None  # of the config, before the first checkpoint
+    is_training = False  # within `train`
     _skipped_batches = 0  # of the current epoch, which the run before this one has used
 
     @property
@@ -207,10 +208,12 @@ class ReliableRunner(Runner):
             Exception: Of training.
         """
         self.lock(self.work_dir)
+        self.is_training = True
         try:
             with images_on_error(self):
                 return super().train()
         finally:
+            self.is_training = False
             for hook in self.hooks:
                 if isinstance(hook, StoppingHook):
                     hook.restore()
@@ -320,8 +323,8 @@ class ReliableRunner(Runner):
                 f'checkpoint {filename!r} cannot be resumed from: {type(error).__name__}: {words}'
             ) from error
         loop = self.train_loop
+        has_positions = self._renew_dataloader()
         loader = loop.dataloader
-        sampler = getattr(loader.batch_sampler, 'sampler', None)
         if isinstance(loop, EpochBasedTrainLoop):
             # The earlier epochs may have had another number of processes, and so may this one.
             done, length = self.message_hub.runtime_info.pop(EPOCH_POSITION, (0, 1))
@@ -329,14 +332,32 @@ class ReliableRunner(Runner):
             skip_batches(loader, self._skipped_batches)
             loop._iter = loop.epoch * len(loader) + self._skipped_batches
         follow_config(self, self._settings)
-        if not isinstance(sampler, PositionedSampler):
-            return
-        sampler.begin(self.run_seed)
-        if isinstance(loop, IterBasedTrainLoop) and type(loader.batch_sampler) is BatchSampler:
+        if isinstance(loop, IterBasedTrainLoop) and has_positions:
             is_told = hasattr(loop.dataloader_iterator, 'skip_iter')
             loop.dataloader_iterator = ResumedBatches(
-                loader, self.run_seed, loop.iter, ignored_calls=0 if is_told else loop.iter
+                loader, loop.iter, ignored_calls=0 if is_told else loop.iter
             )
+
+    def _renew_dataloader(self) -> bool:
+        """Builds the training's data loader again, for the same dataset.
+
+        The checkpoint has set the seed of its run, and older mmengine may already have taken
+        batches from the samplers, which cannot be rewound.
+
+        Returns:
+            Whether the samples have positions; see `give_positions`.
+        """
+        loader = self.train_loop.dataloader
+        sampler = getattr(loader.batch_sampler, 'sampler', None)
+        if not isinstance(sampler, PositionedSampler) or not isinstance(
+            self._train_dataloader, dict
+        ):
+            return False
+        settings = {**self._train_dataloader, 'dataset': NotCopied(loader.dataset)}
+        settings.pop('num_batch_per_epoch', None)  # the dataset is cut already
+        has_rank_added = self._randomness_cfg.get('diff_rank_seed', False)
+        self.train_loop.dataloader = self.build_dataloader(settings, self.seed, has_rank_added)
+        return True
 
     # -------------------------------------------------------------------------------------- load
     def preflight(self, training: bool) -> None:
@@ -435,6 +456,16 @@ class ReliableRunner(Runner):
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             partial.unlink(missing_ok=True)
             raise CheckpointNotSaved(f'cannot save {path}: {error}') from error
+
+
+class NotCopied:
+    """A dataset among settings, of which mmengine makes a deep copy: it then has the original."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return self.dataset
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

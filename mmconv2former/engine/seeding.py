@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_dist_info
 from torch.utils.data import DataLoader, Sampler
 
 # First number of the key of a seed; it keeps the seeds of different uses apart.
-SAMPLES, ITERATIONS = 0, 1
+SAMPLES, ITERATIONS, ORDER = 0, 1, 2
 
 
 def derived_seed(*key: int) -> int:
@@ -39,23 +38,28 @@ def seed_all(seed: int) -> None:
 
 
 class SampleIndex(int):
-    """Index of a sample, with the seed of its augmentation."""
+    """Index of a sample, with the key of the seed for its augmentation."""
 
-    seed: int
+    key: tuple[int, ...]
 
-    def __new__(cls, index: int, seed: int) -> SampleIndex:
+    def __new__(cls, index: int, key: tuple[int, ...]) -> SampleIndex:
         self = super().__new__(cls, index)
-        self.seed = seed
+        self.key = key
         return self
 
+    @property
+    def seed(self) -> int:
+        """Derived where the sample is loaded, so that skipping samples is fast."""
+        return derived_seed(*self.key)
+
     def __reduce__(self) -> tuple:
-        return type(self), (int(self), self.seed)
+        return type(self), (int(self), self.key)
 
 
 class PositionedSampler(Sampler):
     """Wraps a sampler: gives each index a seed derived from its position in the run.
 
-    Other attributes (`set_epoch`, `dataset`, ...) come from the sampler.
+    Other attributes (`dataset`, ...) come from the sampler.
 
     Args:
         sampler: A sampler of this process.
@@ -66,35 +70,24 @@ class PositionedSampler(Sampler):
 
     def __init__(self, sampler: Sampler, seed: int) -> None:
         self.sampler = sampler
-        self.begin(seed)
-
-    def begin(self, seed: int, skip: int = 0) -> None:
-        """Sets the seed, and how many indices to skip next.
-
-        Args:
-            seed: Seed of the run.
-            skip: Indices of this process that the run has used: since the start for an infinite
-                sampler, since the start of the epoch for others.
-        """
         self.run_seed = seed
-        self.skip = skip
-        if self.is_infinite:  # it cannot be rewound
-            self.sampler = InfiniteSampler(self.sampler.dataset, self.sampler.shuffle, seed)
-        elif hasattr(self.sampler, 'seed'):
-            self.sampler.seed = seed
+        self.epochs = 0
+        if hasattr(sampler, 'seed'):
+            sampler.seed = seed
 
-    @property
-    def is_infinite(self) -> bool:
-        """Whether the sampler never ends, as in an iteration-based run."""
-        return type(self.sampler) is InfiniteSampler
+    def set_epoch(self, epoch: int) -> None:
+        """Sets the epoch, also of a sampler that does not count epochs itself, as torch's."""
+        self.epochs = epoch
+        if hasattr(self.sampler, 'set_epoch'):
+            self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[SampleIndex]:
         rank, world_size = get_dist_info()
-        epoch = getattr(self.sampler, 'epoch', 0)
-        first, self.skip = self.skip, 0
-        for position, index in enumerate(islice(iter(self.sampler), first, None), first):
-            key = (self.run_seed, SAMPLES, epoch, position * world_size + rank)
-            yield SampleIndex(index, derived_seed(*key))
+        epoch = getattr(self.sampler, 'epoch', self.epochs)
+        if not hasattr(self.sampler, 'seed'):  # it may draw the order from the global generators
+            seed_all(derived_seed(self.run_seed, ORDER, epoch))
+        for position, index in enumerate(self.sampler):
+            yield SampleIndex(index, (self.run_seed, SAMPLES, epoch, position * world_size + rank))
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -113,27 +106,22 @@ def give_positions(dataloader: DataLoader, seed: int) -> None:
         batch_sampler.sampler = PositionedSampler(batch_sampler.sampler, seed)
 
 
-def set_epoch(sampler: Any, epoch: int) -> None:
-    """Sets the epoch of a sampler that counts them; others, as torch's, do not."""
-    if hasattr(sampler, 'set_epoch'):
-        sampler.set_epoch(epoch)
-
-
 class LaterBatches:
-    """Wraps a batch sampler whose next iteration leaves out its first batches, without loading.
+    """Wraps a batch sampler whose next iteration is one that has begun already.
 
     Args:
         batch_sampler: Of any type; batches need not be consecutive samples.
-        skip: Number of batches.
+        rest: What is left of the iteration.
     """
 
-    def __init__(self, batch_sampler: Any, skip: int) -> None:
+    def __init__(self, batch_sampler: Any, rest: Iterator[Any]) -> None:
         self.batch_sampler = batch_sampler
-        self.skip = skip
+        self.rest: Iterator[Any] | None = rest
 
     def __iter__(self) -> Iterator[Any]:
-        first, self.skip = self.skip, 0
-        return islice(iter(self.batch_sampler), first, None)
+        # Not before the first batch is wanted: with workers, torch makes an iterator twice.
+        rest, self.rest = self.rest, None
+        yield from self.batch_sampler if rest is None else rest
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -144,38 +132,56 @@ class LaterBatches:
         return getattr(self.batch_sampler, name)
 
 
+def begin_with(dataloader: DataLoader, rest: Iterator[Any]) -> None:
+    """Makes the next iteration over a data loader load these batches of indices."""
+    # The data loader refuses a new batch sampler.
+    vars(dataloader)['batch_sampler'] = LaterBatches(dataloader.batch_sampler, rest)
+
+
 def skip_batches(dataloader: DataLoader, skip: int) -> None:
-    """Makes the next iteration over a data loader leave out its first batches."""
-    if skip:  # the data loader refuses a new batch sampler
-        vars(dataloader)['batch_sampler'] = LaterBatches(dataloader.batch_sampler, skip)
+    """Makes the next iteration over a data loader leave out its first batches, without loading."""
+
+    def later(batch_sampler: Any) -> Iterator[Any]:  # begins when the epoch is set
+        yield from islice(iter(batch_sampler), skip, None)
+
+    if skip:
+        begin_with(dataloader, later(dataloader.batch_sampler))
 
 
 class ResumedBatches:
     """Endless batches of a data loader from a position on, without loading earlier batches.
 
-    Replaces the iterator of mmengine's `IterBasedTrainLoop`, which in the original releases loads
-    all batches before the position and discards them.
+    Replaces the iterator of mmengine's `IterBasedTrainLoop`, which loads all batches before the
+    position and discards them, unless the sampler has a method for that. Here the samplers run up
+    to the position without loading, so that any of them is resumed exactly.
 
     Args:
-        dataloader: A loader after `give_positions`, with torch's own `BatchSampler`.
-        seed: Seed of the run.
+        dataloader: A loader after `give_positions` that was not iterated yet.
         position: Number of batches of this process that the run has used.
         ignored_calls: Number of batches that the loop will request and discard.
     """
 
-    def __init__(
-        self, dataloader: DataLoader, seed: int, position: int, ignored_calls: int
-    ) -> None:
-        batch_sampler: Any = dataloader.batch_sampler
+    def __init__(self, dataloader: DataLoader, position: int, ignored_calls: int) -> None:
         self.dataloader = dataloader
-        self.sampler: PositionedSampler = batch_sampler.sampler
         self.ignored_calls = ignored_calls
         self.epoch = 0
-        if not self.sampler.is_infinite:
-            self.epoch, position = divmod(position, len(dataloader))
-            set_epoch(self.sampler, self.epoch)
-        self.sampler.begin(seed, position * batch_sampler.batch_size)
+        batch_sampler: Any = dataloader.batch_sampler
+        rest = iter(batch_sampler)
+        while position:
+            taken = sum(1 for _ in islice(rest, position))
+            position -= taken
+            if not taken:  # no batch in a whole epoch: the loop will find out
+                break
+            if position:
+                self.begin_epoch()
+                rest = iter(batch_sampler)
+        begin_with(dataloader, rest)
         self.iterator = iter(dataloader)
+
+    def begin_epoch(self) -> None:
+        self.epoch += 1
+        batch_sampler: Any = self.dataloader.batch_sampler
+        batch_sampler.sampler.set_epoch(self.epoch)
 
     def skip_iter(self, num_iters: int) -> None:
         """Does nothing: newer mmengine asks to skip to the position, which is already set."""
@@ -190,7 +196,6 @@ class ResumedBatches:
         try:
             return next(self.iterator)
         except StopIteration:
-            self.epoch += 1
-            set_epoch(self.sampler, self.epoch)
+            self.begin_epoch()
             self.iterator = iter(self.dataloader)
             return next(self.iterator)

@@ -59,8 +59,8 @@ class StoppingHook(Hook):
     # -------------------------------------------------------------------------------------- signals
     def before_run(self, runner: Any) -> None:
         """Installs the handlers, if this is a training run that can save when it is stopped."""
-        is_training = isinstance(runner._train_loop, BaseLoop) and checkpoint_hooks(runner)
-        if is_training and threading.current_thread() is threading.main_thread():
+        can_save = checkpoint_hooks(runner) and runner.is_training
+        if can_save and threading.current_thread() is threading.main_thread():
             self.work_dir = Path(runner.work_dir)
             self.previous = {number: signal.signal(number, self.receive) for number in SIGNALS}
 

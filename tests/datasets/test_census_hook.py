@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 from helpers.in_process import refusal_of
 from helpers.tiny import tiny_config
+from mmdet.evaluation import MultiDatasetsEvaluator
+from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS, init_default_scope
 from PIL import Image
@@ -174,6 +176,12 @@ class Images:
         return self.infos[index]
 
 
+def loop_of(dataset, metric):
+    evaluator = Evaluator([])
+    evaluator.metrics = [metric]
+    return SimpleNamespace(dataloader=SimpleNamespace(dataset=dataset), evaluator=evaluator)
+
+
 @pytest.mark.parametrize(
     ('metric', 'problem', 'oddity'),
     [
@@ -187,7 +195,7 @@ class Images:
     ],
 )  # fmt: skip
 def test_annotation_file_of_a_metric(metric, problem, oddity):
-    problems, oddities = compare_truth('val', Images(1, 2), [metric])
+    problems, oddities = compare_truth('val', loop_of(Images(1, 2), metric))
     for found, expected in ((problems, problem), (oddities[:1], oddity)):
         assert len(found) == bool(expected)
         assert not expected or f'val_evaluator.ann_file truth.json {expected}' in found[0]
@@ -196,7 +204,14 @@ def test_annotation_file_of_a_metric(metric, problem, oddity):
 def test_written_predictions_need_no_truth():
     metric = truth(anns={})
     metric.format_only = True
-    assert compare_truth('test', Images(1, 2), [metric]) == ([], [])
+    assert compare_truth('test', loop_of(Images(1, 2), metric)) == ([], [])
+
+
+def test_metrics_of_several_datasets_have_their_own_images():
+    loop = loop_of(Images(1, 2), truth(1, 3))
+    evaluator = MultiDatasetsEvaluator([], ['a', 'b'])
+    evaluator.metrics, loop.evaluator = loop.evaluator.metrics, evaluator
+    assert compare_truth('test', loop) == ([], [])
 
 
 def test_evaluation_alone_compares_its_parts(segmentor, tmp_path):

@@ -12,8 +12,9 @@ import torch
 from helpers.in_process import refusal_of, with_data, write_tiny_config
 from helpers.tiny import WITHOUT_WORKERS, tiny_config
 from helpers.tools import run_tool
+from mmdet.evaluation import MultiDatasetsEvaluator
 from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.hooks import EarlyStoppingHook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook
 from mmengine.runner import ValLoop
 from PIL import Image
 from torch import nn
@@ -23,6 +24,7 @@ from mmconv2former.engine.dry_run import (
     FILE,
     DryRunError,
     check_wanted,
+    is_better_greater,
     largest_input,
     try_validation,
     two_images,
@@ -97,25 +99,32 @@ def test_metric_that_chooses_the_best_checkpoint(segmentor, sample, tmp_path):
     assert 'mFscore' in message
 
 
-class OwnEvaluator(Evaluator):
+class OwnLoop(ValLoop):
     pass
 
 
 @pytest.mark.parametrize(
-    ('evaluator', 'key', 'is_known'),
+    ('loop', 'key', 'is_known'),
     [
-        (Evaluator, 'mIoU', True),
-        (Evaluator, 'other/mIoU', False),
-        (OwnEvaluator, 'other/mIoU', True),
-        (OwnEvaluator, 'other_mIoU', False),
+        (ValLoop, 'mIoU', True),
+        (ValLoop, 'other/mIoU', False),
+        (OwnLoop, 'other/mIoU', True),
+        (OwnLoop, 'other_mIoU', False),
     ],
 )
-def test_names_before_a_metric_of_other_evaluators(evaluator, key, is_known):
-    loop = ValLoop.__new__(ValLoop)
-    loop.evaluator = evaluator([])
-    runner = SimpleNamespace(val_loop=loop, hooks=[EarlyStoppingHook(monitor=key)])
+def test_names_before_a_metric_of_other_loops(loop, key, is_known):
+    runner = SimpleNamespace(val_loop=loop.__new__(loop), hooks=[EarlyStoppingHook(monitor=key)])
     with nullcontext() if is_known else pytest.raises(DryRunError, match='is no metric of'):
         check_wanted(runner, {'mIoU': 1.0})
+
+
+@pytest.mark.parametrize(
+    ('metric', 'is_known'),
+    [('coco/bbox_mAP_50', True), ('coco/AR@100', True), ('accuracy/top1', True), ('mIoU', True),
+     ('stop_distance', False), ('loss', False)],
+)  # fmt: skip
+def test_metrics_that_rise(metric, is_known):
+    assert is_better_greater(metric, CheckpointHook()) == is_known
 
 
 def test_rule_that_keeps_the_worst_checkpoint(segmentor, sample, tmp_path):
@@ -256,6 +265,8 @@ def test_metrics_forget_the_dry_run():
         model=model, hooks=[], val_loop=SimpleNamespace(evaluator=evaluator, fp16=False)
     )
     assert '1 metrics' in try_validation(runner, [['a'], ['b']])
+    runner.val_loop.evaluator = MultiDatasetsEvaluator([metric], ['a'])  # of its part of the data
+    assert '0 metrics' in try_validation(runner, [['a'], ['b']])
     assert metric.results == []
     assert metric.truth is None
     metric.process({}, ['a', 'b', 'c'])

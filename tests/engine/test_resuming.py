@@ -1,6 +1,8 @@
 """A resumed run follows its config: schedule, rates and settings of the optimizer."""
 
 import json
+import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from mmconv2former.engine.resuming import (
     Settings,
     compare_classes,
     differences,
+    follow_config,
     is_setting,
+    settings_of,
+    sources,
 )
 
 WARNING = 'Resumed with other settings than the checkpoint'
@@ -194,3 +199,18 @@ def test_other_classes_are_refused(own, message):
 def test_renamed_classes_are_named():
     said = compare_classes(['wall', 'clouds', 'tree'], CLASSES, 'a.pth')
     assert said == "class 1 'clouds' (checkpoint: 'sky')"
+
+
+def test_data_inside_wrappers_are_named():
+    coco, folder = SimpleNamespace(ann_file='a.json'), SimpleNamespace(data_prefix=dict(img='b'))
+    repeated = SimpleNamespace(dataset=SimpleNamespace(datasets=[coco, folder]))
+    assert sources(repeated) == 'a.json, b'
+
+
+def test_rates_that_are_not_compared_are_said(caplog):
+    runner = SimpleNamespace(
+        optim_wrapper={}, param_schedulers=[], logger=logging.getLogger('resumed')
+    )
+    assert settings_of(runner) is None
+    follow_config(runner, None)
+    assert 'the learning rates and the schedule of the checkpoint' in caplog.text

@@ -8,13 +8,11 @@ import torch
 from helpers.runs import NOT_REPRODUCED, run
 from helpers.tiny import scalars, tiny_config
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.runner import IterBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from mmconv2former import ReliableRunner
 from mmconv2former.engine import stopping
-from mmconv2former.engine.hooks import EPOCH_POSITION
-from mmconv2former.engine.seeding import LaterBatches, ResumedBatches, give_positions
+from mmconv2former.engine.hooks import EPOCH_POSITION, ReliableCheckpointHook
 from mmconv2former.engine.stopping import SIGNALS, STOPPED, StoppingHook, command, make_patient
 
 
@@ -123,24 +121,11 @@ def test_another_batch_size_continues_at_the_same_place_of_the_epoch(sample, tmp
 
 
 def test_signals_of_a_run_that_cannot_save_are_left_alone(monkeypatch):
-    loop = IterBasedTrainLoop.__new__(IterBasedTrainLoop)
     hook, before = StoppingHook(), signal.getsignal(signal.SIGTERM)
-    hook.before_run(SimpleNamespace(_train_loop=loop, hooks=[CheckpointHook()], work_dir='.'))
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_batches_are_left_out_once():
-    batches = LaterBatches([[0], [1], [2]], 2)
-    assert len(batches) == 3
-    assert list(batches) == [[2]]
-    assert list(batches) == [[0], [1], [2]]
-
-
-def test_samplers_that_count_no_epochs_are_resumed():
-    loader = DataLoader(range(4))  # torch's own sampler
-    give_positions(loader, seed=0)
-    batches = ResumedBatches(loader, 0, position=6, ignored_calls=0)
-    assert [next(batches).item() for _ in range(4)] == [2, 3, 0, 1]
+    for is_training, other in ((True, CheckpointHook()), (False, ReliableCheckpointHook())):
+        runner = SimpleNamespace(is_training=is_training, hooks=[other], work_dir='.')
+        hook.before_run(runner)
+        assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_command_to_resume_with(monkeypatch):
