@@ -15,10 +15,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from common import parser_of
+from common import at_least, parser_of
 from common.data_layout import COCO_SPLITS
 from common.folders import new_folder
 from pycocotools.coco import COCO
+
+MARGIN = 0.1  # around a box, as a share of its size
 
 
 def main() -> None:
@@ -26,31 +28,20 @@ def main() -> None:
     parser.add_argument('source', type=Path, help="folder in COCO's layout")
     parser.add_argument('folder', type=Path, help='new folder')
     parser.add_argument(
-        '--classes', type=int, default=20, help='number of categories (default: 20)'
+        '--classes', type=at_least(1), default=20, help='number of categories (default: 20)'
     )
     parser.add_argument(
-        '--max-objects', type=int, help='limit per category and split (default: none)'
+        '--max-objects', type=at_least(1), help='limit per category and split (default: none)'
     )
     parser.add_argument(
         '--min-side',
-        type=int,
+        type=at_least(1),
         default=32,
         help='minimum length of the shorter side in pixels (default: 32)',
-    )
-    parser.add_argument(
-        '--margin',
-        type=float,
-        default=0.1,
-        help='margin around the box, as a share of its size (default: 0.1)',
     )
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f'{args.folder} already exists')
-    for name in ('classes', 'max_objects', 'min_side'):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f'--{name.replace("_", "-")} must be at least 1')
-    if args.margin < 0:
-        parser.error(f'--margin must be at least 0, got {args.margin}')
     annotations = {
         split: args.source / f'annotations/instances_{name}.json'
         for split, name in COCO_SPLITS.items()
@@ -102,7 +93,7 @@ def crop_split(
         image = cv2.imread(str(images / file_name))
         if image is None:
             raise SystemExit(f'error: {images / file_name} is missing or not an image')
-        cropped = crop(image, object_['bbox'], args.margin)
+        cropped = crop(image, object_['bbox'])
         if not cropped.size:  # the box is outside of its image
             continue
         written[category] += 1
@@ -112,11 +103,11 @@ def crop_split(
     return lines
 
 
-def crop(image: np.ndarray, bbox: list[float], margin: float) -> np.ndarray:
+def crop(image: np.ndarray, bbox: list[float]) -> np.ndarray:
     """The part of an image (H, W, 3) in a box (x, y, width, height) and a margin around it."""
     x, y, width, height = bbox
-    left, right = (max(0, round(x + width * share)) for share in (-margin, 1 + margin))
-    top, bottom = (max(0, round(y + height * share)) for share in (-margin, 1 + margin))
+    left, right = (max(0, round(x + width * share)) for share in (-MARGIN, 1 + MARGIN))
+    top, bottom = (max(0, round(y + height * share)) for share in (-MARGIN, 1 + MARGIN))
     return image[top:bottom, left:right]
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from common import parser_of
+from common import at_least, parser_of
 from common.data_layout import ADE_SPLITS, COCO_IDS, COCO_SPLITS
 from numpy.random import Generator
 from pycocotools import mask as coco_mask
@@ -46,14 +46,11 @@ class Painted(NamedTuple):
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument('folder', type=Path, help='output folder; replaced if this tool made it')
-    parser.add_argument('--train', type=int, default=240, help='number of training images')
-    parser.add_argument('--val', type=int, default=60, help='number of held-out images')
-    parser.add_argument('--size', type=int, default=256, help='side of an image in pixels')
+    parser.add_argument('--train', type=at_least(1), default=240, help='number of training images')
+    parser.add_argument('--val', type=at_least(1), default=60, help='number of held-out images')
+    parser.add_argument('--size', type=at_least(64), default=256, help='side of an image in pixels')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
-    for name, minimum in (('train', 1), ('val', 1), ('size', 64)):
-        if getattr(args, name) < minimum:
-            parser.error(f'--{name} must be at least {minimum}, got {getattr(args, name)}')
     folder, marker = args.folder, args.folder / 'made_by_make_sample.json'
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
         parser.error(f'{folder} exists and is not a sample; name another folder')

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -136,6 +135,13 @@ def map_files(function: Callable, rows: list[tuple], workers: int, title: str) -
         yield from track(results, description=title, total=len(rows))
 
 
+def other_count(split: str, what: str, found: Sequence, official: int) -> Iterator[Finding]:
+    """A note if a split has more or fewer of something than the official files."""
+    if len(found) != official:
+        text = f'{split}: {len(found):,} {what}, {official:,} in the official files'
+        yield Finding('not the official count', text, is_error=False)
+
+
 # ------------------------------------------------------------------------------------------- COCO
 def check_coco(root: Path, workers: int) -> Iterator[Finding]:
     """COCO's layout: annotation files of both splits, and the images that they name."""
@@ -149,13 +155,8 @@ def check_coco(root: Path, workers: int) -> Iterator[Finding]:
         yield from check_categories(content['categories'], path.name)
         yield from check_objects(content, path.name)
         images = content['images']
-        for what, found, official in (
-            ('images', len(images), COCO_IMAGES[split]),
-            ('annotations', len(content['annotations']), COCO_OBJECTS[split]),
-        ):
-            if found != official:
-                text = f'{name}: {found:,} {what}, {official:,} in the official files'
-                yield Finding('not the official count', text, is_error=False)
+        yield from other_count(name, 'images', images, COCO_IMAGES[split])
+        yield from other_count(name, 'annotations', content['annotations'], COCO_OBJECTS[split])
         rows = [
             (root / name / image['file_name'], (image['width'], image['height']))
             for image in images
@@ -216,7 +217,7 @@ def check_objects(content: dict, where: str) -> Iterator[Finding]:
                 yield Finding('annotation has a wrong value', f'{item}: {problem}')
             continue
         size = image['width'], image['height']
-        for kind in (*box_errors(annotation, *size), *mask_errors(annotation, *size)):
+        for kind in (*box_errors(annotation['bbox'], *size), *mask_errors(annotation, *size)):
             yield Finding(kind, item, is_error=kind != THIN_BOX)
     empty = set(images) - {annotation['image_id'] for annotation in content['annotations']}
     if empty:
@@ -224,8 +225,8 @@ def check_objects(content: dict, where: str) -> Iterator[Finding]:
         yield Finding(kind, f'{where}: {len(empty):,} images', is_error=False)
 
 
-def box_errors(annotation: dict, width: float, height: float) -> Iterator[str]:
-    x, y, w, h = annotation['bbox']
+def box_errors(box: Sequence[float], width: float, height: float) -> Iterator[str]:
+    x, y, w, h = box
     if w < 0 or h < 0:
         yield 'box of negative size'
     elif w < 1 or h < 1:
@@ -248,9 +249,10 @@ def mask_errors(annotation: dict, width: float, height: float) -> Iterator[str]:
 
 def is_inside(xs: Sequence[float], ys: Sequence[float], width: float, height: float) -> bool:
     """Whether all coordinates are within an image and a tolerance around it."""
-    return all(
-        min(values) >= -TOLERANCE and max(values) <= size + TOLERANCE
+    return all(  # false for NaN
+        -TOLERANCE <= value <= size + TOLERANCE
         for values, size in ((xs, width), (ys, height))
+        for value in values
     )
 
 
@@ -291,9 +293,7 @@ def check_bccd(root: Path, workers: int) -> Iterator[Finding]:
             yield Finding('list of images is missing', str(path))
             continue
         names = path.read_text().split()
-        if len(names) != official:
-            text = f'{split}: {len(names):,} images, {official:,} in the official files'
-            yield Finding('not the official count', text, is_error=False)
+        yield from other_count(split, 'images', names, official)
         rows = [(root, name) for name in names]
         for findings in map_files(check_voc_image, rows, workers, split):
             yield from findings
@@ -321,12 +321,8 @@ def check_voc_image(root: Path, name: str) -> list[Finding]:
         if class_name not in BCCD_CLASSES:
             findings.append(Finding(f'class is none of {", ".join(BCCD_CLASSES)}', item))
         left, top, right, bottom = box
-        if not all(map(math.isfinite, box)) or right < left or bottom < top:
-            findings.append(Finding('box is not two corners', item))
-        elif right - left < 1 or bottom - top < 1:
-            findings.append(Finding(THIN_BOX, item, is_error=False))
-        elif not is_inside([left, right], [top, bottom], *size):
-            findings.append(Finding('box outside its image', item))
+        for kind in box_errors([left, top, right - left, bottom - top], *size):
+            findings.append(Finding(kind, item, is_error=kind != THIN_BOX))
     return findings
 
 
@@ -351,9 +347,7 @@ def check_labelled_images(root: Path, workers: int, dataset: LabelledImages) -> 
         pairs = sorted(stems & label_stems)
         if not pairs:
             yield Finding('images are missing', str(images))
-        if len(pairs) != official:
-            text = f'{name}: {len(pairs):,} pairs, {official:,} in the official files'
-            yield Finding('not the official count', text, is_error=False)
+        yield from other_count(name, 'pairs', pairs, official)
         present: set[int] = set()
         last = max(*dataset.classes, dataset.void)
         rows = [(stem, images, labels, last) for stem in pairs]

@@ -101,8 +101,7 @@ def test_crops_of_odd_annotations(sample, tmp_path):
     ('option', 'value', 'message'),
     [
         ('--classes', 81, r'--classes 81: .* has objects of \d+ categories'),
-        ('--min-side', 0, '--min-side must be at least 1'),
-        ('--margin', -1, '--margin must be at least 0, got -1'),
+        ('--min-side', 0, '--min-side: must be at least 1, got 0'),
     ],
 )
 def test_crops_refused(sample, tmp_path, option, value, message):

@@ -85,5 +85,5 @@ def test_replaces_only_its_own_folder(tmp_path):
 @pytest.mark.parametrize(('option', 'value'), [('--train', 0), ('--val', 0), ('--size', 10)])
 def test_bad_arguments(option, value, tmp_path):
     output = run_tool('make_sample.py', tmp_path / 'new', option, value, succeeds=False)
-    assert f'{option} must be at least' in output
+    assert f'{option}: must be at least' in output
     assert not (tmp_path / 'new').exists()
