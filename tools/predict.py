@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, TextIO
 
 import common  # before torch
@@ -57,7 +58,7 @@ VIDEO_SUFFIXES = ('.mp4', '.avi', '.mov', '.mkv', '.webm', '.m4v', '.mpg', '.mpe
 DEFAULT_SCORE = 0.3
 DEFAULT_RATE = 25.0  # frames per second, for videos that do not state it
 TOP = 5  # classes of a classifier
-RESULTS = {'pictures': ('.jpg', '.mp4'), 'labels': ('.png',), 'json': ('.json',)}  # by folder
+RESULTS = ('pictures', 'labels', 'json')  # folders
 # Of one input, e.g. an image of another size for CUDA graphs, or too large for the memory.
 FAILURES = (ValueError, RuntimeError, MemoryError)
 
@@ -148,43 +149,34 @@ def find_sources(inputs: Iterable[str], out: Path) -> list[Source]:
 
     Args:
         inputs: Files, folders (searched with their subfolders) and patterns.
-        out: Folder of the results, whose own folders are not searched.
+        out: Folder of the results, which are no inputs: they could be overwritten.
 
     Raises:
-        SystemExit: An input does not exist, has no images and videos, or would be overwritten.
+        SystemExit: An input does not exist, or has no images and videos other than results.
     """
     sources: dict[Path, Source] = {}
     names = UniqueNames()
     for text in inputs:
         path = Path(text)
         if path.is_file():
-            found = [path]
+            files = [path]
         else:
-            files = path.rglob('*') if path.is_dir() else map(Path, glob.glob(text, recursive=True))
-            images = sorted(filter(is_input, files))
-            found = [file for file in images if not is_result(file, out)]
-        if not found:
-            if images:
-                problem = f'has only results in {out}'
+            found = path.rglob('*') if path.is_dir() else map(Path, glob.glob(text, recursive=True))
+            files = sorted(filter(is_input, found))
+        inputs_ = [file for file in files if not is_result(file, out)]
+        if not inputs_:
+            if files:
+                problem = f'has only results in {out}: choose another --out'
             elif path.is_dir() or glob.has_magic(text):
                 problem = 'has no images and no videos'
             else:
                 problem = 'does not exist'
             raise SystemExit(f'error: input {text} {problem}')
-        for file in found:
+        for file in inputs_:
             wanted = file.relative_to(path) if path.is_dir() else file.name
             resolved = file.resolve()
             # The suffix of a link counts, not that of the file where it leads.
             sources[resolved] = Source(Path(os.path.abspath(file)), names.name(resolved, wanted))
-    for source in sources.values():
-        for kind, suffixes in RESULTS.items():
-            for suffix in suffixes:
-                result = out / kind / f'{source.name}{suffix}'
-                if result.resolve() in sources:
-                    raise SystemExit(
-                        f'error: input {result} would be overwritten by a result: choose another '
-                        '--out'
-                    )
     return list(sources.values())
 
 
@@ -232,11 +224,10 @@ class Predictor:
         steps = [
             step for step in dataset.pipeline.transforms if not isinstance(step, LoadAnnotations)
         ]
-        self.loader, *rest = steps
+        self.loader = steps[0]
         if isinstance(self.loader, LoadImageFromFile):
             self.loader.backend_args = self.loader.file_client_args = None  # inputs are local files
-        self.of_file = CheckedPipeline(Compose(steps), dataset)
-        self.of_frame = Compose(rest)
+        self.pipeline = CheckedPipeline(Compose(steps), dataset)
 
     def load(self, path: Path) -> Any:
         """An image file as the network takes it.
@@ -244,30 +235,17 @@ class Predictor:
         Raises:
             DataError: It cannot be read; the message names it.
         """
-        return self.of_file(dict(img_path=str(path), img_id=0))
+        return self.pipeline(dict(img_path=str(path), img_id=0))
 
-    def prepare(self, frame: np.ndarray) -> Any:
-        """A frame of a video, uint8 (H, W, 3) in BGR, as the network takes it.
-
-        It has the colours and the type that an image file would have after loading.
-
-        Raises:
-            ValueError: The pipeline does not begin with loading one image file.
-        """
-        if not isinstance(self.loader, LoadImageFromFile):
-            name = type(self.loader).__name__
-            raise ValueError(
-                f'videos need a pipeline that begins with LoadImageFromFile, not {name}'
-            )
-        size = frame.shape[:2]
-        stored = cv2.imencode('.bmp', frame)[1].tobytes()
-        image = mmcv.imfrombytes(stored, flag=self.loader.color_type)
-        if self.loader.to_float32:
-            image = image.astype(np.float32)
-        return self.of_frame(dict(img=image, img_path='', img_id=0, img_shape=size, ori_shape=size))
+    def load_frame(self, frame: np.ndarray) -> Any:
+        """A frame of a video, uint8 (H, W, 3) in BGR, as an image file with it would be loaded."""
+        with NamedTemporaryFile(suffix='.bmp') as file:
+            file.write(cv2.imencode('.bmp', frame)[1].tobytes())
+            file.flush()
+            return self.load(Path(file.name))
 
     def predict(self, inputs: list[dict[str, Any]]) -> list[Any]:
-        """The host library's data samples for what `load` and `prepare` return.
+        """The host library's data samples for what `load` and `load_frame` return.
 
         Raises:
             ValueError: The network takes images of other channels, or of another size.
@@ -468,8 +446,8 @@ def predict_video(predictor: Predictor, writer: Writer, source: Source, batch_si
     frames = track(chain([first], rest), source.path.name, total=count if count > 0 else None)
 
     def predictions() -> Iterator[tuple[np.ndarray, Any]]:
-        prepared = ((frame, predictor.prepare(frame)) for frame in frames)
-        for batch in batches(prepared, batch_size):
+        loaded = ((frame, predictor.load_frame(frame)) for frame in frames)
+        for batch in batches(loaded, batch_size):
             samples = predictor.predict([inputs for _, inputs in batch])
             yield from zip((frame for frame, _ in batch), samples)
 
