@@ -184,25 +184,23 @@ STEP_SIDES = {'detection': 192, 'segmentation': 256, 'classification': 64, 'abla
 def measure_steps(name: str, recipe: Path) -> dict:
     """Two iterations and an evaluation on each real sample for this kind of recipe."""
     kind = task(recipe)
-    if is_on_public_data(recipe):
-        folder = f'public/{name.split("_")[-1]}'
-        with tempfile.TemporaryDirectory() as temporary:
-            config = Path(temporary, f'{name}.py')
-            steps_config(recipe).dump(config)
-            result = train_and_evaluate(config, sample_folder(folder), Path(temporary))
-        return {folder: result}
     samples = [ADE_SAMPLE, 'semantic_sample'] if kind == 'segmentation' else ['coco_sample']
+    if is_on_public_data(recipe):
+        samples = [f'public/{name.split("_")[-1]}']
     results = {}
     for sample in samples:
         with tempfile.TemporaryDirectory() as folder:
             data, config = Path(folder, 'data'), Path(folder, f'{name}.py')
-            if kind in DENSE:
+            if is_on_public_data(recipe):
+                data = sample_folder(sample)
+            elif kind in DENSE:
                 run('subset_data.py', sample_folder(sample), data, '--train', 4, '--val', 2)
             else:
                 crops = ['--classes', 8, '--max-objects', 1]
                 run('crop_objects.py', sample_folder(sample), data, *crops)
             steps_config(recipe).dump(config)
-            results[sample.split('/')[0]] = train_and_evaluate(config, data, Path(folder))
+            result = train_and_evaluate(config, data, Path(folder))
+            results[sample.removesuffix('/ADEChallengeData2016')] = result
     return results
 
 

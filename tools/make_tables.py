@@ -1,7 +1,6 @@
 """Writes the tables of README and docs from the metafiles and docs/evidence.json.
 
-    python tools/make_tables.py            # write
-    python tools/make_tables.py --check    # only report whether they are up to date
+    python tools/make_tables.py
 
 Each table is between `<!-- table NAME -->` and `<!-- end -->`; the text between them is replaced.
 """
@@ -67,14 +66,8 @@ LEAST_IMAGES = 8  # minimum for the level of a fit at full size
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
-    parser.add_argument(
-        '--check', action='store_true', help='write nothing; fail if a table is out of date'
-    )
-    args = parser.parse_args()
-    outdated = write_tables(dry_run=args.check)
-    if args.check and outdated:
-        raise SystemExit(f'out of date: {", ".join(outdated)}; run python tools/make_tables.py')
+    parser_of(__doc__).parse_args()
+    write_tables()
 
 
 def write_tables(dry_run: bool = False) -> list[str]:
@@ -114,10 +107,6 @@ def metafiles() -> list[Path]:
 def models() -> list[dict]:
     """The entries of all metafiles."""
     return [model for path in metafiles() for model in yaml.safe_load(path.read_text())['Models']]
-
-
-def models_of(tasks: Collection[str]) -> list[dict]:
-    return [model for model in models() if task(Path(model['Config'])) in tasks]
 
 
 def recipes() -> dict[str, Path]:
@@ -173,8 +162,9 @@ def zoo_table(
     if with_memory:
         header[4:4] = ['kept by the backbone', 'with `with_cp`']
     rows = []
-    for model in models_of(tasks):
-        if is_on_public_data(Path(model['Config'])) and not with_public:
+    for model in models():
+        config = Path(model['Config'])
+        if task(config) not in tasks or (is_on_public_data(config) and not with_public):
             continue
         record = evidence.get(model['Name'], {})
         row = [
