@@ -5,7 +5,7 @@
     param_scheduler = None
 
 `tools/evidence.py fit` uses it, because the speed of the machine is not known in advance. It
-supports one process.
+supports one process and mmengine's `IterBasedTrainLoop`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-from mmengine.runner import IterBasedTrainLoop
 
 
 @HOOKS.register_module()
@@ -29,9 +28,6 @@ class TimeBudgetHook(Hook):
         seconds: Training time without the first iteration, which may compile kernels for a minute,
             and without the validation.
         warmup: Number of iterations.
-
-    Raises:
-        RuntimeError: The training loop counts epochs (when training starts).
     """
 
     priority = 'HIGHEST'  # mmengine logs the learning rate at the next one
@@ -42,9 +38,6 @@ class TimeBudgetHook(Hook):
         self.rates: list[float] = []
 
     def before_train(self, runner: Any) -> None:
-        if not isinstance(runner.train_loop, IterBasedTrainLoop):
-            name = type(runner.train_loop).__name__
-            raise RuntimeError(f'TimeBudgetHook needs an IterBasedTrainLoop, got {name}')
         self.rates = [group['lr'] for group in runner.optim_wrapper.param_groups]
 
     def factor(self, iteration: int, passed: float) -> float:

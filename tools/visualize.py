@@ -55,7 +55,6 @@ from matplotlib.patches import Rectangle
 from mmengine.config import Config
 from mmengine.dataset import ConcatDataset, pseudo_collate
 from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
@@ -63,7 +62,7 @@ from mmconv2former import Baseline, Conv2Former, Conv2FormerIsotropic
 from mmconv2former.checkpoint.architecture import recognise_arch
 from mmconv2former.checkpoint.loading import find_prefix, load_pretrained
 from mmconv2former.checkpoint.reading import CheckpointError, read_state_dict
-from mmconv2former.datasets.checked import CheckedPipeline
+from mmconv2former.datasets.checked import CheckedDataset
 from mmconv2former.images import open_image
 from mmconv2former.models.baselines import BASELINES
 from mmconv2former.models.blocks import Block
@@ -762,7 +761,7 @@ def drawn_pairs(config: Config, args: argparse.Namespace) -> dict[str, np.ndarra
     Raises:
         SystemExit: Data are missing, or the config has no such split.
         CheckpointError: The checkpoint cannot be read or is of another network.
-        DataError: A sample cannot be read.
+        DataError: A dataset or a sample cannot be read.
         ValueError: The split has no such image.
     """
     parts = dataset_settings(config, args.split)
@@ -770,10 +769,7 @@ def drawn_pairs(config: Config, args: argparse.Namespace) -> dict[str, np.ndarra
     model = load_whole_model(config, args.checkpoint).to(args.device)
     # With `test_mode` images without objects are kept.
     changes = dict(pipeline=settings_of_files(config).pipeline, test_mode=True)
-    datasets = [DATASETS.build(dict(part, **changes)) for part in parts]
-    for part in datasets:
-        part.pipeline = CheckedPipeline(part.pipeline, part)
-    dataset = ConcatDataset(datasets)
+    dataset = ConcatDataset([CheckedDataset(dict(part, **changes)).dataset for part in parts])
     last = len(dataset) - 1
     indices = args.indices or np.unique(np.linspace(0, last, args.count).round().astype(int))
     for index in indices:
