@@ -10,13 +10,7 @@ from mmengine.optim import LinearLR
 from mmengine.registry import OPTIMIZERS
 
 from mmconv2former.checkpoint.reading import CheckpointError
-from mmconv2former.engine.resuming import (
-    FACTS,
-    Settings,
-    compare_classes,
-    differences,
-    is_setting,
-)
+from mmconv2former.engine.resuming import FACTS, Settings, compare_classes, differences
 
 WARNING = 'Resumed with other settings than the checkpoint'
 
@@ -106,12 +100,6 @@ def test_values_that_an_optimizer_keeps_in_its_groups(train, tmp_path):
     groups = checkpoint['optimizer']['param_groups']
     assert {group['d'] for group in groups} == {8}
     assert {group['momentum'] for group in groups} == {0.5}
-
-
-def test_settings_of_an_optimizer():
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
-    keys = ['params', 'lr', 'initial_lr', 'betas', 'initial_betas', 'd', 'k']
-    assert [key for key in keys if is_setting(key, optimizer)] == keys[1:5]
 
 
 def test_betas_follow_a_schedule_of_the_momentum():
