@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PYTHON_IN_VENV) -m pytest --numprocesses 2 --dist 
 # The tests of the package itself, without tests of tools only.
 COVERED_BY := tests/models tests/ops tests/checkpoint tests/engine tests/test_registry.py \
     tests/tools/test_convert_weights.py \
-    $(patsubst %,tests/reliability/test_%.py,bad_checkpoints bad_data fuzz numbers)
+    $(patsubst %,tests/reliability/test_%.py,bad_checkpoints bad_data fuzz lock numbers)
 
 UV := .venv-uv/bin/uv
 UV_COMPILE := $(UV) pip compile --quiet --generate-hashes --no-annotate --no-header \

@@ -27,6 +27,7 @@ from helpers.tiny import tiny_config
 from helpers.tools import run_tool
 from helpers.training_server import TrainingServer
 
+from mmconv2former import ReliableRunner
 from mmconv2former.checkpoint.reading import TRUST_VARIABLE, admit_only_data
 
 # Sections of the table of faults, in this order.
@@ -170,6 +171,29 @@ def server():
     server = TrainingServer()
     yield server
     server.stop()
+
+
+@pytest.fixture
+def at_moment(monkeypatch):
+    """Calls functions with the runner: after the third call of such hooks, for example, by
+    `at_moment(after_train_iter=(3, function))`.
+    """
+    call_hook = ReliableRunner.call_hook
+
+    def register(**events):
+        counts = dict.fromkeys(events, 0)
+
+        def call(self, fn_name, **kwargs):
+            call_hook(self, fn_name, **kwargs)
+            if fn_name in events:
+                counts[fn_name] += 1
+                number, function = events[fn_name]
+                if counts[fn_name] == number:
+                    function(self)
+
+        monkeypatch.setattr(ReliableRunner, 'call_hook', call)
+
+    return register
 
 
 @pytest.fixture

@@ -1,21 +1,13 @@
 """Both spellings of the type names, from every registry, with no import beyond what is promised."""
 
-import subprocess
-import sys
 from importlib import import_module
 
 import pytest
+from helpers.in_process import run_python
 
 from mmconv2former.compat.mmcv_ops import StandIn
 
 HOSTS = ['mmengine', 'mmdet', 'mmseg', 'mmpretrain']
-
-
-def run_python(code):
-    """Standard output of `code` in a fresh interpreter."""
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip().splitlines()
 
 
 @pytest.mark.parametrize('host', HOSTS)
@@ -38,7 +30,7 @@ print(WEIGHT_INITIALIZERS.get('mmconv2former.Pretrained').__module__)
 import mmconv2former
 print(MODELS.get('Conv2Former') is MODELS.get('mmconv2former.Conv2Former') is type(backbone))
 """
-    assert run_python(code)[-4:] == [
+    assert run_python(code).splitlines()[-4:] == [
         'mmconv2former.models.conv2former (64,)',
         'mmconv2former.engine.layer_decay',
         'mmconv2former.checkpoint.loading',
@@ -53,7 +45,7 @@ import mmconv2former
 print(sorted({'mmdet', 'mmseg', 'mmpretrain', 'mmcv', 'timm'} & set(sys.modules)))
 print(mmconv2former.__version__.count('.'))
 """
-    assert run_python(code) == ['[]', '2']
+    assert run_python(code) == '[]\n2\n'
 
 
 def test_missing_mmengine_is_explained():
@@ -65,4 +57,4 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """
-    assert "pip install 'mmconv2former[onedl]'" in run_python(code)[-1]
+    assert "pip install 'mmconv2former[onedl]'" in run_python(code)

@@ -131,11 +131,6 @@ def test_images_without_annotations_can_be_predicted(write):
     assert len(build(path)) == 3
 
 
-def test_objects_without_iscrowd_are_not_crowded(write):
-    path = write(lambda content: [a.pop('iscrowd') for a in content['annotations']])
-    assert score_of_truth(build(path)) == 1.0
-
-
 def test_images_without_objects_are_known(write):
     path = write(lambda content: content['annotations'].clear())
     assert build(path).all_images == ['0.jpg', '1.jpg', '2.jpg']

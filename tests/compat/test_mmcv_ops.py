@@ -1,7 +1,6 @@
 """The stand-in for mmcv's compiled operators against these, or against plain loops and formulas."""
 
 import importlib.machinery
-import subprocess
 import sys
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 pytest.importorskip('torchvision')
 pytest.importorskip('mmcv.ops')  # the network alone needs no mmcv (docs/compatibility.md)
 
+from helpers.in_process import run_python
 from helpers.mmcv_ops_cases import REFERENCE, boxes, cases, operators, random, with_gradients
 
 from mmconv2former.compat import mmcv_ops
@@ -178,11 +178,6 @@ def test_other_operators_say_how_to_get_them():
         roi_align(torch.ones(1, 1, 4, 4), torch.zeros(1, 5), 2, 1.0, 0, 'max')
 
 
-def run(code):
-    command = [sys.executable, '-W', 'ignore', '-c', code]
-    return subprocess.run(command, capture_output=True, text=True, check=True)
-
-
 WITHOUT = """
 import sys, types
 from importlib.machinery import PathFinder
@@ -200,35 +195,35 @@ BROKEN = "__import__('importlib.util').util.spec_from_file_location('mmcv._ext',
 
 
 def test_takes_the_place_of_missing_operators():
-    result = run(WITHOUT.format(spec=None))
-    assert result.stdout == 'StandIn\n'
-    assert result.stderr == (
+    printed, warning = run_python(WITHOUT.format(spec=None), errors=True)
+    assert printed == 'StandIn\n'
+    assert warning == (
         "mmcv has no compiled operators: using torchvision's and PyTorch's (docs/installation.md)\n"
     )
 
 
 def test_one_process_of_a_machine_says_so(monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
-    result = run(WITHOUT.format(spec=None))
-    assert (result.stdout, result.stderr) == ('StandIn\n', '')
+    assert run_python(WITHOUT.format(spec=None), errors=True) == ('StandIn\n', '')
 
 
 def test_takes_the_place_of_operators_that_do_not_load(tmp_path):
     """As those compiled for another torch."""
     path = tmp_path / '_ext.so'
     path.write_bytes(b'')
-    result = run(WITHOUT.format(spec=BROKEN.format(path=path)))
-    assert result.stdout == 'StandIn\n'
-    assert result.stderr.startswith("mmcv's compiled operators do not load (")
+    printed, warning = run_python(WITHOUT.format(spec=BROKEN.format(path=path)), errors=True)
+    assert printed == 'StandIn\n'
+    assert warning.startswith("mmcv's compiled operators do not load (")
 
 
 @pytest.mark.skipif(
     not IS_COMPILED, reason='mmcv has no compiled operators (make compatibility has)'
 )
 def test_compiled_operators_are_used():
-    result = run('import mmconv2former; import mmcv._ext; print(mmcv._ext.__file__)')
-    assert result.stdout.endswith('.so\n')
-    assert 'mmcv' not in result.stderr
+    code = 'import mmconv2former; import mmcv._ext; print(mmcv._ext.__file__)'
+    printed, warning = run_python(code, errors=True)
+    assert printed.endswith('.so\n')
+    assert 'mmcv' not in warning
 
 
 def test_installing_again_has_no_effect():

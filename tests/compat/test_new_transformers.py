@@ -1,7 +1,6 @@
 """mmdet and mmpretrain beside a transformers too new for mmpretrain's multimodal networks."""
 
-import subprocess
-import sys
+from helpers.in_process import run_python
 
 CODE = """
 import mmconv2former
@@ -20,9 +19,4 @@ def test_mmdet_and_mmpretrain_are_imported(tmp_path):
     info = tmp_path / 'transformers-5.0.0.dist-info'
     info.mkdir()
     (info / 'METADATA').write_text('Metadata-Version: 2.1\nName: transformers\nVersion: 5.0.0\n')
-    code = f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n{CODE}'
-    result = subprocess.run(
-        [sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == 'False\n'
+    assert run_python(f'import sys; sys.path.insert(0, {str(tmp_path)!r})\n{CODE}') == 'False\n'

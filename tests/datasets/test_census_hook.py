@@ -5,12 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.in_process import refusal_of
-from helpers.tiny import tiny_config
+from helpers.tiny import write_config
 from mmdet.evaluation import MultiDatasetsEvaluator
 from mmengine.evaluator import Evaluator
-from mmengine.logging import MMLogger
-from mmengine.registry import DATASETS, init_default_scope
-from PIL import Image
 from torch import nn
 
 from mmconv2former.datasets import census_hook
@@ -19,8 +16,6 @@ from mmconv2former.datasets.census_hook import (
     compare_truth,
     different_ignored,
     few_outputs,
-    folder_classes,
-    follow,
     ignored_in_training,
     moved_classes,
 )
@@ -30,16 +25,12 @@ from mmconv2former.datasets.checked import DataError
 # ----------------------------------------------------------------------------------- whole commands
 @pytest.fixture(scope='module')
 def detector(sample, tmp_path_factory):
-    path = tmp_path_factory.mktemp('detector') / 'tiny.py'
-    tiny_config('detection', sample, 'unused', length=1).dump(path)
-    return path
+    return write_config(tmp_path_factory.mktemp('detector') / 'tiny.py', 'detection', sample, 1)
 
 
 @pytest.fixture(scope='module')
 def segmentor(sample, tmp_path_factory):
-    path = tmp_path_factory.mktemp('segmentor') / 'tiny.py'
-    tiny_config('segmentation', sample, 'unused', length=1).dump(path)
-    return path
+    return write_config(tmp_path_factory.mktemp('segmentor') / 'tiny.py', 'segmentation', sample, 1)
 
 
 def with_crowds(sample, folder):
@@ -221,47 +212,3 @@ def test_evaluation_alone_compares_its_parts(segmentor, tmp_path):
     assert (
         'ignore_index differs: 255 in test_evaluator (IoUMetric), 0 in test_dataloader' in message
     )
-
-
-# ----------------------------------------------------------------------------------- image folders
-def image_folders(root, *names):
-    for name in names:
-        (root / name).mkdir(parents=True)
-        Image.new('RGB', (8, 8)).save(root / name / 'a.png')
-    init_default_scope('mmpretrain')
-    return DATASETS.build(dict(type='CustomDataset', data_prefix=str(root)))
-
-
-def labels(dataset):
-    infos = [dataset.get_data_info(index) for index in range(len(dataset))]
-    return {info['img_path'].split('/')[-2]: info['gt_label'] for info in infos}
-
-
-def test_folders_of_validation_get_the_numbers_of_training(tmp_path):
-    train = image_folders(tmp_path / 'train', 'ball', 'box', 'kite')
-    val = image_folders(tmp_path / 'val', 'ball', 'kite')
-    assert labels(val) == dict(ball=0, kite=1)
-    assert follow(SimpleNamespace(datasets=[val]), folder_classes(train)) == [val]
-    assert labels(val) == dict(ball=0, kite=2)
-    assert val.metainfo['classes'] == ('ball', 'box', 'kite')
-    assert follow(val, folder_classes(train)) == []
-    with pytest.raises(DataError, match='folders that are not a class of training: kite'):
-        follow(image_folders(tmp_path / 'other', 'kite'), ('ball', 'box'))
-    assert folder_classes(dataset_of()) is None
-
-
-@pytest.mark.parametrize('split', ['val', 'test'])
-def test_folders_of_an_evaluation_get_the_numbers_of_the_checkpoint(split, tmp_path):
-    """Also if the config has training data, which such a run does not build."""
-    data = image_folders(tmp_path, 'ball', 'kite')
-    loop = SimpleNamespace(
-        dataloader=SimpleNamespace(dataset=data), evaluator=SimpleNamespace(metrics=[])
-    )
-    runner = SimpleNamespace(_train_loop=dict(max_epochs=1), model=nn.Identity(),
-                             visualizer=SimpleNamespace(dataset_meta={}),
-                             logger=MMLogger.get_current_instance(), val_loop=loop,
-                             test_loop=loop)  # fmt: skip
-    hook, names = CensusHook(), ('ball', 'box', 'kite')
-    hook.after_load_checkpoint(runner, dict(meta=dict(dataset_meta=dict(classes=names))))
-    getattr(hook, f'before_{split}')(runner)
-    assert labels(data) == dict(ball=0, kite=2)

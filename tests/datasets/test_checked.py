@@ -13,6 +13,13 @@ from mmconv2former.datasets.checked import CheckedDataset, DataError
 IMAGE, OBJECT = 3, 5  # entries that lose a field
 
 
+@pytest.fixture
+def settings(sample, tmp_path):
+    """The data loader of a detector's training."""
+    init_default_scope('mmdet')
+    return copy.deepcopy(tiny_config('detection', sample, tmp_path, 1, images=4).train_dataloader)
+
+
 @pytest.mark.parametrize(
     ('part', 'index', 'field', 'message'),
     [
@@ -31,13 +38,12 @@ IMAGE, OBJECT = 3, 5  # entries that lose a field
         (None, None, 'annotations', "its list 'annotations' is missing or empty"),
     ],
 )  # fmt: skip
-def test_missing_field_is_named(part, index, field, message, sample, tmp_path):
-    settings = copy.deepcopy(tiny_config('detection', sample, tmp_path, 1).train_dataloader.dataset)
+def test_missing_field_is_named(part, index, field, message, settings, sample, tmp_path):
+    settings = settings.dataset
     content = json.loads((sample / 'coco' / settings.ann_file).read_text())
     (content if part is None else content[part][index]).pop(field)
     settings.ann_file = str(tmp_path / 'broken.json')
     (tmp_path / 'broken.json').write_text(json.dumps(content))
-    init_default_scope('mmdet')
     with pytest.raises(DataError) as caught:
         CheckedDataset(settings)
     said = str(caught.value)
@@ -45,27 +51,21 @@ def test_missing_field_is_named(part, index, field, message, sample, tmp_path):
     assert message in said
 
 
-def test_classes_are_named_once(sample, tmp_path):
-    settings = copy.deepcopy(tiny_config('detection', sample, tmp_path, 1).train_dataloader.dataset)
-    settings.metainfo = dict(classes=('kite', 'kite', 'pizza'))
-    init_default_scope('mmdet')
+def test_classes_are_named_once(settings):
+    settings.dataset.metainfo = dict(classes=('kite', 'kite', 'pizza'))
     with pytest.raises(DataError, match="classes of CocoDataset have 'kite' twice"):
-        CheckedDataset(settings)
+        CheckedDataset(settings.dataset)
 
 
 @pytest.mark.parametrize('name', ['CLASSES', 'Palette', 'clases'])
-def test_names_without_effect_in_metainfo(name, sample, tmp_path):
-    settings = copy.deepcopy(tiny_config('detection', sample, tmp_path, 1).train_dataloader.dataset)
-    settings.metainfo = {name: ('ball', 'kite')}
-    init_default_scope('mmdet')
+def test_names_without_effect_in_metainfo(name, settings):
+    settings.dataset.metainfo = {name: ('ball', 'kite')}
     with pytest.raises(DataError, match=f"CocoDataset has '{name}', which has no effect: write '"):
-        CheckedDataset(settings)
+        CheckedDataset(settings.dataset)
 
 
-def test_less_than_one_batch(sample, tmp_path):
-    settings = tiny_config('detection', sample, tmp_path, 1, images=4).train_dataloader
+def test_less_than_one_batch(settings):
     settings.update(batch_size=16, drop_last=True)
     settings.pop('batch_sampler')
-    init_default_scope('mmdet')
     with pytest.raises(DataError, match='no batch of 16 can be made of 4 samples'):
         ReliableRunner.build_dataloader(settings, seed=0)

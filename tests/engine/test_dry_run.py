@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.in_process import refusal_of, with_data, write_tiny_config
-from helpers.tiny import WITHOUT_WORKERS, tiny_config
+from helpers.tiny import WITHOUT_WORKERS, write_config
 from helpers.tools import run_tool
 from mmdet.evaluation import MultiDatasetsEvaluator
 from mmengine.evaluator import BaseMetric, Evaluator
@@ -36,10 +36,8 @@ from mmconv2former.engine.lost_files import LostFiles
 @pytest.fixture(scope='module')
 def detector(sample, tmp_path_factory):
     path = tmp_path_factory.mktemp('detector') / 'tiny.py'
-    config = tiny_config('detection', sample, 'unused', length=1)
-    config.model.test_cfg.rcnn.score_thr = 0.5  # above what an untrained detector predicts
-    config.dump(path)
-    return path
+    options = {'model.test_cfg.rcnn.score_thr': 0.5}  # more than an untrained detector predicts
+    return write_config(path, 'detection', sample, 1, options=options)
 
 
 @pytest.fixture(scope='module')
@@ -53,18 +51,6 @@ def segmentation_refusal(segmentor, sample, tmp_path, *options):
     message = refusal_of(*arguments)
     assert not list(work_dir.glob('**/*.pth')), 'an iteration was trained'
     return message
-
-
-def changed_annotations(sample, folder, change):
-    """The sample with other annotations of its validation images."""
-    for name in ('train2017', 'val2017'):
-        (folder / name).symlink_to(sample / 'coco' / name)
-    shutil.copytree(sample / 'coco/annotations', folder / 'annotations')
-    path = folder / 'annotations/instances_val2017.json'
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    return folder
 
 
 def test_passes_in_one_line_and_stores_nothing(detector, tmp_path):
@@ -81,15 +67,16 @@ def test_passes_in_one_line_and_stores_nothing(detector, tmp_path):
 
 
 def test_annotations_without_a_field(detector, sample, tmp_path):
-    data = changed_annotations(
-        sample, tmp_path, lambda content: [a.pop('area') for a in content['annotations']]
-    )
-    annotations = f'val_evaluator.ann_file={data}/annotations/instances_val2017.json'
-    message = refusal_of('train', detector, '--data-root', data, '--work-dir', tmp_path / 'work',
-                         '--cfg-options', annotations)  # fmt: skip
+    content = json.loads((sample / 'coco/annotations/instances_val2017.json').read_text())
+    for annotation in content['annotations']:
+        del annotation['area']
+    path = tmp_path / 'truth.json'
+    path.write_text(json.dumps(content))
+    option = f'val_evaluator.ann_file={path}'
+    message = refusal_of('train', detector, '--work-dir', tmp_path, '--cfg-options', option)
+    assert message.startswith('error: ')
     assert "KeyError: 'area'" in message
-    assert 'error: ' in message
-    assert not list(tmp_path.glob('work/*.pth'))
+    assert not list(tmp_path.glob('*.pth'))
 
 
 def test_metric_that_chooses_the_best_checkpoint(segmentor, sample, tmp_path):
@@ -162,22 +149,24 @@ def test_images_of_several_sizes_in_a_batch(detector, segmentor, sample, tmp_pat
     assert 'AssertionError: The image size in a batch' in message
 
 
-def test_failing_drawing(segmentor, sample, tmp_path, monkeypatch):
+@pytest.fixture
+def no_palette(monkeypatch):
+    """Drawings fail."""
+
     def fail(*args, **kwargs):
         raise IndexError('palette')
 
     monkeypatch.setattr('mmseg.visualization.SegLocalVisualizer.add_datasample', fail)
+
+
+def test_failing_drawing(segmentor, sample, tmp_path, no_palette):
     options = ('default_hooks.visualization.draw=True',)
     message = segmentation_refusal(segmentor, sample, tmp_path, *options)
     assert '.jpg: IndexError: palette. Training would fail there later.' in message
     assert '--no-dry-run' in message
 
 
-def test_metrics_survive_a_failing_drawing(segmentor, sample, tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise IndexError('palette')
-
-    monkeypatch.setattr('mmseg.visualization.SegLocalVisualizer.add_datasample', fail)
+def test_metrics_survive_a_failing_drawing(segmentor, sample, tmp_path, no_palette):
     arguments = ['test', segmentor, 'none', '--show-dir', 'drawings']
     output = run_tool(*with_data(arguments, sample, tmp_path, *WITHOUT_WORKERS))
     assert 'cannot draw: IndexError: palette' in output

@@ -18,7 +18,6 @@ from mmconv2former.engine.resuming import (
     compare_classes,
     differences,
     follow_config,
-    is_setting,
     settings_of,
     sources,
 )
@@ -111,12 +110,6 @@ def test_values_that_an_optimizer_keeps_in_its_groups(train, tmp_path):
     groups = checkpoint['optimizer']['param_groups']
     assert {group['d'] for group in groups} == {8}
     assert {group['momentum'] for group in groups} == {0.5}
-
-
-def test_settings_of_an_optimizer():
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))])
-    keys = ['params', 'lr', 'initial_lr', 'betas', 'initial_betas', 'd', 'k']
-    assert [key for key in keys if is_setting(key, optimizer)] == keys[1:5]
 
 
 def test_betas_follow_a_schedule_of_the_momentum():

@@ -16,37 +16,33 @@ from mmconv2former.engine.hooks import EPOCH_POSITION, ReliableCheckpointHook
 from mmconv2former.engine.stopping import SIGNALS, STOPPED, StoppingHook, command, make_patient
 
 
-class SignalHook(Hook):
-    """Sends this process a signal at a point of the run, and remembers the batches it was told."""
+class Batches(Hook):
+    """Remembers the numbers of the batches."""
 
-    def __init__(self, point, count, number):
-        self.point, self.count, self.number = point, count, number
-        self.batches = []
-        setattr(self, point, self.send)
+    def __init__(self):
+        self.numbers = []
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
-        self.batches.append(batch_idx)
-
-    def send(self, runner, *args, **kwargs):
-        if self.point == 'before_train_iter':
-            self.batches.append(kwargs['batch_idx'])
-        self.count -= 1
-        if self.count == 0:
-            signal.raise_signal(self.number)
+        self.numbers.append(batch_idx)
 
 
-def start(config, point='before_train_iter', count=0, number=signal.SIGTERM, resume=False):
+def terminate(runner):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def start(config, resume=False):
+    """Trains; returns the numbers of the batches, and the exit code of a run that was stopped."""
     config = config.copy()
     config.update(resume='auto' if resume else False, experiment_name=f'{config.experiment_name}_')
     config.visualizer.name = config.experiment_name
     runner = ReliableRunner.from_cfg(config)
-    hook = SignalHook(point, count, number)
-    runner.register_hook(hook)
+    batches = Batches()
+    runner.register_hook(batches)
     try:
         runner.train()
     except SystemExit as stop:
-        return hook, stop.code
-    return hook, None
+        return batches.numbers, stop.code
+    return batches.numbers, None
 
 
 def last(work_dir):
@@ -79,12 +75,13 @@ def whole(sample, tmp_path_factory):
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    task, point, count, saved, batches, whole, sample, tmp_path, capfd
+    task, point, count, saved, batches, whole, sample, tmp_path, at_moment, capfd
 ):
     length, interval = {'detection': (2, 1), 'segmentation': (8, 4)}[task]
     config = tiny_config(task, sample, tmp_path, length, interval)
     handlers = [signal.getsignal(number) for number in SIGNALS]
-    assert start(config, point, count)[1] == STOPPED
+    at_moment(**{point: (count, terminate)})
+    assert start(config)[1] == STOPPED
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
     said = capfd.readouterr().err
     assert (
@@ -92,10 +89,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     )
     assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / saved)
 
-    hook, code = start(config, resume=True)
+    found, code = start(config, resume=True)
     assert code is None
     if batches is not None:
-        assert hook.batches == batches
+        assert found == batches
     for part in ('state_dict', 'optimizer'):
         expected = last(whole[task])[part]
         torch.testing.assert_close(last(tmp_path)[part], expected, rtol=0, atol=0)
@@ -108,13 +105,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert EPOCH_POSITION not in last(tmp_path)['message_hub']['runtime_info']
 
 
-def test_another_batch_size_continues_at_the_same_place_of_the_epoch(sample, tmp_path):
+def test_another_batch_size_continues_at_the_same_place(sample, tmp_path, at_moment):
     config = tiny_config('detection', sample, tmp_path, 1)
-    assert start(config, count=2)[1] == STOPPED  # of four
+    at_moment(before_train_iter=(2, terminate))  # of four
+    assert start(config)[1] == STOPPED
     config.train_dataloader.batch_size = 4
-    hook, code = start(config, resume=True)
-    assert code is None
-    assert hook.batches == [1]  # of two
+    assert start(config, resume=True) == ([1], None)  # of two batches
     log = ''.join(path.read_text() for path in tmp_path.glob('*/*.log'))
     assert 'batch size 4 (checkpoint: 2). The run continues at the same place in its epoch' in log
     assert 'which now has 2 iterations' in log

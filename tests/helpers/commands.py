@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,6 +86,12 @@ def inline_code(page: Path) -> Iterator[tuple[str, int]]:
                 yield child.content, token.map[0] + 1 if token.map else 0
 
 
+def write_program(path: Path, line: str) -> None:
+    """A program of one line of shell, which stands in for another one."""
+    path.write_text(f'#!/bin/sh\n{line}\n')
+    path.chmod(0o755)
+
+
 # ---------------------------------------------------------------------------------------- parsers
 class Parsed(Exception):
     """Ends a tool once its command line is read."""
@@ -101,40 +107,36 @@ def tool_of(path: str) -> Any:
     return load_tool(Path(path).stem)
 
 
-def parse(words: list[str]) -> argparse.Namespace:
-    """What a tool's own parser makes of a command line; the tool goes no further.
+def stopped(words: list[str], parse_args: Callable[..., Any]) -> Parsed:
+    """A tool's parser and what `parse_args` makes of the words; the tool goes no further."""
 
-    Raises:
-        SystemExit: The parser refuses it.
-    """
-    parse_args = argparse.ArgumentParser.parse_args
-
-    def stop(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
-        raise Parsed(self, parse_args(self, args, namespace))
+    def stop(self: argparse.ArgumentParser, *args: Any) -> None:
+        raise Parsed(self, parse_args(self, *args))
 
     with typed(words), patch.object(argparse.ArgumentParser, 'parse_args', stop):
         try:
             tool_of(words[0]).main()
         except Parsed as parsed:
-            return parsed.arguments
+            return parsed
     raise AssertionError(f'{words[0]} does not read its command line')
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    """What a tool's own parser makes of a command line.
+
+    Raises:
+        SystemExit: The parser refuses it.
+    """
+    return stopped(words, argparse.ArgumentParser.parse_args).arguments
 
 
 def flags_of(path: str) -> set[str]:
     """All flags of a tool, those of its commands included."""
     found: set[str] = set()
-
-    def stop(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
-        raise Parsed(self, argparse.Namespace())
-
-    with typed([path]), patch.object(argparse.ArgumentParser, 'parse_args', stop):
-        try:
-            tool_of(path).main()
-        except Parsed as parsed:
-            parsers = [parsed.parser]
-            while parsers:
-                for action in parsers.pop()._actions:
-                    found |= set(action.option_strings)
-                    if isinstance(action, argparse._SubParsersAction):
-                        parsers += action.choices.values()
+    parsers = [stopped([path], lambda *_: argparse.Namespace()).parser]
+    while parsers:
+        for action in parsers.pop()._actions:
+            found |= set(action.option_strings)
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
     return found

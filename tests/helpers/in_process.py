@@ -58,6 +58,14 @@ def isolated():
             manager._lock.release()
 
 
+def run_python(code, *, errors=False):
+    """What code prints in a fresh interpreter that can import this package."""
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return (result.stdout, result.stderr) if errors else result.stdout
+
+
 @contextmanager
 def typed(words):
     """The process of a tool after `words` were typed."""

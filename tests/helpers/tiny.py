@@ -97,6 +97,14 @@ def tiny_config(task, sample, work_dir, length, interval=1, images=8, options=No
     return config
 
 
+def write_config(path, task, sample, *args, **kwargs):
+    """Writes the config of a short run that is named by its time; the work dir is an argument."""
+    config = tiny_config(task, sample, 'unused', *args, **kwargs)
+    config.pop('experiment_name')
+    config.dump(path)
+    return path
+
+
 def scalars(work_dir):
     """All logged values by (name, step); the last one of a step that was logged twice."""
     values = {}

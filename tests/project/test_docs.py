@@ -15,11 +15,19 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
 from helpers import ROOT
-from helpers.commands import Command, flags_of, inline_code, parse, read_commands
+from helpers.commands import (
+    Command,
+    flags_of,
+    inline_code,
+    parse,
+    read_commands,
+    write_program,
+)
 from helpers.pages import Block, files_of, read_blocks
 from markdown_it import MarkdownIt
 from mmengine.config import Config
@@ -159,11 +167,6 @@ def project(sample, tmp_path_factory):
     return folder
 
 
-def write_program(path, line):
-    path.write_text(f'#!/bin/sh\n{line}\n')
-    path.chmod(0o755)
-
-
 def run(project, text, programs='bin'):
     result = subprocess.run(
         ['bash', '-euc', text],
@@ -278,18 +281,11 @@ def test_pip_is_asked_for_what_there_is(command, pip_help):
         elif word.startswith('-'):
             assert re.search(rf'(^|[\s,]){re.escape(word)}\b', pip_help), word
         elif match := re.fullmatch(r'(?:\.|mmconv2former[\w.-]*)\[(.+)\]', word):
-            assert set(match[1].split(',')) <= extras(), word
+            extras = metadata.metadata('mmconv2former').get_all('Provides-Extra')
+            assert set(match[1].split(',')) <= set(extras), word
         elif word != '.' and asks_for_pins:
             name = Requirement(word).name
             assert re.search(rf'^{re.escape(name)}==', pins, flags=re.M), f'{name} is not pinned'
-
-
-def extras():
-    """Names of the extras in setup.py."""
-    for node in ast.walk(ast.parse((ROOT / 'setup.py').read_text())):
-        if isinstance(node, ast.keyword) and node.arg == 'extras_require':
-            return {key.value for key in node.value.keys}
-    raise AssertionError('setup.py has no extras_require')
 
 
 @shown_by('mim')
@@ -340,29 +336,20 @@ def has_command_line(tool):
     return "if __name__ == '__main__':" in text and 'pars' in text
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_flags_in_sentences_exist(page, all_flags):
-    for text, line in inline_code(page):
-        for flag in re.findall(r'(?<![\w-])--[a-z][\w-]*', text):
-            assert flag in all_flags | OTHER_FLAGS, f'line {line}: {flag}'
-
-
 @pytest.fixture(scope='module')
 def configs():
     return [Config.fromfile(ROOT / recipe) for recipe in RECIPES]
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_files_in_sentences_exist(page):
+def test_sentences_name_what_there_is(page, all_flags, configs):
+    """Flags, files and options of configs."""
     for text, line in inline_code(page):
+        for flag in re.findall(r'(?<![\w-])--[a-z][\w-]*', text):
+            assert flag in all_flags | OTHER_FLAGS, f'line {line}: {flag}'
         if not re.search('[*{(]', text):
             words = [word for word in text.split() if not any(name in word for name in STAND_INS)]
             check_paths(words, page, f'line {line}')
-
-
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
-def test_config_options_in_sentences_exist(page, configs):
-    for text, line in inline_code(page):
         if text.startswith('--cfg-options ') and 'KEY=VALUE' not in text:
             for option in text.split()[1:]:
                 key = option.partition('=')[0]
@@ -448,28 +435,3 @@ def test_rows_quoted_in_answers_are_those_of_other_pages():
     rows = re.findall(r'^\|.*\d\.\d\d \|.*$', (ROOT / 'docs/faq.md').read_text(), flags=re.M)
     assert len(rows) >= 2
     assert not set(rows) - set(others)
-
-
-# ---------------------------------------------------------------------------- the checks themselves
-@pytest.mark.parametrize(
-    'text',
-    [
-        'python tools/train.py CONFIG --no-such-flag',
-        'python tools/train.py',
-        'python tools/train.py configs/detection/no_such.py',
-        'python tools/train.py CONFIG --cfg-options model.no_such.part=1',
-        'python tools/train.py CONFIG --cfg-options model.backbone.no_such=1',
-        'python tools/train.py CONFIG --work-dir WHAT_IS_THIS',
-    ],
-)
-def test_wrong_commands_are_found(text):
-    with pytest.raises((AssertionError, SystemExit)):
-        test_tools_read_their_commands(Command(ROOT / 'README.md', 1, text))
-
-
-def test_wrong_links_are_found(tmp_path):
-    page = tmp_path / 'page.md'
-    for text in ('[a](no_such.md)', '[a](page.md#b)', '# B\n\n[a](#b-1)', '![a](no_such.png)'):
-        page.write_text(text)
-        with pytest.raises(AssertionError):
-            test_links_lead_somewhere(page)

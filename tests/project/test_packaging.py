@@ -97,6 +97,14 @@ def wheel(source, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope='module')
+def unpacked(wheel, tmp_path_factory):
+    """A folder that holds the wheel's files."""
+    folder = tmp_path_factory.mktemp('unpacked')
+    shutil.unpack_archive(wheel, folder, 'zip')
+    return folder
+
+
 def contents(wheel):
     """Files of a wheel and what is in them, without pip's own record of them."""
     with zipfile.ZipFile(wheel) as archive:
@@ -145,11 +153,8 @@ def test_editable_installation_links(tmp_path):
 
 
 @pytest.mark.parametrize('place', ['clone', 'wheel'])
-def test_module_lists_and_runs_the_tools(place, wheel, tmp_path):
-    if place == 'wheel':
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(tmp_path)
-    folder = tmp_path if place == 'wheel' else ROOT
+def test_module_lists_and_runs_the_tools(place, unpacked, tmp_path):
+    folder = unpacked if place == 'wheel' else ROOT
     settings = {**os.environ, 'PYTHONPATH': str(folder)}
     module = [sys.executable, '-W', 'ignore', '-m', 'mmconv2former']
     printed = run(*module, cwd=tmp_path, env=settings)
@@ -165,12 +170,10 @@ def test_module_names_unknown_tools(monkeypatch, capsys):
     assert '  train ' in capsys.readouterr().out
 
 
-def test_tools_work_where_the_wheel_puts_them(wheel, tmp_path):
+def test_tools_work_where_the_wheel_puts_them(unpacked, tmp_path):
     """They import each other; `mim` would add --gpus if the help had that word."""
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
-    settings = {**os.environ, 'PYTHONPATH': str(tmp_path)}
-    tool = tmp_path / MIM / 'tools/train.py'
+    settings = {**os.environ, 'PYTHONPATH': str(unpacked)}
+    tool = unpacked / MIM / 'tools/train.py'
     text = run(sys.executable, tool, '-h', cwd=tmp_path, env=settings)
     assert '--work-dir' in text
     assert '--gpus' not in text

@@ -1,4 +1,4 @@
-"""Files for developers: hooks, workflow, issue forms, citation."""
+"""Files for developers: hooks, workflow, citation."""
 
 import re
 import subprocess
@@ -9,9 +9,6 @@ import yaml
 from helpers import ROOT
 
 import mmconv2former
-
-FORMS = sorted((ROOT / '.github/ISSUE_TEMPLATE').glob('*.yml'))
-FIELDS = ('checkboxes', 'dropdown', 'input', 'markdown', 'textarea')
 
 
 def read(name):
@@ -43,22 +40,6 @@ def test_workflow_runs_what_ci_runs_on_each_python():
     setup = (ROOT / 'tools/setup_env.sh').read_text()
     named = re.search(r'Python (.*) is needed', setup)
     assert versions == re.findall(r'3\.\d+', named[1])
-
-
-def test_ci_lints_and_tests():
-    assert (ROOT / '.ci/run').read_text().split('\n')[-3:-1] == ['make lint', 'make test']
-
-
-@pytest.mark.parametrize('path', FORMS, ids=lambda path: path.stem)
-def test_issue_forms(path):
-    """The parts that GitHub asks of a form."""
-    form = yaml.safe_load(path.read_text())
-    assert {'name', 'description', 'body'} <= form.keys()
-    fields = [field for field in form['body'] if field['type'] != 'markdown']
-    assert fields
-    assert {field['type'] for field in form['body']} <= set(FIELDS)
-    assert all(field['attributes']['label'] for field in fields)
-    assert len({field['id'] for field in fields}) == len(fields)
 
 
 def test_citation_is_of_this_version_and_the_paper():

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from common.cli import run_errors
-from helpers.tiny import tiny_config
+from helpers.tiny import tiny_config, write_config
 from helpers.tools import run_tool
 from mmengine.dataset import Compose
 from mmengine.registry import MODELS, TRANSFORMS, init_default_scope
@@ -311,13 +311,10 @@ def test_refusal_ends_a_real_run_in_one_line(small, tmp_path, fault_report):
     root = shutil.copytree(small / DATA['segmentation'][1], tmp_path / 'ade')
     for path in (root / 'annotations/training').iterdir():
         cv2.imwrite(str(path), np.full((64, 64), 151, np.uint8))
-    settings = tmp_path / 'config.py'
-    config = tiny_config('segmentation', small, tmp_path / 'run', length=4)
-    config.train_dataloader.num_workers = 2
-    for loader in (config.train_dataloader, config.val_dataloader):
-        loader.dataset.data_root = f'{root}/'
-    config.dump(settings)
-    output = run_tool('train.py', settings, succeeds=False)
+    options = {f'{part}_dataloader.dataset.data_root': f'{root}/' for part in ('train', 'val')}
+    options['train_dataloader.num_workers'] = 2
+    config = write_config(tmp_path / 'config.py', 'segmentation', small, 4, options=options)
+    output = run_tool('train.py', config, '--work-dir', tmp_path / 'run', succeeds=False)
     last_line = output.splitlines()[-1]
     fault_report('Data', 'label 151, through tools/train.py', 1, 1,
                  last_line.replace(f'{root}/', ''))  # fmt: skip

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 from helpers.in_process import refusal_of
-from helpers.tiny import tiny_config
+from helpers.tiny import tiny_config, write_config
 from mmengine.fileio import LocalBackend
 
 from mmconv2former import ReliableRunner
@@ -36,10 +36,11 @@ def small_disk(folder, mebibytes, options=''):
         subprocess.run(['umount', '--lazy', str(folder)], check=True)
 
 
-def segmentation(sample, work_dir, **options):
-    config = tiny_config('segmentation', sample, work_dir, length=8, interval=2, options=options)
-    config.default_hooks.checkpoint.max_keep_ckpts = -1
-    return config
+@pytest.fixture
+def config(sample, tmp_path):
+    """The config file of a run of eight iterations that keeps all checkpoints."""
+    options = {'default_hooks.checkpoint.max_keep_ckpts': -1, 'log_level': 'INFO'}
+    return write_config(tmp_path / 'config.py', 'segmentation', sample, 8, 2, options=options)
 
 
 def checkpoints(work_dir):
@@ -50,14 +51,11 @@ def checkpoints(work_dir):
 
 
 @needs_root
-def test_full_disk(server, sample, tmp_path, fault_report):
-    config = segmentation(sample, 'unused')
-    config.pop('experiment_name')
-    config.dump(tmp_path / 'config.py')
+def test_full_disk(server, config, tmp_path, fault_report):
     log = tmp_path / 'output.txt'
     with small_disk(tmp_path / 'disk', DISK) as disk:
         work_dir = disk / 'work'
-        argv = ['train.py', tmp_path / 'config.py', '--work-dir', work_dir, '--resume']
+        argv = ['train.py', config, '--work-dir', work_dir, '--resume']
         assert server.run(argv, log) == [1]
         *_, error = log.read_text().strip().splitlines()
         assert error.startswith(f'error: cannot save {work_dir}/')
@@ -75,9 +73,7 @@ def test_full_disk(server, sample, tmp_path, fault_report):
 
 
 @needs_root
-def test_unwritable_work_dir(server, sample, tmp_path, fault_report):
-    config = segmentation(sample, 'unused')
-    config.dump(tmp_path / 'config.py')
+def test_unwritable_work_dir(server, config, tmp_path, fault_report):
     (tmp_path / 'file').write_text('')
     with small_disk(tmp_path / 'disk', 1, ',ro') as disk:
         for fault, work_dir in (
@@ -85,7 +81,7 @@ def test_unwritable_work_dir(server, sample, tmp_path, fault_report):
             ('a file in place of the work dir', tmp_path / 'file'),
         ):
             log = tmp_path / f'{work_dir.parent.name}.txt'
-            argv = ['train.py', tmp_path / 'config.py', '--work-dir', work_dir]
+            argv = ['train.py', config, '--work-dir', work_dir]
             assert server.run(argv, log) == [1]
             *_, error = log.read_text().strip().splitlines()
             assert error.startswith(f'error: --work-dir {work_dir} cannot be written to: ')
@@ -123,9 +119,8 @@ def test_writer_that_fails_in_the_middle(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(LocalBackend, 'put', full)
-    config = segmentation(sample, tmp_path / 'work')
-    config.default_hooks.checkpoint.max_keep_ckpts = 1
-    config.default_hooks.dry_run = None
+    options = {'default_hooks.checkpoint.max_keep_ckpts': 1, 'default_hooks.dry_run': None}
+    config = tiny_config('segmentation', sample, tmp_path / 'work', 8, 2, options=options)
     config.visualizer.name = config.experiment_name
     runner = ReliableRunner.from_cfg(config)
     name = WRITES[failing]
@@ -145,41 +140,11 @@ def fill(disk):
             pass
 
 
-@pytest.fixture
-def at_moment(monkeypatch):
-    """Calls functions after hooks: `at_moment(after_train_iter=(3, function))` the third time."""
-    call_hook = ReliableRunner.call_hook
-
-    def register(**events):
-        counts = dict.fromkeys(events, 0)
-
-        def call(self, fn_name, **kwargs):
-            call_hook(self, fn_name, **kwargs)
-            if fn_name in events:
-                counts[fn_name] += 1
-                number, function = events[fn_name]
-                if counts[fn_name] == number:
-                    function()
-
-        monkeypatch.setattr(ReliableRunner, 'call_hook', call)
-
-    return register
-
-
-def dumped(config, path):
-    config.pop('experiment_name')
-    config.default_hooks.dry_run = None
-    config.log_level = 'INFO'
-    config.dump(path)
-    return path
-
-
 @needs_root
-def test_evaluation_on_a_full_disk(in_process, sample, tmp_path, at_moment, capfd, fault_report):
+def test_evaluation_on_a_full_disk(in_process, config, tmp_path, at_moment, capfd, fault_report):
     """Its metrics are shown; then it ends with an error."""
-    config = dumped(segmentation(sample, 'unused'), tmp_path / 'config.py')
     with small_disk(tmp_path / 'disk', 1) as disk:
-        at_moment(before_test=(1, lambda: fill(disk)))
+        at_moment(before_test=(1, lambda _: fill(disk)))
         error = refusal_of('test', config, 'none', '--work-dir', disk / 'work', '--out',
                            disk / 'predictions.pkl', '--show-dir', 'drawn')  # fmt: skip
         assert not (disk / 'predictions.pkl').exists()
@@ -198,24 +163,23 @@ def test_evaluation_on_a_full_disk(in_process, sample, tmp_path, at_moment, capf
 
 @needs_root
 def test_training_on_a_disk_that_is_full_for_a_while(
-    in_process, sample, tmp_path, at_moment, monkeypatch, capfd, fault_report
+    in_process, config, tmp_path, at_moment, monkeypatch, capfd, fault_report
 ):
     """Logs, scalars and drawings are no reason to end."""
     monkeypatch.setattr('threading.excepthook', threading.__excepthook__)  # pytest has its own
-    config = segmentation(sample, 'unused')
-    config.merge_from_dict({
-        'train_cfg.max_iters': 4, 'train_cfg.val_interval': 1, 'param_scheduler.1.end': 4,
-        'default_hooks.checkpoint.interval': 4, 'default_hooks.visualization.draw': True,
-        'default_hooks.visualization.interval': 1, 'default_hooks.checkpoint.save_best': None,
-    })  # fmt: skip
-    config = dumped(config, tmp_path / 'config.py')
+    options = [
+        'train_cfg.max_iters=4', 'train_cfg.val_interval=1', 'param_scheduler.1.end=4',
+        'default_hooks.checkpoint.interval=4', 'default_hooks.visualization.draw=True',
+        'default_hooks.visualization.interval=1', 'default_hooks.checkpoint.save_best=None',
+    ]  # fmt: skip
     with small_disk(tmp_path / 'disk', DISK) as disk:
         at_moment(
-            before_train_iter=(1, lambda: fill(disk)),
-            after_train_iter=(3, (disk / 'filler').unlink),
+            before_train_iter=(1, lambda _: fill(disk)),
+            after_train_iter=(3, lambda _: (disk / 'filler').unlink()),
         )
         work_dir = disk / 'work'
-        assert refusal_of('train', config, '--work-dir', work_dir, '--tensorboard') == ''
+        arguments = ['--work-dir', work_dir, '--no-dry-run', '--tensorboard']
+        assert refusal_of('train', config, *arguments, '--cfg-options', *options) == ''
         assert [path.name for path in work_dir.glob('*.pth')] == ['iter_4.pth']
     output = ''.join(capfd.readouterr())
     assert 'Traceback' not in output
@@ -227,11 +191,10 @@ def test_training_on_a_disk_that_is_full_for_a_while(
         assert count == 1
 
 
-def test_work_dir_that_is_removed(in_process, sample, tmp_path, at_moment, capfd, fault_report):
-    config = dumped(segmentation(sample, 'unused'), tmp_path / 'config.py')
+def test_work_dir_that_is_removed(in_process, config, tmp_path, at_moment, capfd, fault_report):
     work_dir = tmp_path / 'work'
-    at_moment(after_train_iter=(3, lambda: shutil.rmtree(work_dir)))
-    error = refusal_of('train', config, '--work-dir', work_dir)
+    at_moment(after_train_iter=(3, lambda _: shutil.rmtree(work_dir)))
+    error = refusal_of('train', config, '--work-dir', work_dir, '--no-dry-run')
     is_said = error == (
         f'error: iteration 3: the folder {work_dir} is gone: removed, or its disk is not mounted; '
         'this run ends and saves nothing there'
@@ -243,11 +206,10 @@ def test_work_dir_that_is_removed(in_process, sample, tmp_path, at_moment, capfd
 
 
 def test_evaluation_whose_work_dir_is_removed(
-    in_process, sample, tmp_path, at_moment, capfd, fault_report
+    in_process, config, tmp_path, at_moment, capfd, fault_report
 ):
-    config = dumped(segmentation(sample, 'unused'), tmp_path / 'config.py')
     work_dir = tmp_path / 'work'
-    at_moment(before_test=(1, lambda: shutil.rmtree(work_dir)))
+    at_moment(before_test=(1, lambda _: shutil.rmtree(work_dir)))
     error = refusal_of('test', config, 'none', '--work-dir', work_dir)
     assert list(work_dir.glob('*/*.json'))
     is_said = error.startswith('error: the evaluation is complete, but not all was written: log ')

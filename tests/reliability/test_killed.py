@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from helpers.tiny import scalars, tiny_config
+from helpers.tiny import scalars, write_config
 
 TASKS = {
     # task: length and interval, in epochs of four iterations or in iterations
@@ -21,10 +21,9 @@ class Run:
 
     def __init__(self, server, config, folder):
         self.server = server
-        self.config = folder / 'config.py'
+        self.config = config
         self.work_dir = folder / 'work'
         self.log = folder / 'output.txt'
-        config.dump(self.config)
         self.newest = 0
 
     def start(self):
@@ -85,8 +84,8 @@ def test_killed_repeatedly(task, server, sample, tmp_path, fault_report, slow):
     runs = {}
     for name in ('whole', 'killed'):
         (tmp_path / name).mkdir()
-        config = tiny_config(task, sample, 'unused', length, interval, options=options)
-        config.pop('experiment_name')
+        path = tmp_path / name / 'config.py'
+        config = write_config(path, task, sample, length, interval, options=options)
         runs[name] = Run(server, config, tmp_path / name)
     whole, killed = runs.values()
     whole.start()

@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 import pytest
-from helpers.tiny import tiny_config
+from helpers.tiny import write_config
 from mmengine.logging import HistoryBuffer, MessageHub
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -51,13 +51,10 @@ def test_two_thousand_iterations(server, sample, tmp_path, fault_report):
         'default_hooks.checkpoint.interval': 500,
         'train_cfg.val_interval': 500,
     }
-    config = tiny_config(
-        'segmentation', sample, 'unused', ITERATIONS, ITERATIONS, images=40, options=options
-    )
-    config.pop('experiment_name')
-    config.dump(tmp_path / 'config.py')
+    path, sizes = tmp_path / 'config.py', (ITERATIONS, ITERATIONS, 40)
+    config = write_config(path, 'segmentation', sample, *sizes, options=options)
     work_dir = tmp_path / 'work'
-    argv = ['train.py', tmp_path / 'config.py', '--work-dir', work_dir, '--tensorboard']
+    argv = ['train.py', config, '--work-dir', work_dir, '--tensorboard']
     server.start(argv, tmp_path / 'output.txt')
     measured = []  # iteration, MiB, files
     while server.is_running():

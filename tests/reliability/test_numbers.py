@@ -10,11 +10,8 @@ import pytest
 import torch
 from helpers.half_precision import needs_scaler
 from helpers.tiny import scalars, tiny_config
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
 
 from mmconv2former import ReliableRunner
-from mmconv2former.checkpoint.loading import non_finite
 from mmconv2former.checkpoint.reading import read_checkpoint, read_state_dict
 from mmconv2former.engine.amp import CpuAmpOptimWrapper
 from mmconv2former.engine.finite import NonFiniteError, image_paths
@@ -27,31 +24,19 @@ TERMS = {
 }
 
 
-@HOOKS.register_module()
-class InjectedFault(Hook):
-    """Calls a function of a model at an iteration, counted from 1."""
-
-    priority = 'HIGHEST'
-
-    def __init__(self, iteration, fault):
-        self.iteration, self.fault = iteration, fault
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter + 1 == self.iteration:
-            self.fault(runner.model)
-
-
 @pytest.fixture
-def run(sample, tmp_path, guarded):
-    """A runner of six iterations, with a checkpoint and a validation at every second one."""
+def run(sample, tmp_path, guarded, at_moment):
+    """A runner of six iterations, with a checkpoint and a validation at every second one.
+
+    A fault is a function that changes the model before an iteration, counted from 1.
+    """
 
     def start(task, iteration=None, fault=None, **options):
         length, interval = (3, 1) if task == 'detection' else (6, 2)
         config = tiny_config(task, sample, tmp_path, length, interval, images=4, options=options)
-        runner = ReliableRunner.from_cfg(config)
         if fault is not None:
-            runner.register_hook(InjectedFault(iteration, fault))
-        return runner
+            at_moment(before_train_iter=(iteration, lambda runner: fault(runner.model)))
+        return ReliableRunner.from_cfg(config)
 
     return start
 
@@ -167,16 +152,6 @@ def test_paths_of_images():
     assert image_paths(dict(data_samples=[[a, b], [a, b]])) == ['a', 'b']  # test-time augmentation
     for batch in (None, [], dict(inputs=1), dict(data_samples=[object()])):
         assert image_paths(batch) == []
-
-
-def test_non_finite_parameters_and_buffers():
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    assert non_finite(model.state_dict()) == []
-    with torch.no_grad():
-        model[0].weight[1, 1] = math.inf
-        model[1].running_var[0] = math.nan
-    assert non_finite(model.state_dict()) == ['0.weight', '1.running_var']
-    assert non_finite({}) == []
 
 
 # ---------------------------------------------------------------------------------- low precision

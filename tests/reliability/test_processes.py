@@ -6,20 +6,13 @@ import time
 
 import pytest
 import torch
-from helpers.tiny import tiny_config
+from helpers.tiny import write_config
 
 TIME_OUT = 20  # seconds, of collective operations
 PROCESSES = [2, pytest.param(4, marks=pytest.mark.slow)]
 OTHER_NUMBER = {2: 1, 4: 2}
 LENGTH, INTERVAL = 12, 2
-
-
-def write_config(folder, task, sample, **settings):
-    options = {'env_cfg.dist_cfg.timeout': TIME_OUT, 'log_level': 'INFO'}
-    config = tiny_config(task, sample, 'unused', options=options, **settings)
-    config.pop('experiment_name')
-    config.dump(folder / 'config.py')
-    return folder / 'config.py'
+OPTIONS = {'env_cfg.dist_cfg.timeout': TIME_OUT, 'log_level': 'INFO'}
 
 
 def reached(work_dir):
@@ -44,7 +37,9 @@ def end_of_others(server, victim):
     'number', [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
 )
 def test_one_process_ends_all(processes, number, server, sample, tmp_path, fault_report):
-    config = write_config(tmp_path, 'segmentation', sample, length=LENGTH, interval=INTERVAL)
+    config = write_config(
+        tmp_path / 'config.py', 'segmentation', sample, LENGTH, INTERVAL, options=OPTIONS
+    )
     work_dir, log = tmp_path / 'work', tmp_path / 'output.txt'
     argv = ['train.py', config, '--work-dir', work_dir, '--resume']
     server.start(argv, log, processes)
@@ -79,7 +74,9 @@ def test_uneven_batches_and_evaluation(task, server, sample, tmp_path, fault_rep
     """Seven images to train and six to evaluate, for two and four processes."""
     length = {'detection': 1, 'segmentation': 4}[task]
     batches = {'detection': {1: 4, 2: 2, 4: 1}, 'segmentation': dict.fromkeys((1, 2, 4), 4)}[task]
-    config = write_config(tmp_path, task, sample, length=length, interval=length, images=7)
+    config = write_config(
+        tmp_path / 'config.py', task, sample, length, length, images=7, options=OPTIONS
+    )
     log = tmp_path / 'output.txt'
     metrics = {}
     numbers = (1, 2, 4) if slow else (1, 4)

@@ -6,21 +6,14 @@ import time
 
 import pytest
 from helpers.in_process import refusal_of
-from helpers.tiny import tiny_config
+from helpers.tiny import write_config
 from helpers.training_server import main_of_tool
 
 from mmconv2former import ReliableRunner
 from mmconv2former.engine.stopping import STOPPED
 
 AREA = 'Killed'
-
-
-def write_config(folder, sample, length, interval):
-    config = tiny_config('segmentation', sample, 'unused', length, interval)
-    config.pop('experiment_name')
-    config.default_hooks.dry_run = None
-    config.dump(folder / 'config.py')
-    return folder / 'config.py'
+QUICK = {'default_hooks.dry_run': None}
 
 
 def lines_of(log):
@@ -41,19 +34,9 @@ SLOW = pytest.mark.slow
         pytest.param(signal.SIGINT, 'before_val_iter', marks=SLOW),
     ],
 )
-def test_one_signal(number, hook, in_process, sample, tmp_path, monkeypatch, capfd, fault_report):
-    config = write_config(tmp_path, sample, 6, 2)
-    call_hook, count = ReliableRunner.call_hook, 0
-
-    def call(self, fn_name, **kwargs):
-        nonlocal count
-        count += fn_name == hook
-        if count == 3:
-            count += 1
-            signal.raise_signal(number)
-        call_hook(self, fn_name, **kwargs)
-
-    monkeypatch.setattr(ReliableRunner, 'call_hook', call)
+def test_one_signal(number, hook, in_process, sample, tmp_path, at_moment, capfd, fault_report):
+    config = write_config(tmp_path / 'config.py', 'segmentation', sample, 6, 2, options=QUICK)
+    at_moment(**{hook: (3, lambda _: signal.raise_signal(number))})
     code = refusal_of('train', config, '--work-dir', tmp_path / 'work')
     (last,) = (line for line in capfd.readouterr().err.splitlines() if 'resume with' in line)
     iteration = 3 if hook == 'before_train_iter' else 2
@@ -81,7 +64,8 @@ def train_slowly():
 
 
 def test_a_second_signal(server, sample, tmp_path, fault_report):
-    config, log = write_config(tmp_path, sample, 6, 2), tmp_path / 'output.txt'
+    config = write_config(tmp_path / 'config.py', 'segmentation', sample, 6, 2, options=QUICK)
+    log = tmp_path / 'output.txt'
     work_dir = tmp_path / 'work'
     server.start(['train.py', config, '--work-dir', work_dir], log, main=train_slowly)
     assert server.kill_when(lambda: 'waiting' in lines_of(log), number=signal.SIGUSR1)
@@ -100,7 +84,8 @@ def test_a_second_signal(server, sample, tmp_path, fault_report):
 
 def test_one_of_two_processes_is_asked(server, sample, tmp_path, fault_report):
     """Only the second receives the signal."""
-    config, log = write_config(tmp_path, sample, 200, 200), tmp_path / 'output.txt'
+    config = write_config(tmp_path / 'config.py', 'segmentation', sample, 200, 200, options=QUICK)
+    log = tmp_path / 'output.txt'
     work_dir = tmp_path / 'work'
     server.start(['train.py', config, '--work-dir', work_dir], log, processes=2)
 
