@@ -6,8 +6,7 @@ Pretrained weights, arguments, outputs, freezing, modes and checks of the input.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -54,8 +53,11 @@ class PretrainedModule(BaseModule):
         self.init_cfg = [cfg for cfg in self._init_cfgs() if not is_pretrained(cfg)]
         super().init_weights()
         self.init_cfg = init_cfg
-        with initialised_again_after_errors(self):
+        try:
             self.load_pretrained_weights()
+        except Exception:
+            self._is_init = False  # so that the next call does not return early
+            raise
 
     def load_pretrained_weights(self) -> None:
         """Loads the checkpoints that `init_cfg` names, and ignores the rest of it.
@@ -69,16 +71,6 @@ class PretrainedModule(BaseModule):
 
     def _init_cfgs(self) -> list[dict]:
         return [self.init_cfg] if isinstance(self.init_cfg, dict) else list(self.init_cfg or ())
-
-
-@contextmanager
-def initialised_again_after_errors(module: BaseModule) -> Iterator[None]:
-    """After an error, the next `init_weights` does not return early, with random weights."""
-    try:
-        yield
-    except Exception:
-        module._is_init = False
-        raise
 
 
 def is_pretrained(init_cfg: Mapping) -> bool:

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
 
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from ..registry import MODELS, WEIGHT_INITIALIZERS, register
 from .arguments import check_number, parse_out_indices
-from .base import initialised_again_after_errors
-from .layer_depth import STEM, Location, layer_depth, stage_depth
+from .base import PretrainedModule
+from .layer_depth import STEM, Location, StagedBackbone
 
 STRIDES = (4, 8, 16, 32)
 ALL_STAGES = tuple(range(len(STRIDES)))
@@ -323,7 +322,7 @@ def parse_stages(out_indices: int | Sequence[int]) -> tuple[int, ...]:
 
 # --------------------------------------------------------------------------------------- backbone
 @register(MODELS)
-class Baseline(BaseModule):
+class Baseline(StagedBackbone, PretrainedModule):
     """A network of mmpretrain or timm with Conv2Former's interface.
 
     For dense prediction it returns a tuple of contiguous feature maps (N, channels[i], H / s,
@@ -441,15 +440,12 @@ class Baseline(BaseModule):
             parts = [PYRAMID_PARTS[i] for i in self.ascending]
             self.pyramid = nn.ModuleDict({part: getattr(pyramid, part) for part in parts})
 
-    def init_weights(self) -> None:
-        """The library's own initialisation, then the pretrained weights, which must fit.
+    def load_pretrained_weights(self) -> None:
+        """Loads the pretrained weights, which must fit, into the library's network.
 
         Raises:
             FileNotFoundError, ValueError: See `mmconv2former.checkpoint.loading.load_pretrained`.
         """
-        if self.is_init:
-            return
-        super().init_weights()
         if self.pretrained is not None:
             load = dict(
                 type='mmconv2former.Pretrained',
@@ -458,8 +454,7 @@ class Baseline(BaseModule):
                 may_miss=None if self.classification else NEW_FOR_DENSE_PREDICTION,
                 how_to_get=how_to_get_weights(self.name),
             )
-            with initialised_again_after_errors(self):
-                WEIGHT_INITIALIZERS.build(load)(self.body)
+            WEIGHT_INITIALIZERS.build(load)(self.body)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, 3, H, W)
         if self.norms is not None:
@@ -480,19 +475,10 @@ class Baseline(BaseModule):
         by_stage = dict(zip(self.ascending, maps))
         return tuple(by_stage[i].contiguous() for i in self.out_indices)
 
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter for layer-wise decay, by Conv2Former's rule (`layer_depth`)."""
-        return layer_depth(self._locate(param_name, prefix), self.depths)
-
-    def get_stage_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Like `get_layer_depth`, for stage-wise decay: stem, each stage, everything else."""
-        return stage_depth(self._locate(param_name, prefix), self.depths)
-
-    def _locate(self, param_name: str, prefix: str) -> Location | None:
-        prefix += 'body.'
-        if not param_name.startswith(prefix):
+    def _locate(self, param_name: str) -> Location | None:
+        if not param_name.startswith('body.'):
             return None
-        return find_baseline(self.name).family.locate(param_name.removeprefix(prefix))
+        return find_baseline(self.name).family.locate(param_name.removeprefix('body.'))
 
 
 def import_library(module: str, name: str) -> ModuleType:

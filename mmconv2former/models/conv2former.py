@@ -19,7 +19,7 @@ from ..registry import MODELS, register
 from .arguments import check_int, parse_arch, parse_kernel_size, with_arguments_of
 from .base import Conv2FormerBase
 from .blocks import Downsample, Stem, drop_path_rates, embed
-from .layer_depth import STEM, Location, layer_depth, stage_depth
+from .layer_depth import STEM, Location, StagedBackbone
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ STEM_STRIDE = 4
 
 
 @register(MODELS)
-class Conv2Former(Conv2FormerBase):
+class Conv2Former(StagedBackbone, Conv2FormerBase):
     """Conv2Former backbone with multi-scale outputs.
 
     Args:
@@ -158,35 +158,12 @@ class Conv2Former(Conv2FormerBase):
     def _stages_to_freeze(self, number: int) -> list[nn.Module]:
         return [*self.downsample_layers[: max(number, 1)], *self.stages[:number]]
 
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter for layer-wise learning-rate decay, as mmpretrain's backbones do.
-
-        The stem is layer 0. Each stage forms `num_groups(depth)` layers of consecutive blocks; a
-        downsampling counts with the blocks after it. Everything outside the published backbone,
-        such as the output norms and any name without `prefix`, is in the last layer, with the
-        heads.
-
-        Args:
-            param_name: Name of a parameter, in the backbone or in the model around it.
-            prefix: Prefix of the backbone's parameters in that name, such as `'backbone.'`.
-
-        Returns:
-            The layer, from 0, and the number of layers.
-        """
-        return layer_depth(self._locate(param_name, prefix), self.depths)
-
-    def get_stage_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Like `get_layer_depth`, for stage-wise decay: stem, each stage, everything else."""
-        return stage_depth(self._locate(param_name, prefix), self.depths)
-
-    def _locate(self, param_name: str, prefix: str) -> Location | None:
-        """Stage and block of a parameter; None if it is outside the stages."""
-        if param_name.startswith(prefix):
-            match param_name[len(prefix) :].split('.'):
-                case ['downsample_layers', '0', *_]:
-                    return STEM
-                case ['downsample_layers', stage, *_]:
-                    return Location(int(stage), 0)
-                case ['stages', stage, block, *_]:
-                    return Location(int(stage), int(block))
+    def _locate(self, param_name: str) -> Location | None:
+        match param_name.split('.'):
+            case ['downsample_layers', '0', *_]:
+                return STEM
+            case ['downsample_layers', stage, *_]:
+                return Location(int(stage), 0)
+            case ['stages', stage, block, *_]:
+                return Location(int(stage), int(block))
         return None

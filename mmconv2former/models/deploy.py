@@ -7,6 +7,7 @@ original network loaded.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from ..ops import block_stock
 from ..ops.block import run, run_block, steps_for
 from ..ops.depthwise import DepthwiseConv, prepare_weight
 from ..ops.dispatch import autocast_dtype, is_captured, is_transformed, without_autocast
-from ..ops.folding import FoldedWeights
+from ..ops.folding import FoldedWeights, fold_rows
 from ..ops.mkldnn_fusion import FusedConv, is_fusible
 from .blocks import (
+    LAYER_NORM_EPS,
     PLAIN_LAYERS,
     Block,
     Downsample,
@@ -53,48 +55,39 @@ def check_foldable(name: str, module: nn.Module) -> None:
     """Raises RuntimeError if folding would lose something that is attached to a part."""
     for layer_name, plain in layers_to_fold(module).items():
         layer = module.get_submodule(layer_name)
-        is_tanh = getattr(layer, 'approximate', 'none') != 'none'
-        if not is_plain(layer, plain) or has_attachment(layer) or is_tanh or lacks_values(layer):
+        if not is_plain(layer, plain) or has_attachment(layer) or lacks_values(layer):
             raise RuntimeError(
-                f'switch_to_deploy folds the layers of {name}, but {layer_name or "it"} was '
-                f'replaced, lacks a parameter, is parametrized or has hooks: {layer}. Merge or '
-                'remove what was attached first'
+                f'switch_to_deploy folds the layers of {name}, but {layer_name or "it"} was added '
+                'or replaced, lacks a parameter, is parametrized, has hooks or another eps: '
+                f'{layer}. Merge or remove what was attached first'
             )
-    if isinstance(module, Block) and len(module.attn.att) != 3:
-        raise RuntimeError(
-            f'switch_to_deploy folds the layers of {name}, but attn.att must have 3 layers, got '
-            f'{len(module.attn.att)}. Remove what was added first'
-        )
-    if isinstance(module, Downsample) and len(module) != 2:
-        raise RuntimeError(
-            f'switch_to_deploy folds the layers of {name}, which must be 2, got {len(module)}. '
-            'Remove what was added first'
-        )
-    if isinstance(module, Block) and module.attn.norm.eps != module.mlp.norm.eps:
-        raise RuntimeError(
-            f'switch_to_deploy folds the layers of {name}, but mlp.norm must have the eps of '
-            f'attn.norm, {module.attn.norm.eps}, got {module.mlp.norm.eps}'
-        )
 
 
-def layers_to_fold(module: nn.Module) -> dict[str, type]:
-    """Names and types of what folding replaces in a part of a network; '' is the part itself."""
+def layers_to_fold(module: nn.Module) -> dict[str, type | None]:
+    """Names and types of what folding replaces in a part of a network.
+
+    '' is the part itself. The type of a layer that was added is None.
+    """
     if isinstance(module, Block):
-        layers = {'': Block, **PLAIN_LAYERS}
+        added = [f'attn.att.{name}' for name in list(module.attn.att._modules)[3:]]
+        layers = {'': Block, **PLAIN_LAYERS, **dict.fromkeys(added)}
         del layers['attn.att.2']  # the depthwise convolution is called unchanged
         return layers
     if isinstance(module, Stem):
         *_, norm, conv = module._modules
         return {'': Stem, norm: _BatchNorm, conv: nn.Conv2d}
     if isinstance(module, Downsample):
-        return dict(zip(module._modules, (LayerNorm, nn.Conv2d)))
+        return dict(zip_longest(module._modules, (LayerNorm, nn.Conv2d)))
     return {}
 
 
-def is_plain(layer: nn.Module, plain: type) -> bool:
-    """Whether a layer is of exactly this type; of BatchNorm there are several."""
-    is_batch_norm = plain is _BatchNorm and isinstance(layer, _BatchNorm)
-    return type(layer) is plain or (is_batch_norm and not is_parametrized(layer))
+def is_plain(layer: nn.Module, plain: type | None) -> bool:
+    """Whether a layer is of exactly this type, with the network's settings."""
+    if plain is _BatchNorm:  # there are several
+        return isinstance(layer, _BatchNorm) and not is_parametrized(layer)
+    has_other_eps = type(layer) is nn.LayerNorm and layer.eps != LAYER_NORM_EPS
+    is_tanh = getattr(layer, 'approximate', 'none') != 'none'
+    return type(layer) is plain and not has_other_eps and not is_tanh
 
 
 def lacks_values(layer: nn.Module) -> bool:
@@ -115,13 +108,15 @@ class DeployedBlock(nn.Module):
     def __init__(self, block: Block) -> None:
         super().__init__()
         attn, mlp = block.attn, block.mlp
-        self.normalized_shape, self.eps = attn.norm.normalized_shape, attn.norm.eps
+        self.normalized_shape = attn.norm.normalized_shape
+        norm_1, norm_2 = ((norm.weight, norm.bias) for norm in (attn.norm, mlp.norm))
+        dtype = block.layer_scale_1.dtype
         with torch.no_grad():
-            self.gate = FusedConv(*with_norm(attn.norm, *matrix(attn.att[0])))
-            self.value = FusedConv(*with_norm(attn.norm, *matrix(attn.v)))
-            self.proj = FusedConv(*with_scale(block.layer_scale_1, *matrix(attn.proj)))
-            self.fc1 = FusedConv(*with_norm(mlp.norm, *matrix(mlp.fc1)))
-            self.fc2 = FusedConv(*with_scale(block.layer_scale_2, *matrix(mlp.fc2)))
+            self.gate = FusedConv(*with_affine(*norm_1, *matrix(attn.att[0])))
+            self.value = FusedConv(*with_affine(*norm_1, *matrix(attn.v)))
+            self.proj = FusedConv(*fold_rows(*matrix(attn.proj), block.layer_scale_1, dtype))
+            self.fc1 = FusedConv(*with_affine(*norm_2, *matrix(mlp.fc1)))
+            self.fc2 = FusedConv(*fold_rows(*matrix(mlp.fc2), block.layer_scale_2, dtype))
             self.pos = FusedConv(mlp.pos.weight.detach(), mlp.pos.bias.detach())
         self.depthwise = attn.att[2]
         self.fusion = attn.fusion
@@ -138,14 +133,14 @@ class DeployedBlock(nn.Module):
         is_by_function = self.is_plain and not is_stock and not is_fusible(x)
         if is_by_function and not has_attachment(self.depthwise):
             return self._by_function(x)
-        y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        y = F.layer_norm(x, self.normalized_shape, eps=LAYER_NORM_EPS)
         a = self.depthwise(self.gate.gelu(y))
         if self.fusion == 'hadamard':
             y = self.value.times(y, a)
         else:
             y = FUSIONS[self.fusion](a, self.value(y))
         x = self.proj.plus(y, x)
-        y = F.layer_norm(x, self.normalized_shape, eps=self.eps)
+        y = F.layer_norm(x, self.normalized_shape, eps=LAYER_NORM_EPS)
         h = self.fc1.gelu(y)  # (N, H, W, mlp_ratio * C)
         return self.fc2.plus(add(self.pos.gelu(h), h), x)
 
@@ -158,7 +153,7 @@ class DeployedBlock(nn.Module):
             with torch.inference_mode(False), torch.no_grad():  # usable in any mode
                 self.folded[form] = self._cast(*form)
         with without_autocast(x):
-            return run(run_block, steps, x, None, self.folded[form], self.eps, None)[0]
+            return run(run_block, steps, x, None, self.folded[form], LAYER_NORM_EPS, None)[0]
 
     def _cast(self, dtype: torch.dtype, device: torch.device, implementation: str) -> FoldedWeights:
         """The weights in a dtype, with depthwise weights in the layout of their kernels."""
@@ -189,9 +184,7 @@ def deployed_downsample(downsample: Downsample) -> nn.Module:
     """A `Downsample` whose LayerNorm only normalises; the convolution has its scale and shift."""
     layers: list[Any] = list(downsample)
     norm, conv = layers
-    with torch.no_grad():
-        weight, bias = with_norm(norm, conv.weight, 0 if conv.bias is None else conv.bias)
-        conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
+    absorb(norm.weight, norm.bias, conv)
     norm.register_parameter('weight', None)
     norm.register_parameter('bias', None)
     return downsample
@@ -205,14 +198,17 @@ def deployed_stem(stem: Stem) -> nn.Module:
     """
     layers: list[Any] = list(stem)
     *first, norm, conv = layers
-    with torch.no_grad():
-        scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-        shift = norm.bias - norm.running_mean * scale
-        bias = (conv.weight * shift.view(1, -1, 1, 1)).sum((1, 2, 3))
-        folded = nn.Conv2d(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
-        folded.weight = nn.Parameter(conv.weight * scale.view(1, -1, 1, 1))
-        folded.bias = nn.Parameter(bias if conv.bias is None else conv.bias + bias)
-    return nn.Sequential(*first, folded)
+    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    absorb(scale, norm.bias - norm.running_mean * scale, conv)
+    return nn.Sequential(*first, conv)
+
+
+@torch.no_grad()
+def absorb(scale: Tensor, shift: Tensor, conv: nn.Conv2d) -> None:
+    """Folds the scale and shift (C_in,) of its input into a convolution, in place."""
+    bias = 0 if conv.bias is None else conv.bias
+    weight, bias = with_affine(scale, shift, conv.weight, bias)
+    conv.weight, conv.bias = nn.Parameter(weight), nn.Parameter(bias)
 
 
 DEPLOYED: dict[type, Callable[[Any], nn.Module]] = {
@@ -227,16 +223,12 @@ def matrix(layer: PointwiseConv) -> tuple[Tensor, Tensor]:
     return layer.weight.flatten(1), layer.bias
 
 
-def with_norm(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | float) -> tuple[Tensor, Tensor]:
-    """Weight (C_out, C_in, ...) and bias of a convolution with the norm's scale and shift."""
-    scale = norm.weight.view(1, -1, *(1,) * (weight.dim() - 2))
-    shift = norm.bias.view_as(scale) * weight
-    return weight * scale, bias + shift.flatten(1).sum(1)
-
-
-def with_scale(scale: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (C_out, C_in) and bias of a 1x1 convolution with the layer scale after it."""
-    return scale[:, None] * weight, scale * bias
+def with_affine(
+    scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Weight (C_out, C_in, ...) and bias of a convolution with the scale and shift before it."""
+    scale = scale.view(1, -1, *(1,) * (weight.dim() - 2))
+    return weight * scale, bias + (shift.view_as(scale) * weight).flatten(1).sum(1)
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:

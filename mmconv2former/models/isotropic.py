@@ -18,6 +18,7 @@ from ..registry import MODELS, register
 from .arguments import check_choice, check_int, parse_arch, parse_kernel_size, with_arguments_of
 from .base import Conv2FormerBase
 from .blocks import Stem, drop_path_rates, embed
+from .layer_depth import STEM, LayeredBackbone, Location
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def patch_embedding_of(kind: str, in_channels: int, out_channels: int) -> nn.Mod
 
 
 @register(MODELS)
-class Conv2FormerIsotropic(Conv2FormerBase):
+class Conv2FormerIsotropic(LayeredBackbone, Conv2FormerBase):
     """Isotropic Conv2Former: every feature map has stride 16 and the same channels.
 
     For dense prediction, take the outputs of several blocks, as for a plain vision transformer, and
@@ -109,6 +110,8 @@ class Conv2FormerIsotropic(Conv2FormerBase):
         self.patch_embed = patch_embedding_of(patch_embedding, self.in_channels, channels)
         rates = drop_path_rates(self.drop_path_rate, depth)[: max(self.out_indices) + 1]
         self.blocks = nn.ModuleList(self._block(channels, size, rate) for rate in rates)
+        # For layer-wise decay each block is a stage, as in vision transformers.
+        self.depths = (1,) * len(self.blocks)
         self._finish()
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
@@ -126,23 +129,10 @@ class Conv2FormerIsotropic(Conv2FormerBase):
     def _stages_to_freeze(self, number: int) -> list[nn.Module]:
         return [self.patch_embed, *self.blocks[:number]]
 
-    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
-        """Depth of a parameter for layer-wise learning-rate decay, as for vision transformers.
-
-        The patch embedding is layer 0, each block a layer, everything else the last layer.
-
-        Args:
-            param_name: Name of a parameter, in the backbone or in the model around it.
-            prefix: Prefix of the backbone's parameters in that name, such as `'backbone.'`.
-
-        Returns:
-            The layer, from 0, and the number of layers.
-        """
-        num_layers = 1 + len(self.blocks) + 1
-        if param_name.startswith(prefix):
-            match param_name[len(prefix) :].split('.'):
-                case ['patch_embed', *_]:
-                    return 0, num_layers
-                case ['blocks', block, *_]:
-                    return 1 + int(block), num_layers
-        return num_layers - 1, num_layers
+    def _locate(self, param_name: str) -> Location | None:
+        match param_name.split('.'):
+            case ['patch_embed', *_]:
+                return STEM
+            case ['blocks', block, *_]:
+                return Location(int(block), 0)
+        return None

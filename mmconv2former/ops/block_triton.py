@@ -5,7 +5,6 @@ A step reads and writes each tensor once.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from .activation_kernels import (
 )
 from .depthwise_triton import depthwise_forward, weight_gradient_shares
 from .folding_triton import fold, unfold
-from .launch import Launcher, sums_dtype
+from .launch import launchers_of
 from .norm_triton import (
     add_normalize,
     add_normalize_backward,
@@ -30,20 +29,19 @@ from .norm_triton import (
 __all__ = ['add_normalize', 'add_normalize_backward', 'fold', 'unfold']  # steps, too
 
 BLOCK = 1024  # elements per program of element-wise kernels
+gelu_launcher = launchers_of(gelu_kernel)
+modulation_launcher = launchers_of(modulation_backward_kernel)
+feed_forward_launcher = launchers_of(feed_forward_backward_kernel)
 
 
 # ------------------------------------------------------------------------------------ modulation
-@functools.cache
-def strided_gelu(device: int, dtype: torch.dtype, channels: int, step: int) -> Launcher:
-    constants = dict(C=channels, STEP=step, BLOCK=BLOCK, ACC=sums_dtype(dtype))
-    return Launcher(gelu_kernel, constants)
-
-
 def gelu(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return F.gelu(x)
     y = x.new_empty(x.shape)
-    launcher = strided_gelu(x.get_device(), x.dtype, x.shape[-1], x.stride(2))
+    launcher = gelu_launcher(
+        x.get_device(), (x.dtype,), C=x.shape[-1], STEP=x.stride(2), BLOCK=BLOCK
+    )
     launcher(-(-x.numel() // BLOCK), (x, y), (positions_of(x),))
     return y
 
@@ -55,16 +53,6 @@ def depthwise_times(
     return a, depthwise_forward(x, weight, bias, epilogue='times', kept=a, other=value)
 
 
-@functools.cache
-def modulation_backward(
-    device: int, dtype: torch.dtype, channels: int, step: int, has_activations: bool
-) -> Launcher:
-    constants = dict(
-        C=channels, STEP=step, HAS_ACTIVATIONS=has_activations, BLOCK=BLOCK, ACC=sums_dtype(dtype)
-    )
-    return Launcher(modulation_backward_kernel, constants)
-
-
 def modulation_gradients(
     grad: Tensor, a: Tensor, gate: Tensor, value: Tensor, grad_value: Tensor,
     active: Tensor | None, weighted: Tensor | None,
@@ -73,9 +61,10 @@ def modulation_gradients(
     if not is_saved:
         active, weighted = torch.empty_like(a), torch.empty_like(a)
     outputs = (None, None) if is_saved else (weighted, active)
-    launcher = modulation_backward(
-        a.get_device(), a.dtype, a.shape[-1], value.stride(2), not is_saved
-    )
+    launcher = modulation_launcher(
+        a.get_device(), (a.dtype,), C=a.shape[-1], STEP=value.stride(2),
+        HAS_ACTIVATIONS=not is_saved, BLOCK=BLOCK,
+    )  # fmt: skip
     launcher(
         -(-a.numel() // BLOCK), (grad, a, gate, value, grad, grad_value, *outputs),
         (positions_of(a),),
@@ -91,16 +80,6 @@ def depthwise_plus_gelu(
     return z, depthwise_forward(x, weight, bias, epilogue='plus_gelu', kept=z)
 
 
-@functools.cache
-def feed_forward_backward(
-    device: int, dtype: torch.dtype, channels: int, has_activations: bool
-) -> Launcher:
-    constants = dict(
-        C=channels, HAS_ACTIVATIONS=has_activations, BLOCK=BLOCK, ACC=sums_dtype(dtype)
-    )
-    return Launcher(feed_forward_backward_kernel, constants)
-
-
 def feed_forward_gradients(
     grad: Tensor, hidden: Tensor, mixed: Tensor, active: Tensor | None, total: Tensor | None
 ) -> tuple[Tensor, Any, Any]:
@@ -109,7 +88,10 @@ def feed_forward_gradients(
     if not is_saved:
         active, total = torch.empty_like(mixed), torch.empty_like(mixed)
     outputs = (None, None) if is_saved else (active, total)
-    launcher = feed_forward_backward(mixed.get_device(), mixed.dtype, mixed.shape[-1], not is_saved)
+    launcher = feed_forward_launcher(
+        mixed.get_device(), (mixed.dtype,), C=mixed.shape[-1], HAS_ACTIVATIONS=not is_saved,
+        BLOCK=BLOCK,
+    )  # fmt: skip
     launcher(
         -(-mixed.numel() // BLOCK), (grad, hidden, mixed, grad_mixed, *outputs),
         (positions_of(mixed),),

@@ -18,15 +18,18 @@ from .depthwise_kernels import (
     depthwise_sum_kernel,
     depthwise_weight_gradient_kernel,
 )
-from .launch import Launcher, is_packed, sums_dtype
+from .launch import is_packed, launchers_of
 
 # Rows of a kernel that a program keeps in registers: their weights, or the sums of their gradients.
 # With 13 it spills.
 MAX_TAPS = 12
 MAX_SUMS = 28  # of all weights of a weight gradient program
+forward_launcher = launchers_of(depthwise_forward_kernel)
+shares_launcher = launchers_of(depthwise_weight_gradient_kernel)
+sum_launcher = launchers_of(depthwise_sum_kernel)
 
 
-@dataclass(frozen=True, eq=False)  # hashed by identity, which is fast
+@dataclass(frozen=True)
 class Blocks:
     """How the work of one kernel size is divided among programs.
 
@@ -65,83 +68,12 @@ def split_evenly(total: int, most: int) -> int:
     return math.ceil(total / math.ceil(total / most))
 
 
-@functools.cache
-def forward_launcher(
-    device: int,
-    dtype: torch.dtype,
-    bias_dtype: torch.dtype | None,
-    channels: int,
-    kernel_size: int,
-    step: int,
-    flip: bool,
-    blocks: Blocks,
-    epilogue: str,
-    keep: bool,
-    steps: tuple[int, int | None, int | None],
-) -> Launcher:
-    """`depthwise_forward_kernel` for one kind of input.
-
-    Args:
-        device: Index of the GPU, -1 for the interpreter.
-        step: Elements from one weight of a channel to the next.
-        keep: Whether the convolution is stored in addition to the result.
-        steps: Elements from one position to the next of y, other and before; None without them.
-        dtype, bias_dtype, channels, kernel_size, flip, blocks, epilogue: See `depthwise_forward`.
-    """
-    y_step, other_step, before_step = steps
-    constants = dict(
-        C=channels, K=kernel_size, STEP=step, TAPS=blocks.taps, ROWS=blocks.rows,
-        BLOCK=blocks.block, HAS_BIAS=bias_dtype is not None, FLIP=flip, ACC=sums_dtype(dtype),
-        PACKED=is_packed(device, dtype), EPILOGUE=epilogue, HAS_KEPT=keep,
-        HAS_OTHER=other_step is not None, Y_STEP=y_step, OTHER_STEP=other_step or 0,
-        BEFORE_STEP=before_step or 0,
-    )  # fmt: skip
-    return Launcher(depthwise_forward_kernel, constants, blocks.num_warps)
-
-
-@functools.cache
-def shares_launcher(
-    device: int,
-    dtype: torch.dtype,
-    channels: int,
-    kernel_size: int,
-    has_bias: bool,
-    blocks: Blocks,
-) -> Launcher:
-    """`depthwise_weight_gradient_kernel` for one kind of input."""
-    constants = dict(
-        C=channels, K=kernel_size, HAS_BIAS=has_bias, ACC=sums_dtype(dtype), TAPS=blocks.taps,
-        COLUMNS=blocks.columns, BLOCK=blocks.gradient_block, PACKED=is_packed(device, dtype),
-    )  # fmt: skip
-    return Launcher(depthwise_weight_gradient_kernel, constants, blocks.num_warps)
-
-
-@functools.cache
-def sum_launcher(
-    device: int,
-    dtype: torch.dtype,
-    result_dtype: torch.dtype,
-    channels: int,
-    kernel_size: int,
-    has_bias: bool,
-    blocks: Blocks,
-) -> Launcher:
-    """`depthwise_sum_kernel` for one kind of input."""
-    block = min(32, triton.next_power_of_2(channels))
-    constants = dict(
-        C=channels, K=kernel_size, HAS_BIAS=has_bias, ACC=sums_dtype(dtype),
-        PERIOD_BLOCK=blocks.gradient_block, ROWS=2048 // block, BLOCK=block,
-    )  # fmt: skip
-    return Launcher(depthwise_sum_kernel, constants)
-
-
 # ------------------------------------------------------------------------------------------- calls
 def depthwise_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     flip: bool = False,
-    blocks: Blocks | None = None,
     epilogue: str = 'none',
     y: Tensor | None = None,
     kept: Tensor | None = None,
@@ -155,7 +87,6 @@ def depthwise_forward(
         weight: (C, 1, K, K) of the dtype of x, as `lay_out` returns it.
         bias: (C,) of any dtype, or None.
         flip: Whether to reverse the weights, which computes the input gradient.
-        blocks: The division of the work; None for `blocks_for`.
         epilogue: What to compute from the convolution z: 'none' z, 'times' z * other,
             'plus_gelu' x + GELU(z), 'gelu_backward' (z + other) * GELU'(before).
         y: Output tensor; None for a new one.
@@ -164,12 +95,17 @@ def depthwise_forward(
             contiguous tensors with more channels, and y may be one of the two.
     """
     batch, height, width, channels = x.shape
-    blocks = blocks or blocks_for(weight.shape[-1])
+    blocks = blocks_for(weight.shape[-1])
     y = x.new_empty(x.shape) if y is None else y  # x of 1x1 pixels may have other strides
+    device = x.get_device()
     launcher = forward_launcher(
-        x.get_device(), x.dtype, None if bias is None else bias.dtype, channels, weight.shape[-1],
-        weight.stride(3), flip, blocks, epilogue, kept is not None,
-        (y.stride(2), *(None if part is None else part.stride(2) for part in (other, before))),
+        device, (x.dtype, None if bias is None else bias.dtype), blocks.num_warps, C=channels,
+        K=weight.shape[-1], STEP=weight.stride(3), TAPS=blocks.taps, ROWS=blocks.rows,
+        BLOCK=blocks.block, HAS_BIAS=bias is not None, FLIP=flip,
+        PACKED=is_packed(device, x.dtype), EPILOGUE=epilogue, HAS_KEPT=kept is not None,
+        HAS_OTHER=other is not None, Y_STEP=y.stride(2),
+        OTHER_STEP=0 if other is None else other.stride(2),
+        BEFORE_STEP=0 if before is None else before.stride(2),
     )  # fmt: skip
     programs = batch * -(-height // blocks.rows) * -(-width * channels // blocks.block)
     launcher(programs, (x, weight, bias, y, kept, other, before), (height, width))
@@ -177,35 +113,33 @@ def depthwise_forward(
 
 
 def depthwise_weight_gradient(
-    x: Tensor,
-    grad: Tensor,
-    kernel_size: int,
-    dtype: torch.dtype,
-    has_bias: bool,
-    blocks: Blocks | None = None,
+    x: Tensor, grad: Tensor, kernel_size: int, dtype: torch.dtype, has_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of weight and bias, the same to the last bit in every run.
 
     Args:
         dtype: Dtype of the results.
-        x, grad, kernel_size, has_bias, blocks: See `weight_gradient_shares`.
+        x, grad, kernel_size, has_bias: See `weight_gradient_shares`.
 
     Returns:
         (C, 1, K, K), contiguous, and (C,) or None.
     """
-    blocks = blocks or blocks_for(kernel_size)
     channels = x.shape[3]
-    partial, period_blocks = weight_gradient_shares(x, grad, kernel_size, has_bias, blocks)
+    partial, period_blocks = weight_gradient_shares(x, grad, kernel_size, has_bias)
     weight_grad = x.new_empty((channels, 1, kernel_size, kernel_size), dtype=dtype)
     bias_grad = x.new_empty(channels, dtype=dtype) if has_bias else None
-    sum_up = sum_launcher(x.get_device(), x.dtype, dtype, channels, kernel_size, has_bias, blocks)
-    programs = partial.shape[1] * -(-channels // sum_up.constants['BLOCK'])
+    block = min(32, triton.next_power_of_2(channels))
+    sum_up = sum_launcher(
+        x.get_device(), (x.dtype, dtype), C=channels, K=kernel_size, HAS_BIAS=has_bias,
+        PERIOD_BLOCK=blocks_for(kernel_size).gradient_block, ROWS=2048 // block, BLOCK=block,
+    )  # fmt: skip
+    programs = partial.shape[1] * -(-channels // block)
     sum_up(programs, (partial, weight_grad, bias_grad), (period_blocks, partial.shape[0]))
     return weight_grad, bias_grad
 
 
 def weight_gradient_shares(
-    x: Tensor, grad: Tensor, kernel_size: int, has_bias: bool, blocks: Blocks | None = None
+    x: Tensor, grad: Tensor, kernel_size: int, has_bias: bool
 ) -> tuple[Tensor, int]:
     """Parts of the gradients of weight and bias, for `depthwise_sum`, which adds them.
 
@@ -214,15 +148,18 @@ def weight_gradient_shares(
         grad: Contiguous gradient of the output (N, H, W, C).
         kernel_size: K.
         has_bias: Whether the gradient of the bias is needed.
-        blocks: The division of the work; None for that of `blocks_for`.
 
     Returns:
         (shares, K * K + has_bias, period), and the blocks of a period.
     """
     batch, height, width, channels = x.shape
     device = x.get_device()
-    blocks = blocks or blocks_for(kernel_size)
-    launcher = shares_launcher(device, x.dtype, channels, kernel_size, has_bias, blocks)
+    blocks = blocks_for(kernel_size)
+    launcher = shares_launcher(
+        device, (x.dtype,), blocks.num_warps, C=channels, K=kernel_size, HAS_BIAS=has_bias,
+        TAPS=blocks.taps, COLUMNS=blocks.columns, BLOCK=blocks.gradient_block,
+        PACKED=is_packed(device, x.dtype),
+    )  # fmt: skip
     row_blocks = -(-width * channels // blocks.gradient_block)
     # After this many blocks the channels repeat.
     period_blocks = min(channels // math.gcd(channels, blocks.gradient_block), row_blocks)

@@ -20,10 +20,11 @@ from . import folding
 from .depthwise_triton import blocks_for, lay_out, lay_out_together
 from .folding import INNER_1, INNER_2, BlockParameters, FoldedGradients, FoldedWeights
 from .folding_kernels import finish_kernel, fold_kernel, unfold_kernel
-from .launch import Launcher, sums_dtype
+from .launch import Launcher, launchers_of, sums_dtype
 
 TASK = 11  # numbers of a task of `fold_kernel`
 FOLD_ROWS, FOLD_BLOCK = 8, 128
+fold_launcher = launchers_of(fold_kernel)
 UNFOLD_SHARES = 8  # of the rows of a weight, for sums over rows
 
 
@@ -132,18 +133,6 @@ def groups(
 
 
 # -------------------------------------------------------------------------------------------- fold
-@functools.cache
-def folder(device: int, dtypes: tuple[torch.dtype, torch.dtype], has_units: bool) -> Launcher:
-    """The launcher that folds weights."""
-    names = {torch.float32: tl.float32, torch.float64: tl.float64, torch.float16: tl.float16,
-             torch.bfloat16: tl.bfloat16}  # fmt: skip
-    constants = dict(
-        TASK=TASK, HAS_UNITS=has_units, ROWS=FOLD_ROWS, BLOCK=FOLD_BLOCK, DTYPE=names[dtypes[0]],
-        ACC=sums_dtype(dtypes[0]),
-    )  # fmt: skip
-    return Launcher(fold_kernel, constants)
-
-
 def fold(blocks: Sequence[BlockParameters], dtype: torch.dtype) -> list[FoldedWeights]:
     """The weights of blocks whose parameters have one dtype and device.
 
@@ -161,7 +150,11 @@ def fold(blocks: Sequence[BlockParameters], dtype: torch.dtype) -> list[FoldedWe
         scales = [torch.stack([p.scale_1, p.scale_2]) for p in blocks]
         units = torch.cat([scale.abs().amax(1) for scale in scales])
         units = units.clamp_min(torch.finfo(units.dtype).tiny)
-    launcher = folder(first.get_device(), (first.dtype, dtype), units is not None)
+    launcher = fold_launcher(
+        first.get_device(), (first.dtype, dtype), TASK=TASK, HAS_UNITS=units is not None,
+        ROWS=FOLD_ROWS, BLOCK=FOLD_BLOCK,
+        DTYPE=getattr(tl, str(first.dtype).removeprefix('torch.')),
+    )  # fmt: skip
     launcher(tasks.shape[0], (tasks, units, folded), ())
     convolutions = lay_out_together(
         [weight for p in blocks for weight in (p.depthwise_weight, p.pos_weight)], dtype

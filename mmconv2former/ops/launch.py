@@ -97,6 +97,23 @@ class Launcher:
             self.run(programs, 1, 1, stream, *self.fixed, *pointers, *sizes, *self.values)
 
 
+def launchers_of(kernel: Any) -> Callable[..., Launcher]:
+    """A function that returns the launcher of a kernel, the same one for the same arguments.
+
+    Its arguments are the device (-1 for the interpreter), the dtypes of all tensors that may have
+    different ones (None for one that is missing), `num_warps`, and the kernel's constants by name.
+    The constant ACC, the dtype of sums, follows from the first dtype.
+    """
+
+    @functools.cache
+    def launcher(
+        device: int, dtypes: tuple[torch.dtype | None, ...], num_warps: int = 4, **constants: Any
+    ) -> Launcher:
+        return Launcher(kernel, dict(constants, ACC=sums_dtype(dtypes[0])), num_warps)
+
+    return launcher
+
+
 def without_python(
     run: Callable[..., Any], fixed: tuple, number: int
 ) -> tuple[Callable[..., Any], tuple, bool]:
@@ -139,7 +156,7 @@ def without_python(
     return detour
 
 
-def sums_dtype(dtype: torch.dtype) -> tl.dtype:
+def sums_dtype(dtype: torch.dtype | None) -> tl.dtype:
     """The dtype in which products of tensors of `dtype` are summed."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 

@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from .depthwise import aligned
-from .launch import Launcher, limits, sums_dtype
+from .launch import launchers_of, limits
 from .memory_format import to_channels_first
 from .norm_kernels import (
     add_shares_kernel,
@@ -25,6 +25,13 @@ from .norm_kernels import (
     residual_norm_backward_kernel,
     residual_norm_kernel,
 )
+
+residual_launcher = launchers_of(residual_norm_kernel)
+residual_backward_launcher = launchers_of(residual_norm_backward_kernel)
+norm_launcher = launchers_of(layer_norm_kernel)
+norm_backward_launcher = launchers_of(layer_norm_backward_kernel)
+column_launcher = launchers_of(column_sums_kernel)
+share_launcher = launchers_of(add_shares_kernel)
 
 
 @functools.cache
@@ -44,6 +51,7 @@ def programs_at_once(device: int) -> int:
     return 4 * limits(device)[0] if device >= 0 else 3
 
 
+@functools.cache
 def tile(channels: int, elements: int) -> dict[str, int]:
     """Rows and columns of a program that holds whole positions, of about `elements` elements."""
     block = triton.next_power_of_2(channels)
@@ -51,25 +59,6 @@ def tile(channels: int, elements: int) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------- residuals
-@functools.cache
-def residual_norm(
-    device: int,
-    dtypes: tuple[torch.dtype, ...],
-    channels: int,
-    eps: float,
-    has_branch: bool,
-    has_factor: bool,
-    has_norm: bool,
-    keep: bool,
-) -> Launcher:
-    """The launcher of `add_normalize`."""
-    constants = dict(
-        C=channels, EPS=eps, **tile(channels, 4096), HAS_BRANCH=has_branch, HAS_FACTOR=has_factor,
-        HAS_NORM=has_norm, HAS_RSTD=keep, ACC=sums_dtype(dtypes[0]),
-    )  # fmt: skip
-    return Launcher(residual_norm_kernel, constants)
-
-
 def add_normalize(
     x: Tensor,
     branch: Tensor | None,
@@ -91,32 +80,15 @@ def add_normalize(
         y = torch.empty_like(x, dtype=dtype)
         if keep:
             rstd = x.new_empty((*x.shape[:3], 1), dtype=wide(x.dtype))
-    dtypes = (x.dtype, x.dtype if branch is None else branch.dtype, dtype or x.dtype)
-    launcher = residual_norm(
-        x.get_device(), dtypes, x.shape[-1], eps, branch is not None, factor is not None,
-        dtype is not None, keep,
+    channels = x.shape[-1]
+    launcher = residual_launcher(
+        x.get_device(), (x.dtype, None if branch is None else branch.dtype, dtype), C=channels,
+        EPS=eps, **tile(channels, 4096), HAS_BRANCH=branch is not None,
+        HAS_FACTOR=factor is not None, HAS_NORM=dtype is not None, HAS_RSTD=keep,
     )  # fmt: skip
     programs = -(-positions // launcher.constants['ROWS'])
     launcher(programs, (x, branch, factor, total, y, rstd), (positions, per_image))
     return x if total is None else total, y, rstd
-
-
-@functools.cache
-def residual_norm_backward(
-    device: int,
-    dtypes: tuple[torch.dtype, ...],
-    channels: int,
-    has_norm: bool,
-    has_branch: bool,
-    has_sums: bool,
-    has_factor: bool,
-) -> Launcher:
-    """The launcher of `add_normalize_backward`."""
-    constants = dict(
-        C=channels, **tile(channels, 2048), HAS_NORM=has_norm,
-        HAS_BRANCH=has_branch, HAS_SUMS=has_sums, HAS_FACTOR=has_factor, ACC=sums_dtype(dtypes[0]),
-    )  # fmt: skip
-    return Launcher(residual_norm_backward_kernel, constants)
 
 
 def add_normalize_backward(
@@ -134,14 +106,16 @@ def add_normalize_backward(
     # If the gradient of the branch is the gradient itself, only its sums are missing.
     has_branch = has_sums and (dtype != grad.dtype or factor is not None)
     grad_branch = torch.empty_like(grad, dtype=dtype) if has_branch else None
-    launcher = residual_norm_backward(
-        grad.get_device(), (grad.dtype, dtype or grad.dtype, grad.dtype if y is None else y.dtype),
-        grad.shape[-1], norm is not None, has_branch, has_sums, factor is not None,
+    channels = grad.shape[-1]
+    launcher = residual_backward_launcher(
+        grad.get_device(), (grad.dtype, dtype, None if y is None else y.dtype), C=channels,
+        **tile(channels, 2048), HAS_NORM=norm is not None, HAS_BRANCH=has_branch,
+        HAS_SUMS=has_sums, HAS_FACTOR=factor is not None,
     )  # fmt: skip
     positions = positions_of(grad)
     tiles = -(-positions // launcher.constants['ROWS'])
     shares = min(tiles, programs_at_once(grad.get_device()))
-    sums = grad.new_empty((shares, grad.shape[-1]), dtype=wide(grad.dtype)) if has_sums else None
+    sums = grad.new_empty((shares, channels), dtype=wide(grad.dtype)) if has_sums else None
     launcher(
         shares, (grad, grad_y, y, rstd, factor, grad_x, grad_branch, sums),
         (positions, grad.shape[1] * grad.shape[2], tiles),
@@ -150,22 +124,9 @@ def add_normalize_backward(
 
 
 # ------------------------------------------------------------------------------------------ norms
-@functools.cache
-def layer_normalizers(
-    device: int, dtypes: tuple[torch.dtype, ...], channels: int, eps: float, channels_first: bool
-) -> tuple[Launcher, Launcher]:
-    """The forward and the backward kernel."""
-    # With the channels first, long stretches of memory need more positions at once.
-    warps = 8 if channels_first else 4
-    constants = dict(
-        C=channels, EPS=eps, **tile(channels, 1024 * warps), CHANNELS_FIRST=channels_first,
-        ACC=sums_dtype(dtypes[0]),
-    )  # fmt: skip
-    backward = dict(constants, **tile(channels, 256 * warps))
-    return (
-        Launcher(layer_norm_kernel, constants, warps),
-        Launcher(layer_norm_backward_kernel, backward, warps),
-    )
+def warps_for(channels_first: bool) -> int:
+    """With the channels first, long stretches of memory need more positions at once."""
+    return 8 if channels_first else 4
 
 
 def layer_norm(
@@ -176,8 +137,11 @@ def layer_norm(
     batch, height, width, channels = x.shape
     shape = (batch, channels, height, width) if channels_first else x.shape
     y = x.new_empty(shape, dtype=dtype)
-    dtypes = (x.dtype, weight.dtype, dtype)
-    launcher, _ = layer_normalizers(x.get_device(), dtypes, channels, eps, channels_first)
+    warps = warps_for(channels_first)
+    launcher = norm_launcher(
+        x.get_device(), (x.dtype, weight.dtype, dtype), warps, C=channels, EPS=eps,
+        **tile(channels, 1024 * warps), CHANNELS_FIRST=channels_first,
+    )  # fmt: skip
     programs = batch * -(-height * width // launcher.constants['ROWS'])
     launcher(programs, (x, weight, bias, y), (height * width,))
     return y.permute(0, 2, 3, 1) if channels_first else y  # (N, H, W, C)
@@ -193,8 +157,11 @@ def layer_norm_gradients(
     grad = grad if channels_first else grad.contiguous()
     grad = grad if grad.data_ptr() % 16 == 0 else grad.clone()
     grad_x = torch.empty_like(x)
-    dtypes = (x.dtype, weight.dtype, grad.dtype)
-    _, launcher = layer_normalizers(x.get_device(), dtypes, channels, eps, channels_first)
+    warps = warps_for(channels_first)
+    launcher = norm_backward_launcher(
+        x.get_device(), (x.dtype, weight.dtype, grad.dtype), warps, C=channels, EPS=eps,
+        **tile(channels, 256 * warps), CHANNELS_FIRST=channels_first,
+    )  # fmt: skip
     tiles = batch * -(-height * width // launcher.constants['ROWS'])
     shares = min(tiles, programs_at_once(x.get_device()))
     sums = x.new_empty((shares, 2 * channels), dtype=wide(x.dtype))
@@ -204,17 +171,10 @@ def layer_norm_gradients(
 
 
 # ------------------------------------------------------------------------------------------- sums
-@functools.cache
-def column_summer(device: int, dtype: torch.dtype, channels: int) -> Launcher:
-    """The launcher of `column_sums`."""
-    constants = dict(C=channels, ROWS=64, BLOCK=64, ACC=sums_dtype(dtype))
-    return Launcher(column_sums_kernel, constants)
-
-
 def column_sums(x: Tensor) -> Tensor:
     """Shares (shares, C) of the sums of x (N, H, W, C) over positions."""
     device, channels = x.get_device(), x.shape[-1]
-    launcher = column_summer(device, x.dtype, channels)
+    launcher = column_launcher(device, (x.dtype,), C=channels, ROWS=64, BLOCK=64)
     blocks = -(-channels // launcher.constants['BLOCK'])
     positions = positions_of(x)
     tiles = -(-positions // launcher.constants['ROWS'])
@@ -224,17 +184,10 @@ def column_sums(x: Tensor) -> Tensor:
     return sums
 
 
-@functools.cache
-def share_adder(device: int, dtype: torch.dtype, columns: int) -> Launcher:
-    """The launcher of `finish_sums`."""
-    constants = dict(N=columns, ROWS=64, BLOCK=32, ACC=sums_dtype(dtype))
-    return Launcher(add_shares_kernel, constants)
-
-
 def finish_sums(partial: Tensor) -> Tensor:
     """Adds the shares of (shares, columns), to (columns,)."""
     shares, columns = partial.shape
-    launcher = share_adder(partial.get_device(), partial.dtype, columns)
+    launcher = share_launcher(partial.get_device(), (partial.dtype,), N=columns, ROWS=64, BLOCK=32)
     sums = partial.new_empty(columns)
     launcher(-(-columns // launcher.constants['BLOCK']), (partial, sums), (shares,))
     return sums

@@ -12,7 +12,7 @@ from torch import nn
 triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
 
 # ruff: noqa: E402
-from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d, launch
+from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_conv2d, depthwise_triton, launch
 from mmconv2former.ops.depthwise_triton import (
     Blocks,
     blocks_for,
@@ -91,31 +91,37 @@ def test_sums_are_of_float32(dtype):
 
 
 @pytest.mark.parametrize('kernel_size', [3, 5])
-def test_divisions_of_the_work(kernel_size):
+def test_divisions_of_the_work(kernel_size, monkeypatch):
     """Any division gives the same: rows and columns in groups, blocks of any size."""
     x, grad, weight, bias = make(2, 5, 5, 12, kernel_size, torch.float64)
     results = exact(x, grad, weight, bias)
     ready = lay_out(weight, x.dtype)
     for taps, rows, columns, block in [(kernel_size, 1, 1, 64), (2, 5, 3, 32)]:
         blocks = Blocks(taps, rows, block, columns, block)
+        monkeypatch.setattr(depthwise_triton, 'blocks_for', lambda kernel_size, b=blocks: b)
         values = [
-            depthwise_forward(x, ready, bias, blocks=blocks),
-            depthwise_forward(grad, ready, None, flip=True, blocks=blocks),
-            *depthwise_weight_gradient(x, grad, kernel_size, x.dtype, True, blocks=blocks),
+            depthwise_forward(x, ready, bias),
+            depthwise_forward(grad, ready, None, flip=True),
+            *depthwise_weight_gradient(x, grad, kernel_size, x.dtype, True),
         ]
         assert all(relative_error(*pair) < 1e-13 for pair in zip(values, results))
 
 
 @pytest.mark.parametrize('shares', [1, 3, 50])
-def test_rows_divided_among_programs(shares):
+def test_rows_divided_among_programs(shares, monkeypatch):
     """Shares that begin and end in the middle of an image, and several periods of f."""
     x, grad, weight, bias = make(3, 11, 40, 8, 3, torch.float64)
-    blocks = Blocks(3, 8, 64, 3, 128)
-    launcher = shares_launcher(x.get_device(), x.dtype, 8, 3, True, blocks)
+    monkeypatch.setattr(depthwise_triton, 'blocks_for', lambda _: Blocks(3, 8, 64, 3, 128))
     if ON_GPU:
-        depthwise_weight_gradient(x, grad, 3, x.dtype, True, blocks=blocks)  # compiles it
-    launcher.at_once = shares
-    results = depthwise_weight_gradient(x, grad, 3, x.dtype, True, blocks=blocks)
+        depthwise_weight_gradient(x, grad, 3, x.dtype, True)  # compiles it
+
+    def launcher(*args, **constants):
+        found = shares_launcher(*args, **constants)
+        found.at_once = shares
+        return found
+
+    monkeypatch.setattr(depthwise_triton, 'shares_launcher', launcher)
+    results = depthwise_weight_gradient(x, grad, 3, x.dtype, True)
     for value, reference in zip(results, exact(x, grad, weight, bias)[2:]):
         assert relative_error(value, reference) < 1e-13
 
