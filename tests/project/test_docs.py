@@ -212,7 +212,7 @@ def check_config(arguments, page):
     if arguments.config in files or not arguments.config.startswith('configs/'):
         return
     config = Config.fromfile(ROOT / arguments.config)
-    for key in arguments.cfg_options:
+    for key, _ in arguments.cfg_options:
         assert is_option(config, key), f'{arguments.config} has no place for {key}'
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.cli import OptionsAction, run_errors
+from common.cli import key_value, run_errors
 from common.config_check import (
     KNOWN_AT_TOP,
     ConfigError,
@@ -25,7 +25,7 @@ from helpers.half_precision import needs_scaler
 from helpers.in_process import SEGMENTATION, load_tool, refusal_of, with_data, write_tiny_config
 from helpers.tiny import WITHOUT_WORKERS
 from helpers.tools import assert_drawn_beside
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS
 from mmseg.datasets import ADE20KDataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -264,15 +264,14 @@ ALLOWED = [
     ],
 )  # fmt: skip
 def test_values_of_options(written, value):
-    assert OptionsAction._parse_iterable(written) == value
+    assert key_value(f'key={written}') == ('key', value)
 
 
 def test_options_that_work_are_allowed():
     config = read_config(str(SEGMENTATION))
     for option in ALLOWED:
         changed = copy.deepcopy(config)
-        key, _, value = option.partition('=')
-        merge_options(changed, {key: DictAction._parse_iterable(value)})
+        merge_options(changed, dict([key_value(option)]))
         check_config(changed, ['train_dataloader'])
 
 

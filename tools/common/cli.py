@@ -54,30 +54,23 @@ DEAD_WORKER = re.compile(
 FAILED_WORKER = re.compile(r'Caught \w+ in DataLoader worker process \d+\.')
 
 
-class OptionsAction(DictAction):
-    """mmengine's KEY=VALUE, with dicts, and a one-line error for what is not of this form."""
+def key_value(text: str) -> tuple[str, Any]:
+    """Key and value of KEY=VALUE, as in mmengine and with dicts.
 
-    @staticmethod
-    def _parse_iterable(val: str) -> Any:
-        if 'dict(' in val or '{' in val:
-            return python_value(ast.parse(val.strip(), mode='eval').body)
-        return DictAction._parse_iterable(val)
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option: str | None = None,
-    ) -> None:
-        for value in values:
-            try:
-                super().__call__(parser, argparse.Namespace(), [value], option)
-            except (ValueError, AssertionError, SyntaxError, RecursionError):
-                raise SystemExit(
-                    f'error: --cfg-options takes KEY=VALUE with closed brackets, got {value!r}'
-                ) from None
-        super().__call__(parser, namespace, values, option)
+    Raises:
+        SystemExit: The text is not of this form.
+    """
+    key, equals, value = text.partition('=')
+    try:
+        if not equals:
+            raise ValueError
+        if 'dict(' in value or '{' in value:
+            return key, python_value(ast.parse(value.strip(), mode='eval').body)
+        return key, DictAction._parse_iterable(value)
+    except (ValueError, AssertionError, SyntaxError, RecursionError):
+        raise SystemExit(
+            f'error: --cfg-options takes KEY=VALUE with closed brackets, got {text!r}'
+        ) from None
 
 
 def python_value(node: ast.expr) -> Any:
@@ -131,8 +124,9 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=OptionsAction,
-        default={},
+        action='extend',
+        type=key_value,
+        default=[],
         metavar='KEY=VALUE',
         help='change the config: a.b=1, a.0.b=x for an item of a list, "a=[(1,2),dict(b=3)]"',
     )
@@ -227,7 +221,7 @@ def load_config(args: argparse.Namespace, needed: Sequence[str] = ()) -> Config:
             set_backbone(config, args.backbone)
         if args.data_root is not None:
             set_data_root(config, args.data_root)
-        merge_options(config, args.cfg_options)
+        merge_options(config, dict(args.cfg_options))
         check_config(config, needed)
     except ConfigError as error:
         if args.traceback:

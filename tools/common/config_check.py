@@ -46,11 +46,6 @@ NOT_KEYS = {
     'custom_imports': 'write it into the file',
 }
 READERS = ('_file2dict', '_parse_lazy_import')  # of mmengine's Config, one call for each file
-# Settings of a data loader that mmengine builds or removes before torch sees the others.
-NOT_FOR_TORCH = {
-    *('dataset', 'sampler', 'batch_sampler', 'collate_fn', 'worker_init_fn'),
-    *('num_batch_per_epoch', 'disable_subprocess_warning'),
-}
 BUILDERS = [f.__code__ for f in (build_from_cfg, build_runner_from_cfg, build_optim_wrapper)]
 UNKNOWN_ARGUMENT = re.compile(
     r"__init__\(\) got an unexpected keyword argument '(\w+)'|has no argument (\w+)"
@@ -261,14 +256,14 @@ def type_name(settings: Mapping | None) -> str:
 
 
 def check_loader(name: str, settings: Mapping) -> None:
-    """Passes the settings of a data loader to torch before the dataset is read.
+    """Builds a data loader before its dataset is read.
 
     Raises:
-        ConfigError: torch refuses them.
+        ConfigError: The loader refuses its settings.
     """
-    arguments = usable_loader({k: v for k, v in settings.items() if k not in NOT_FOR_TORCH})
+    unread = dict(dataset=TensorDataset(torch.zeros(1)), sampler=None, batch_sampler=None)
     try:
-        DataLoader(TensorDataset(torch.zeros(1)), **arguments)
+        Runner.build_dataloader({**usable_loader(dict(settings)), **unread}, seed=0)
     except (TypeError, ValueError) as error:
         raise ConfigError(f'{name}: {in_one_line(error)}{advice(error, DataLoader)}') from error
 
