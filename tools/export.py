@@ -30,7 +30,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
-import common  # noqa: F401  (before torch)
+import common  # before torch
 import torch
 import torch.nn.functional as F
 from common.cli import run_errors
@@ -525,10 +525,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--dynamo', action='store_true', help='write ONNX through torch.export: slower, opset 18'
     )
     parser.add_argument(
-        '--check-sizes', nargs='+', type=parse_size, default=CHECK_SIZES, metavar='HxW',
+        '--check-sizes', nargs='+', type=parse_size, metavar='HxW',
         help='sizes on which the file is compared with the network',
     )  # fmt: skip
-    parser.add_argument('--check-batches', nargs='+', type=int, default=CHECK_BATCHES, metavar='N')
+    parser.add_argument('--check-batches', nargs='+', type=common.at_least(1), metavar='N')
     args = parser.parse_args(argv)
     check_options(parser, args)
     # It reports guards that it cannot simplify, which is harmless.
@@ -557,8 +557,6 @@ def check_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
     args.opset = args.opset or lowest
     if not lowest <= args.opset <= OPSETS[-1]:
         parser.error(f'--opset must be from {lowest} to {OPSETS[-1]}, got {args.opset}')
-    if min(args.check_batches) < 1:
-        parser.error(f'--check-batches must be at least 1, got {min(args.check_batches)}')
     version = torch.__version__
     if (args.dynamo or args.out.suffix == '.pt2') and digit_version(version) < digit_version(
         DYNAMIC_SIZES_SINCE
@@ -587,8 +585,14 @@ def export(network: Network, args: argparse.Namespace) -> dict[str, Any]:
     write, load = FORMATS[args.out.suffix]
     if network.has_dynamic_sizes:
         size, batch = args.shape or (96, 128), 2  # torch.export would fix a batch of 1
-        shapes = [(n, *size_) for n, size_ in product(args.check_batches, args.check_sizes)]
+        batches, sizes = args.check_batches or CHECK_BATCHES, args.check_sizes or CHECK_SIZES
+        shapes = [(n, *size_) for n, size_ in product(batches, sizes)]
     else:
+        if args.check_sizes or args.check_batches:
+            raise SystemExit(
+                'error: a whole detector takes one image of the size --shape, and is compared on '
+                'such images: leave out --check-sizes and --check-batches'
+            )
         size, batch = args.shape or DETECTOR_SHAPE, 1
         shapes = [(1, *size)] * DETECTOR_CHECKS
         if args.dynamo or args.out.suffix == '.pt2':
@@ -624,8 +628,8 @@ def export(network: Network, args: argparse.Namespace) -> dict[str, Any]:
     file: dict[str, Any] = dict(name=args.out.name, seconds=round(seconds, 1))
     if args.out.suffix == '.onnx':
         file |= dict(opset=args.opset, exporter='torch.export' if args.dynamo else 'trace')
-    sizes = 'dynamic' if network.has_dynamic_sizes else list(x.shape)
-    return dict(file=file, outputs=list(network.output_names), sizes=sizes, checks=checks)
+    free = 'dynamic' if network.has_dynamic_sizes else list(x.shape)
+    return dict(file=file, outputs=list(network.output_names), sizes=free, checks=checks)
 
 
 def input_of(config: Config) -> dict[str, Any]:
