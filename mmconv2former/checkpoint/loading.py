@@ -207,7 +207,10 @@ def try_loading(
     Raises:
         CheckpointError: A module cannot read its part of the file.
     """
-    trial, tensors, misshaped = copy.deepcopy(module), OrderedDict(found), {}
+    # Shared, because they cannot be copied: what is computed from parameters, as by weight_norm.
+    values = (value for part in module.modules() for value in vars(part).values())
+    computed = {id(v): v for v in values if isinstance(v, Tensor) and not v.is_leaf}
+    trial, tensors, misshaped = copy.deepcopy(module, computed), OrderedDict(found), {}
     if hasattr(found, '_metadata'):  # versions of the modules
         tensors._metadata = found._metadata  # type: ignore[attr-defined]
     while True:

@@ -378,6 +378,8 @@ class Baseline(StagedBackbone, PretrainedModule):
         check_number('drop_path_rate', drop_path_rate, minimum=0, below=1)
         if init_cfg is not None and init_cfg.get('type') != 'Pretrained':
             raise ValueError(f"init_cfg must be None or of type 'Pretrained', got {init_cfg}")
+        if 'out_indices' in (options or {}):
+            raise ValueError('set out_indices of the baseline, not of its options')
         self.name = name
         self.pretrained = init_cfg
         self.classification = classification

@@ -328,3 +328,13 @@ def test_what_may_be_loaded(case, strict):
         assert to_evaluate if strict else to_tune
         loaded = {n: v for n, v in model.state_dict().items() if n in state}
         assert_equal(loaded, {name: state[name] for name in loaded})
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*deprecated')
+def test_layers_with_weight_norm():
+    """They keep a tensor that torch does not copy."""
+    model = Model()
+    model.head = nn.utils.weight_norm(model.head)
+    saved = {name: value + 1 for name, value in copied(model).items()}
+    load_model(model, dict(state_dict=saved), 'file.pth', strict=True)
+    assert_equal(model.state_dict(), saved)

@@ -338,6 +338,7 @@ def test_weights_of_another_network_are_refused(tiny, tmp_path):
             dict(name='swin_tiny', out_indices=(3, -1)),
             r'at least one stage and none twice, got \(3, -1\)',
         ),
+        (dict(name='swin_tiny', options=dict(out_indices=(3,))), 'set out_indices of the baseline'),
         (dict(name='swin_tiny', out_indices=(0, 1)), r'include the last stage, 3, .* \(0, 1\)'),
     ],
 )
