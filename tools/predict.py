@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, TextIO
 
 import common  # before torch
@@ -224,10 +223,11 @@ class Predictor:
         steps = [
             step for step in dataset.pipeline.transforms if not isinstance(step, LoadAnnotations)
         ]
-        self.loader = steps[0]
+        self.loader, *rest = steps
         if isinstance(self.loader, LoadImageFromFile):
             self.loader.backend_args = self.loader.file_client_args = None  # inputs are local files
-        self.pipeline = CheckedPipeline(Compose(steps), dataset)
+        self.of_file = CheckedPipeline(Compose(steps), dataset)
+        self.of_frame = Compose(rest)
 
     def load(self, path: Path) -> Any:
         """An image file as the network takes it.
@@ -235,17 +235,30 @@ class Predictor:
         Raises:
             DataError: It cannot be read; the message names it.
         """
-        return self.pipeline(dict(img_path=str(path), img_id=0))
+        return self.of_file(dict(img_path=str(path), img_id=0))
 
-    def load_frame(self, frame: np.ndarray) -> Any:
-        """A frame of a video, uint8 (H, W, 3) in BGR, as an image file with it would be loaded."""
-        with NamedTemporaryFile(suffix='.bmp') as file:
-            file.write(cv2.imencode('.bmp', frame)[1].tobytes())
-            file.flush()
-            return self.load(Path(file.name))
+    def prepare(self, frame: np.ndarray) -> Any:
+        """A frame of a video, uint8 (H, W, 3) in BGR, as the network takes it.
+
+        It has the colours and the type that an image file would have after loading.
+
+        Raises:
+            ValueError: The pipeline does not begin with loading one image file.
+        """
+        if not isinstance(self.loader, LoadImageFromFile):
+            name = type(self.loader).__name__
+            raise ValueError(
+                f'videos need a pipeline that begins with LoadImageFromFile, not {name}'
+            )
+        size = frame.shape[:2]
+        stored = cv2.imencode('.bmp', frame)[1].tobytes()
+        image = mmcv.imfrombytes(stored, flag=self.loader.color_type)
+        if self.loader.to_float32:
+            image = image.astype(np.float32)
+        return self.of_frame(dict(img=image, img_path='', img_id=0, img_shape=size, ori_shape=size))
 
     def predict(self, inputs: list[dict[str, Any]]) -> list[Any]:
-        """The host library's data samples for what `load` and `load_frame` return.
+        """The host library's data samples for what `load` and `prepare` return.
 
         Raises:
             ValueError: The network takes images of other channels, or of another size.
@@ -446,8 +459,8 @@ def predict_video(predictor: Predictor, writer: Writer, source: Source, batch_si
     frames = track(chain([first], rest), source.path.name, total=count if count > 0 else None)
 
     def predictions() -> Iterator[tuple[np.ndarray, Any]]:
-        loaded = ((frame, predictor.load_frame(frame)) for frame in frames)
-        for batch in batches(loaded, batch_size):
+        prepared = ((frame, predictor.prepare(frame)) for frame in frames)
+        for batch in batches(prepared, batch_size):
             samples = predictor.predict([inputs for _, inputs in batch])
             yield from zip((frame for frame, _ in batch), samples)
 

@@ -51,7 +51,8 @@ class DryRunHook(Hook):
 
     - The first and the last sample of the training data, as a batch that is ready for the network.
     - Two validation images of different sizes, if there are, in batches of `val_dataloader`:
-      predictions, metrics, and the metrics that `save_best` and other hooks ask for.
+      predictions, metrics, and with mmengine's own evaluator the metrics that `save_best` and other
+      hooks ask for.
     - The drawing of a prediction, if drawing is on. Nothing is stored.
     - A checkpoint in the work dir, which is read back and removed.
 
@@ -74,9 +75,8 @@ class DryRunHook(Hook):
             found.append('samples')
             if runner.val_loop is not None:
                 loader = runner.val_loop.dataloader
-                size = getattr(loader, 'batch_size', None) or 1
                 batches = attempt(
-                    'validation data', lambda: in_batches(loader, two_images(loader.dataset), size)
+                    'validation data', lambda: in_batches(loader, two_images(loader.dataset))
                 )
                 found += attempt('validation', lambda: try_validation(runner, batches))
             if any(isinstance(hook, CheckpointHook) for hook in runner.hooks):
@@ -115,12 +115,13 @@ def explain(name: str, error: Exception) -> str:
 def training_batches(loader: Any) -> list[Any]:
     """The first and the last sample, in batches as the loader makes them."""
     indices = sorted({0, len(loader.dataset) - 1})
-    size = getattr(loader.batch_sampler, 'batch_size', None) or 1
-    return in_batches(loader, indices, size)
+    return in_batches(loader, indices)
 
 
-def in_batches(loader: Any, indices: Sequence[int], size: int) -> list[Any]:
-    """Some samples in batches of a size."""
+def in_batches(loader: Any, indices: Sequence[int]) -> list[Any]:
+    """Some samples in batches of the loader's size; of one, if it has several sizes."""
+    size = getattr(loader.batch_sampler, 'batch_size', 1)
+    size = size if isinstance(size, int) else 1
     return [
         loader.collate_fn([loader.dataset[index] for index in indices[start : start + size]])
         for start in range(0, len(indices), size)
@@ -238,9 +239,9 @@ def check_wanted(runner: Any, scores: Mapping[str, Any]) -> None:
 
 
 def is_better_greater(name: str, hook: CheckpointHook) -> bool:
-    """Whether mmengine knows a metric as one that rises, such as the mAP in `coco/bbox_mAP_50`."""
+    """Whether a word in a metric's name is of one that rises, as the mAP in `coco/bbox_mAP_50`."""
     words = '|'.join(map(re.escape, hook._default_greater_keys))
-    return re.search(rf'(?<![A-Za-z])({words})(?![A-Za-z])', name) is not None
+    return re.search(rf'(?<![A-Za-z])({words})', name) is not None
 
 
 def draw(runner: Any, batch: Any, outputs: Any) -> bool:

@@ -73,7 +73,7 @@ def follow_config(runner: Any, settings: Settings | None) -> None:
     if settings is None:
         runner.logger.warning(
             'Resumed with the learning rates and the schedule of the checkpoint: those of the '
-            'config are not compared (several optimizers, or ReduceOnPlateau).'
+            'config are not compared (several optimizers, ReduceOnPlateau, or not built yet).'
         )
         return
     groups, schedules = runner.optim_wrapper.param_groups, runner.param_schedulers or []

@@ -25,6 +25,7 @@ from mmengine.logging import MMLogger
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.runner.loops import _InfiniteDataloaderIterator
 from mmengine.visualization import Visualizer
 from torch import nn
 from torch.utils.data import DataLoader
@@ -333,7 +334,7 @@ class ReliableRunner(Runner):
             loop._iter = loop.epoch * len(loader) + self._skipped_batches
         follow_config(self, self._settings)
         if isinstance(loop, IterBasedTrainLoop) and has_positions:
-            is_told = hasattr(loop.dataloader_iterator, 'skip_iter')
+            is_told = hasattr(_InfiniteDataloaderIterator, 'skip_iter')
             loop.dataloader_iterator = ResumedBatches(
                 loader, loop.iter, ignored_calls=0 if is_told else loop.iter
             )
@@ -355,8 +356,7 @@ class ReliableRunner(Runner):
             return False
         settings = {**self._train_dataloader, 'dataset': NotCopied(loader.dataset)}
         settings.pop('num_batch_per_epoch', None)  # the dataset is cut already
-        has_rank_added = self._randomness_cfg.get('diff_rank_seed', False)
-        self.train_loop.dataloader = self.build_dataloader(settings, self.seed, has_rank_added)
+        self.train_loop.dataloader = self.build_dataloader(settings, self.run_seed)
         return True
 
     # -------------------------------------------------------------------------------------- load

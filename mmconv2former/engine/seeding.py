@@ -101,17 +101,19 @@ class PositionedSampler(Sampler):
 def give_positions(dataloader: DataLoader, seed: int) -> None:
     """Wraps the sampler of a data loader in a `PositionedSampler`, unless it is iterable-style."""
     batch_sampler: Any = dataloader.batch_sampler
-    if isinstance(getattr(batch_sampler, 'sampler', None), Sampler):
-        # A data loader refuses a new sampler, but it only iterates over its batch sampler.
-        batch_sampler.sampler = PositionedSampler(batch_sampler.sampler, seed)
+    sampler = getattr(batch_sampler, 'sampler', None)
+    if isinstance(sampler, Sampler):
+        batch_sampler.sampler = PositionedSampler(sampler, seed)
+        if dataloader.sampler is sampler:  # mmengine sets its epoch; torch refuses a new sampler
+            vars(dataloader)['sampler'] = batch_sampler.sampler
 
 
 class LaterBatches:
-    """Wraps a batch sampler whose next iteration is one that has begun already.
+    """Wraps a batch sampler whose next iteration yields given batches instead of its own.
 
     Args:
         batch_sampler: Of any type; batches need not be consecutive samples.
-        rest: What is left of the iteration.
+        rest: Batches of indices.
     """
 
     def __init__(self, batch_sampler: Any, rest: Iterator[Any]) -> None:

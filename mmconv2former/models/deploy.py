@@ -51,6 +51,14 @@ def deploy(network: nn.Module) -> None:
                     setattr(parent, name, deployed(child))
 
 
+# Settings of layers that folding relies on, by type.
+FOLDED_SETTINGS: dict[type | None, dict[str, Any]] = {
+    nn.LayerNorm: dict(eps=LAYER_NORM_EPS),
+    nn.GELU: dict(approximate='none'),
+    nn.Conv2d: dict(groups=1, padding=(0, 0)),  # a folded shift does not reach the padding
+}
+
+
 def check_foldable(name: str, module: nn.Module) -> None:
     """Raises RuntimeError if folding would lose something that is attached to a part."""
     for layer_name, plain in layers_to_fold(module).items():
@@ -58,7 +66,7 @@ def check_foldable(name: str, module: nn.Module) -> None:
         if not is_plain(layer, plain) or has_attachment(layer) or lacks_values(layer):
             raise RuntimeError(
                 f'switch_to_deploy folds the layers of {name}, but {layer_name or "it"} was added '
-                'or replaced, lacks a parameter, is parametrized, has hooks or another eps: '
+                'or replaced, lacks a parameter, is parametrized, has hooks or other settings: '
                 f'{layer}. Merge or remove what was attached first'
             )
 
@@ -77,7 +85,8 @@ def layers_to_fold(module: nn.Module) -> dict[str, type | None]:
         *_, norm, conv = module._modules
         return {'': Stem, norm: _BatchNorm, conv: nn.Conv2d}
     if isinstance(module, Downsample):
-        return dict(zip_longest(module._modules, (LayerNorm, nn.Conv2d)))
+        names = module._modules
+        return dict(zip_longest(names, (LayerNorm, nn.Conv2d))) if len(names) > 1 else {'': None}
     return {}
 
 
@@ -85,9 +94,8 @@ def is_plain(layer: nn.Module, plain: type | None) -> bool:
     """Whether a layer is of exactly this type, with the network's settings."""
     if plain is _BatchNorm:  # there are several
         return isinstance(layer, _BatchNorm) and not is_parametrized(layer)
-    has_other_eps = type(layer) is nn.LayerNorm and layer.eps != LAYER_NORM_EPS
-    is_tanh = getattr(layer, 'approximate', 'none') != 'none'
-    return type(layer) is plain and not has_other_eps and not is_tanh
+    settings = FOLDED_SETTINGS.get(plain, {})
+    return type(layer) is plain and all(getattr(layer, k) == v for k, v in settings.items())
 
 
 def lacks_values(layer: nn.Module) -> bool:

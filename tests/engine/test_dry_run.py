@@ -107,8 +107,8 @@ def test_names_before_a_metric_of_other_loops(loop, key, is_known):
 
 @pytest.mark.parametrize(
     ('metric', 'is_known'),
-    [('coco/bbox_mAP_50', True), ('coco/AR@100', True), ('accuracy/top1', True), ('mIoU', True),
-     ('stop_distance', False), ('loss', False)],
+    [('coco/bbox_mAP_50', True), ('coco/AR@100', True), ('accuracy/top1', True), ('accuracy', True),
+     ('mIoU', True), ('stop_distance', False), ('loss', False)],
 )  # fmt: skip
 def test_metrics_that_rise(metric, is_known):
     assert is_better_greater(metric, CheckpointHook()) == is_known

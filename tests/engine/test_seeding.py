@@ -4,7 +4,8 @@ import pytest
 import torch
 from mmdet.datasets.samplers import AspectRatioBatchSampler, ClassAwareSampler, MultiSourceSampler
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from mmengine.runner.loops import _InfiniteDataloaderIterator
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from mmconv2former.engine.seeding import (
     LaterBatches,
@@ -41,7 +42,21 @@ class Sizes(Dataset):
 
 
 TORCHS = {'random': lambda data: RandomSampler(data), 'in order': lambda d: SequentialSampler(d)}
+
+
+class Silent(SequentialSampler):
+    """Takes the epoch, but does not say it."""
+
+    def __init__(self, dataset):
+        super().__init__(dataset)
+        self.dataset = dataset
+
+    def set_epoch(self, epoch):
+        pass
+
+
 SAMPLERS = {
+    'that does not say its epoch': Silent,
     'finite': DefaultSampler,
     'endless': InfiniteSampler,
     'by class': ClassAwareSampler,
@@ -49,27 +64,33 @@ SAMPLERS = {
 }
 
 
-def build(sampler, batch_sampler):
+def build(sampler, batch_sampler, workers=0):
     dataset = Sizes(11)
     sampler = {**TORCHS, **SAMPLERS}[sampler](dataset)
-    loader = DataLoader(dataset, batch_sampler=batch_sampler(sampler, 2, False), collate_fn=list)
+    batches = dict(sampler=sampler, batch_size=2)
+    if batch_sampler is not None:
+        batches = dict(batch_sampler=batch_sampler(sampler, 2, False))
+    loader = DataLoader(dataset, **batches, collate_fn=list, num_workers=workers,
+                        persistent_workers=workers > 0)  # fmt: skip
     give_positions(loader, seed=5)
     return loader
 
 
-KINDS = [(sampler, BatchSampler) for sampler in (*TORCHS, *SAMPLERS)]
+KINDS = [(sampler, None) for sampler in (*TORCHS, *SAMPLERS)]
 KINDS += [(sampler, AspectRatioBatchSampler) for sampler in SAMPLERS]  # they have `dataset`
 
 
-@pytest.mark.parametrize('kind', KINDS)
-def test_a_run_of_iterations_is_resumed_with_any_sampler(kind):
-    whole = ResumedBatches(build(*kind), 0, ignored_calls=0)
+@pytest.mark.parametrize(
+    ('kind', 'workers'), [*((kind, 0) for kind in KINDS), (KINDS[0], 1), (KINDS[-1], 1)]
+)
+def test_a_run_of_iterations_is_resumed_with_any_sampler(kind, workers):
+    whole = _InfiniteDataloaderIterator(build(*kind))
     expected = []
     for iteration in range(20):
         seed_all(iteration)  # as each iteration of a run
         expected.append(next(whole))
     seed_all(99)
-    resumed = ResumedBatches(build(*kind), 9, ignored_calls=0)
+    resumed = ResumedBatches(build(*kind, workers), 9, ignored_calls=0)
     assert [next(resumed) for _ in range(11)] == expected[9:]
     seeds = [seed for batch in expected for _, seed in batch]
     assert len(set(seeds)) == len(seeds)  # another augmentation in each epoch

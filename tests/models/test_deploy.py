@@ -99,6 +99,18 @@ def fold_an_added_layer_of_a_downsampling(model):
     model.downsample_layers[1].append(nn.Tanh())
 
 
+def fold_the_padding_of_the_stem(model):
+    conv = model.downsample_layers[0][6]
+    conv.padding = (1, 1)
+
+
+def fold_a_grouped_downsampling(model):
+    conv = model.downsample_layers[1][1]
+    model.downsample_layers[1][1] = nn.Conv2d(
+        conv.in_channels, conv.out_channels, 2, stride=2, groups=2
+    )
+
+
 @pytest.mark.parametrize(
     'attach', [value for name, value in list(globals().items()) if name.startswith('fold_')]
 )

@@ -74,7 +74,7 @@ def test_all_that_is_installed_is_pinned_at_its_version():
 
 # ---------------------------------------------------------------------------------------- scripts
 def test_no_shell_is_built_from_strings():
-    """Ruff's rules S602 to S605 say so of Python."""
+    """Ruff's rules S602, S604 and S605 say so of Python."""
     for path in SCRIPTS:
         assert not re.search(r'^[^#]*\b(eval|source|sh -c)\b', path.read_text(), re.M), path
 

@@ -216,7 +216,7 @@ def test_frames_are_read_like_files(reading, film, images, models, tmp_path):
     predictor = Predictor(config, str(model.checkpoint), 'cpu', 0.0)
     _, frame = cv2.VideoCapture(str(film)).read()
     cv2.imwrite(str(tmp_path / 'frame.png'), frame)
-    loaded, prepared = predictor.load(tmp_path / 'frame.png'), predictor.load_frame(frame)
+    loaded, prepared = predictor.load(tmp_path / 'frame.png'), predictor.prepare(frame)
     assert loaded['inputs'].dtype == prepared['inputs'].dtype
     np.testing.assert_array_equal(loaded['inputs'], prepared['inputs'])
 

@@ -261,10 +261,14 @@ def check_loader(name: str, settings: Mapping) -> None:
     Raises:
         ConfigError: The loader refuses its settings.
     """
-    unread = dict(dataset=TensorDataset(torch.zeros(1)), sampler=None, batch_sampler=None)
+    unread: dict[str, Any] = dict(
+        dataset=TensorDataset(torch.zeros(1)), sampler=None, batch_sampler=None
+    )
+    if settings.get('batch_sampler'):
+        unread['batch_size'] = 1  # it gets the config's, which may be one for each dataset
     try:
         Runner.build_dataloader({**usable_loader(dict(settings)), **unread}, seed=0)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError, LookupError) as error:
         raise ConfigError(f'{name}: {in_one_line(error)}{advice(error, DataLoader)}') from error
 
 
