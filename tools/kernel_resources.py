@@ -33,19 +33,19 @@ from common import parser_of
 from common.tables import show, table
 from torch import Tensor
 
-try:
+from mmconv2former import Conv2Former
+from mmconv2former.models.blocks import Block
+from mmconv2former.ops import DepthwiseConv, depthwise
+from mmconv2former.ops.block import RECOMPUTE
+from mmconv2former.ops.triton_support import installation_problem
+
+if installation_problem() is None:  # otherwise `main` says what is missing
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-except ImportError as error:
-    raise SystemExit(f'error: needs Triton 3.3, which comes with torch 2.7: {error}') from None
 
-from mmconv2former import Conv2Former
-from mmconv2former.models.blocks import Block
-from mmconv2former.ops import DepthwiseConv, depthwise, depthwise_triton
-from mmconv2former.ops.block import RECOMPUTE
-from mmconv2former.ops.launch import Launcher
-from mmconv2former.ops.triton_support import installation_problem
+    from mmconv2former.ops import depthwise_triton
+    from mmconv2former.ops.launch import Launcher
 
 TYPES = {torch.bfloat16: 'bf16', torch.float16: 'fp16', torch.float32: 'fp32',
          torch.float64: 'fp64', torch.int64: 'i64', torch.int32: 'i32'}  # fmt: skip
@@ -54,7 +54,7 @@ HALF = ('bfloat16', 'float16')
 # Constants that are shown beside a kernel's name; the rest are sizes.
 SWITCHES = re.compile(r'HAS_\w+|FLIP')
 PAGE = Path(__file__).resolve().parents[1] / 'docs/data/kernel_resources.md'
-DISASSEMBLER = Path(triton.__file__).parent / 'backends/nvidia/bin/cuobjdump'
+DISASSEMBLER = 'backends/nvidia/bin/cuobjdump'  # in Triton's folder
 HEADER = ['GPU', 'dtype', 'kernel', 'K', 'C', 'registers', 'bytes spilled',
           'instructions of the loop', 'multiply-adds', 'loads and stores by bits']  # fmt: skip
 
@@ -235,9 +235,8 @@ def resources(launch: Launch, capability: int) -> Resources:
 
 
 def disassemble(option: str, file: str) -> str:
-    return subprocess.run(
-        [DISASSEMBLER, option, file], capture_output=True, text=True, check=True
-    ).stdout
+    command = [str(Path(triton.__file__).parent / DISASSEMBLER), option, file]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def innermost_loop(program: str) -> tuple[int, int]:
