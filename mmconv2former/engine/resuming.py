@@ -56,7 +56,7 @@ def settings_of(runner: Any) -> Settings | None:
 def is_setting(key: str, optimizer: Any) -> bool:
     """Whether a config can set a key of a parameter group; other keys are state, as Prodigy's d."""
     arguments = signature(type(optimizer).__init__).parameters
-    name = key.removeprefix('initial_')  # of which schedules make the current value
+    name = key.removeprefix('initial_')  # from which schedules compute the current value
     return key != 'params' and (name in arguments or name in ('lr', 'weight_decay', 'momentum'))
 
 

@@ -459,7 +459,7 @@ class ReliableRunner(Runner):
 
 
 class NotCopied:
-    """A dataset among settings, of which mmengine makes a deep copy: it then has the original."""
+    """Holds a dataset among settings that mmengine deep-copies; the copy is the dataset itself."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
