@@ -359,9 +359,11 @@ class Writer:
         self.predictor, self.out, self.with_drawings = predictor, out, with_drawings
 
     def path(self, kind: str, name: str, suffix: str) -> Path:
-        """A file of `RESULTS`, in its folder."""
+        """A file of `RESULTS`, in its folder. A link there, maybe to an input, is not followed."""
         path = self.out / kind / f'{name}{suffix}'
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            path.unlink()
         return path
 
     def write_image(self, source: Source, sample: Any) -> None:

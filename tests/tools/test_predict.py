@@ -321,3 +321,13 @@ def test_refuses_checkpoints_of_other_networks(models, folder, tmp_path):
         arguments = [models[DETECTION_MODEL].config, checkpoint, folder, '--out', tmp_path / 'out']
         with pytest.raises(SystemExit, match=message):
             main([str(argument) for argument in arguments])
+
+
+def test_links_among_results_are_not_followed(models, folder, tmp_path):
+    out, image = tmp_path / 'out', folder / 'tief/zwei.jpg'
+    before = image.read_bytes()
+    (out / 'pictures').mkdir(parents=True)
+    (out / 'pictures/zwei.jpg').symlink_to(image)
+    predict(models[DETECTION_MODEL], out, image)
+    assert image.read_bytes() == before
+    assert not (out / 'pictures/zwei.jpg').is_symlink()
