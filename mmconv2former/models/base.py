@@ -14,7 +14,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..ops.block import RECOMPUTE, folded_together
+from ..ops.block import RECOMPUTE
 from ..ops.dispatch import is_captured
 from ..ops.memory_format import to_channels_first
 from ..registry import MODELS, WEIGHT_INITIALIZERS
@@ -26,7 +26,7 @@ from .arguments import (
     parse_out_indices,
     refuse_foreign,
 )
-from .blocks import Block, LayerNorm, init_layer
+from .blocks import Block, LayerNorm, init_layer, prepare
 from .deploy import deploy
 from .fusion import FUSIONS
 
@@ -212,7 +212,7 @@ class Conv2FormerBase(PretrainedModule):
         if is_captured():
             return self._forward(x)
         # Blocks in wrappers are left out, because they may not have their weights yet.
-        with folded_together([b for b in self._blocks() if isinstance(b, Block)], x):
+        with prepare([b for b in self._blocks() if isinstance(b, Block)], x):
             return self._forward(x)
 
     def _check_input(self, x: Tensor) -> None:

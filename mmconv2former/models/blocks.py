@@ -10,14 +10,18 @@ Paper: arXiv 2211.11943, section 3.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.block import compute_block, is_supported, is_worth_it
+from ..ops.block import Factors, compute_blocks, fold_together, is_supported, is_worth_it
 from ..ops.depthwise import DepthwiseConv
 from ..ops.dispatch import autocast_dtype, is_captured, is_transformed
 from ..ops.folding import BlockParameters, FoldedWeights
@@ -150,18 +154,50 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        factors = self.factors(1, x)
-        return x if factors is None else x * factors.view(-1, *(1,) * (x.dim() - 1))
+        (factor,) = self.factors(1, x)
+        return x if factor is None else x * factor.view(-1, *(1,) * (x.dim() - 1))
 
-    def factors(self, branches: int, x: Tensor) -> Tensor | None:
-        """Factors (branches, N) of the branches of each image; None means 1."""
+    def factors(self, branches: int, x: Tensor) -> tuple[Tensor | None, ...]:
+        """Factors (N,) of branches for each image; None means 1."""
         if not self.training or self.rate == 0.0:
-            return None
+            return (None,) * branches
         keep = 1.0 - self.rate
-        return x.new_empty(branches, x.shape[0]).bernoulli_(keep).div_(keep)
+        return x.new_empty(branches, x.shape[0]).bernoulli_(keep).div_(keep).unbind()
 
     def extra_repr(self) -> str:
         return f'rate={self.rate:.3f}'
+
+
+class Prepared(NamedTuple):
+    """What `mmconv2former.ops.block` needs to compute a block.
+
+    Fields:
+        weights: The folded weights; None to fold them from the parameters.
+        factors: The factors of drop path; None to draw them.
+    """
+
+    parameters: BlockParameters
+    weights: FoldedWeights | None = None
+    factors: Any = None
+
+
+class Pass(threading.local):
+    """The pass of a network that runs in this thread.
+
+    Attributes:
+        images: Size of the batch.
+        prepared: What the network has prepared for its blocks.
+    """
+
+    images = 0
+    prepared: Mapping[nn.Module, Prepared] = {}
+
+    def prepared_for(self, block: nn.Module, x: Tensor) -> Prepared | None:
+        """What was prepared for a call of a block, or None."""
+        return self.prepared.get(block) if self.images == x.shape[0] else None
+
+
+current_pass = Pass()
 
 
 class Block(nn.Module):
@@ -170,9 +206,6 @@ class Block(nn.Module):
     As long as all layers are plain, `mmconv2former.ops.block` computes the same faster and in less
     memory. A block with a hooked, replaced or parametrized layer runs layer by layer.
     """
-
-    # Set while a network runs: its thread, this block's parameters and their folded weights.
-    prefolded: tuple[int, BlockParameters, FoldedWeights] | None = None
 
     def __init__(
         self,
@@ -197,31 +230,45 @@ class Block(nn.Module):
         self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C)
-        if self.with_cp and self.training and torch.is_grad_enabled():
+        if self.is_checkpointed():
             return checkpoint(self._compute, x, use_reentrant=False)
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
         x = x.to(self.layer_scale_1.dtype)  # autocast halves the precision of branches, not of x
-        fast = self._fast_weights(x)
-        if fast is not None:
-            factors = self.drop_path.factors(2, x)
-            return compute_block(x, factors, *fast, LAYER_NORM_EPS, self.recompute)
+        prepared = self._prepare(x)
+        if prepared is not None:
+            return compute_prepared([prepared], x, self.recompute)
         x = x + self.drop_path(self.layer_scale_1 * self.attn(x))
         x = x + self.drop_path(self.layer_scale_2 * self.mlp(x))
         return x
 
-    def _fast_weights(self, x: Tensor) -> tuple[BlockParameters, FoldedWeights | None] | None:
-        """Parameters for `compute_block`, and their folded form if the network has prepared it.
-
-        The result is None if the layers must run one by one, or are faster that way.
-        """
-        if self.prefolded is not None and self.prefolded[0] == threading.get_ident():
-            return self.prefolded[1:]
-        parameters = self.plain_parameters() if is_worth_it(x, self.recompute) else None
-        if parameters is None or not is_supported(parameters):
+    def _prepare(self, x: Tensor) -> Prepared | None:
+        """None if the layers must run one by one, or are faster that way."""
+        if is_captured():
             return None
-        return parameters, None
+        found = current_pass.prepared_for(self, x)
+        if found is None:
+            parameters = self.plain_parameters() if is_worth_it(x, self.recompute) else None
+            if parameters is None or not is_supported(parameters):
+                return None
+            found = Prepared(parameters)
+        return found if found.factors else found._replace(factors=self.drop_path.factors(2, x))
+
+    def key_to_join(self, x: Tensor) -> Any:
+        prepared = current_pass.prepared_for(self, x)
+        is_ready = prepared is not None and prepared.factors is not None
+        return (Block, self.recompute) if is_ready and type(self) is Block else None
+
+    @staticmethod
+    def run_together(blocks: Sequence[Block], x: Tensor) -> Tensor:
+        prepared = [current_pass.prepared[block] for block in blocks]
+        x = x.to(blocks[0].layer_scale_1.dtype)
+        return compute_prepared(prepared, x, blocks[0].recompute)
+
+    def is_checkpointed(self) -> bool:
+        """Whether the backward pass computes this block again."""
+        return self.with_cp and self.training and torch.is_grad_enabled()
 
     def plain_parameters(self) -> BlockParameters | None:
         """The parameters if all layers are plain, so that nothing else matters, otherwise None."""
@@ -259,8 +306,12 @@ class Block(nn.Module):
             return None
         return BlockParameters._make(parameters)
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != 'prefolded'}
+
+def compute_prepared(blocks: Sequence[Prepared], x: Tensor, recompute: str) -> Tensor:
+    """Consecutive blocks, (N, H, W, C) -> (N, H, W, C)."""
+    parameters, weights, factors = zip(*blocks)
+    folded = None if weights[0] is None else weights
+    return compute_blocks(x, factors, parameters, folded, LAYER_NORM_EPS, recompute)
 
 
 # The layers of a block, all plain.
@@ -289,6 +340,104 @@ def has_attachment(layer: nn.Module) -> bool:
         or own['_backward_pre_hooks']
         or 'forward' in own
     )
+
+
+# -------------------------------------------------------------------------------- several blocks
+MOST_TOGETHER = 4  # blocks; with more, gradients would reach other GPUs later
+
+
+class Stage(nn.Sequential):
+    """Blocks of one resolution, (N, H, W, C) -> (N, H, W, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return run_in_turn(self, x)
+
+
+def run_in_turn(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Runs blocks one after the other; several as one function where nothing can tell.
+
+    That saves launches, and time of the host for each.
+    """
+    if is_captured():
+        for block in blocks:
+            x = block(x)
+        return x
+    for key, group in groupby(blocks, partial(key_to_join, x=x)):
+        members: list[Any] = list(group)
+        if key is None:
+            for block in members:
+                x = block(x)
+            continue
+        for i in range(0, len(members), MOST_TOGETHER):
+            x = type(members[0]).run_together(members[i : i + MOST_TOGETHER], x)
+    return x
+
+
+def key_to_join(block: nn.Module, x: Tensor) -> Any:
+    """Blocks with equal keys may run together; one whose key is None runs alone."""
+    key = getattr(block, 'key_to_join', None)
+    return None if key is None or has_attachment(block) else key(x)
+
+
+@contextmanager
+def prepare(blocks: Sequence[Block], x: Tensor) -> Iterator[None]:
+    """Prepares blocks for one pass of a network with a few launches, if kernels compute them.
+
+    Folds the weights and draws the factors of drop path.
+
+    Args:
+        x: The network's input.
+    """
+    plain: list[tuple[Block, BlockParameters]] = []
+    for block in blocks:
+        parameters = block.plain_parameters()
+        if parameters is not None and is_supported(parameters):
+            plain.append((block, parameters))
+    if plain:  # one launch is for one dtype and device
+        kind = plain[0][1].scale_1.dtype, x.device
+        plain = [(b, p) for b, p in plain if (p.scale_1.dtype, p.scale_1.device) == kind]
+    weights = fold_together([p for _, p in plain], x) if plain else None
+    before = current_pass.images, current_pass.prepared
+    prepared: dict[nn.Module, Prepared] = {}
+    if weights is not None:
+        factors = draw_factors([block for block, _ in plain], x, kind[0])
+        prepared = {b: Prepared(p, w, f) for (b, p), w, f in zip(plain, weights, factors)}
+    current_pass.images, current_pass.prepared = x.shape[0], prepared
+    try:
+        yield
+    finally:
+        current_pass.images, current_pass.prepared = before
+
+
+def draw_factors(blocks: Sequence[Block], x: Tensor, dtype: torch.dtype) -> list[Factors | None]:
+    """Factors of drop path of both branches of each block, as `DropPath.factors` gives them.
+
+    They are None if a block must draw them, because its backward pass draws the same ones again.
+    """
+    are_recomputed = [block.is_checkpointed() for block in blocks]
+    keeps = [
+        1 - block.drop_path.rate if block.drop_path.training and not is_recomputed else 1
+        for block, is_recomputed in zip(blocks, are_recomputed)
+    ]
+    factors: list[Factors] = [(None, None)] * len(blocks)
+    if any(keep < 1 for keep in keeps):
+        rows = draw_rows([keep for keep in keeps for _ in range(2)], x, dtype)
+        pairs = zip(keeps, zip(rows[::2], rows[1::2]))
+        factors = [pair if keep < 1 else (None, None) for keep, pair in pairs]
+    return [None if is_recomputed else f for is_recomputed, f in zip(are_recomputed, factors)]
+
+
+@torch.no_grad()
+def draw_rows(keeps: list[float], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """For each rate, factors (N,) that are 1 / rate with this probability and 0 otherwise."""
+    wide = torch.promote_types(dtype, torch.float32)
+    factors = torch.rand(len(keeps), x.shape[0], dtype=wide, device=x.device)
+    rows = factors.unbind()
+    # Numbers below the rate become -1, the others 0.
+    torch._foreach_sub_(rows, keeps)
+    factors.floor_()
+    torch._foreach_div_(rows, [-keep for keep in keeps])
+    return factors.to(dtype).unbind()
 
 
 class Downsample(nn.Sequential):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..registry import MODELS, register
 from .arguments import check_int, parse_arch, parse_kernel_size, with_arguments_of
 from .base import Conv2FormerBase
-from .blocks import Downsample, Stem, drop_path_rates, embed
+from .blocks import Downsample, Stage, Stem, drop_path_rates, embed
 from .layer_depth import STEM, Location, StagedBackbone
 
 
@@ -110,7 +110,7 @@ class Conv2Former(StagedBackbone, Conv2FormerBase):
 
     # Both are nn.ModuleList; type checkers cannot tell the modules of one.
     downsample_layers: Any  # a Stem, then one Downsample before each further stage
-    stages: Any  # nn.Sequential of Block
+    stages: Any  # Stage
 
     @with_arguments_of(Conv2FormerBase)
     def __init__(
@@ -140,7 +140,7 @@ class Conv2Former(StagedBackbone, Conv2FormerBase):
         self.stages = nn.ModuleList()
         for i, depth in enumerate(self.depths):
             blocks = [self._block(channels[i], kernel_sizes[i], next(rates)) for _ in range(depth)]
-            self.stages.append(nn.Sequential(*blocks))
+            self.stages.append(Stage(*blocks))
         self._finish()
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)

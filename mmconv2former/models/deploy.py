@@ -6,7 +6,7 @@ original network loaded.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import block_stock
-from ..ops.block import run, run_block, steps_for
+from ..ops.block import run, run_blocks, steps_for
 from ..ops.depthwise import DepthwiseConv, prepare_weight
 from ..ops.dispatch import autocast_dtype, is_captured, is_transformed, without_autocast
 from ..ops.folding import FoldedWeights, fold_rows
@@ -136,11 +136,8 @@ class DeployedBlock(nn.Module):
         self.folded: dict[tuple[torch.dtype, torch.device, str], FoldedWeights] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        is_differentiated = torch.is_grad_enabled() and x.requires_grad
-        is_stock = is_differentiated or is_captured() or is_transformed()
-        is_by_function = self.is_plain and not is_stock and not is_fusible(x)
-        if is_by_function and not has_attachment(self.depthwise):
-            return self._by_function(x)
+        if self._is_by_function(x):
+            return self.run_together([self], x)
         y = F.layer_norm(x, self.normalized_shape, eps=LAYER_NORM_EPS)
         a = self.depthwise(self.gate.gelu(y))
         if self.fusion == 'hadamard':
@@ -152,16 +149,31 @@ class DeployedBlock(nn.Module):
         h = self.fc1.gelu(y)  # (N, H, W, mlp_ratio * C)
         return self.fc2.plus(add(self.pos.gelu(h), h), x)
 
-    def _by_function(self, x: Tensor) -> Tensor:
-        x = x.to(self.gate.weight.dtype)  # dtype of the residuals, as in a `Block`
-        dtype = autocast_dtype(x)
-        steps = steps_for(x, (self.depthwise.weight, self.pos.weight))
-        form = dtype, x.device, 'stock' if steps is block_stock else 'triton'
+    def _is_by_function(self, x: Tensor) -> bool:
+        is_differentiated = torch.is_grad_enabled() and x.requires_grad
+        is_stock = is_differentiated or is_captured() or is_transformed()
+        is_plain = self.is_plain and not has_attachment(self.depthwise)
+        return is_plain and not is_stock and not is_fusible(x)
+
+    def key_to_join(self, x: Tensor) -> Any:
+        return DeployedBlock if self._is_by_function(x) else None
+
+    @staticmethod
+    def run_together(blocks: Sequence[DeployedBlock], x: Tensor) -> Tensor:
+        x = x.to(blocks[0].gate.weight.dtype)  # dtype of the residuals, as in a `Block`
+        weights = [weight for b in blocks for weight in (b.depthwise.weight, b.pos.weight)]
+        steps = steps_for(x, weights)
+        form = autocast_dtype(x), x.device, 'stock' if steps is block_stock else 'triton'
+        folded = [block._folded_in(*form) for block in blocks]
+        factors = [(None, None)] * len(blocks)
+        with without_autocast(x):
+            return run(run_blocks, steps, x, factors, folded, LAYER_NORM_EPS, None)[0]
+
+    def _folded_in(self, *form: Any) -> FoldedWeights:
         if form not in self.folded:
             with torch.inference_mode(False), torch.no_grad():  # usable in any mode
                 self.folded[form] = self._cast(*form)
-        with without_autocast(x):
-            return run(run_block, steps, x, None, self.folded[form], LAYER_NORM_EPS, None)[0]
+        return self.folded[form]
 
     def _cast(self, dtype: torch.dtype, device: torch.device, implementation: str) -> FoldedWeights:
         """The weights in a dtype, with depthwise weights in the layout of their kernels."""

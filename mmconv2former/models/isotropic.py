@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..registry import MODELS, register
 from .arguments import check_choice, check_int, parse_arch, parse_kernel_size, with_arguments_of
 from .base import Conv2FormerBase
-from .blocks import Stem, drop_path_rates, embed
+from .blocks import Stem, drop_path_rates, embed, run_in_turn
 from .layer_depth import STEM, LayeredBackbone, Location
 
 
@@ -116,11 +116,11 @@ class Conv2FormerIsotropic(LayeredBackbone, Conv2FormerBase):
 
     def _forward(self, x: Tensor) -> tuple[Tensor, ...]:  # (N, in_channels, H, W)
         x = embed(self.patch_embed, x)  # (N, H / 16, W / 16, C)
-        outputs = {}
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i in self.out_indices:
-                outputs[i] = self._output(x, i)
+        outputs, done = {}, 0
+        for i in sorted(self.out_indices):
+            x = run_in_turn([self.blocks[j] for j in range(done, i + 1)], x)
+            outputs[i] = self._output(x, i)
+            done = i + 1
         return tuple(outputs[i] for i in self.out_indices)
 
     def _blocks(self) -> Iterable[nn.Module]:

@@ -1,4 +1,4 @@
-"""A block of the network as one autograd function that reads and saves little.
+"""Blocks of the network as one autograd function that reads and saves little.
 
 With x' = LayerNorm(x) without scale and shift, a block computes
 
@@ -9,15 +9,16 @@ The LayerNorms' scale and shift are folded into W1, W2 and W4, the layer scales 
 (`folding`). The factors are those of drop path. Autograd would save the input of every
 operation; this function recomputes what `RECOMPUTE` says (activation recomputation).
 
+Each residual addition and the LayerNorm after it are one step, also from a block to the next.
+
 The steps are torch's operators (`block_stock`, for any device) or kernels that read and write each
 tensor once (`block_triton`).
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -44,9 +45,14 @@ PLAIN_TENSORS = {Tensor, nn.Parameter, FakeTensor}  # FakeTensor: counts must se
 DTYPE = attrgetter('dtype')
 
 
-class Saved(NamedTuple):
-    """What the forward pass saves for the backward pass, (N, H, W, channels)."""
+Factors = tuple[Tensor | None, Tensor | None]  # (N,) of both branches of a block; None for 1
 
+
+class Saved(NamedTuple):
+    """What the forward pass of a block saves for its backward pass, (N, H, W, channels)."""
+
+    factor_1: Tensor | None
+    factor_2: Tensor | None
     normed_1: Tensor
     rstd_1: Tensor
     gate_value: Tensor  # gate before GELU, and value
@@ -63,7 +69,7 @@ class Saved(NamedTuple):
 
 # ------------------------------------------------------------------------------------------ choice
 def is_supported(parameters: BlockParameters) -> bool:
-    """Whether `compute_block` takes these parameters here; stock layers take any.
+    """Whether `compute_blocks` takes these parameters here; stock layers take any.
 
     It does not in transforms of `torch.func`, or for parameters that have several dtypes, are not
     contiguous or are not plain tensors (such as sharded or quantized ones).
@@ -79,7 +85,7 @@ def is_supported(parameters: BlockParameters) -> bool:
 
 
 def is_worth_it(x: Tensor, recompute: str) -> bool:
-    """Whether `compute_block` is faster or saves less than stock layers.
+    """Whether `compute_blocks` is faster or saves less than stock layers.
 
     On a CPU in float32 without recomputation, folding costs more than it saves (measured). A graph
     that is being captured should contain stock layers only.
@@ -91,10 +97,10 @@ def is_worth_it(x: Tensor, recompute: str) -> bool:
 
 
 def steps_for(x: Tensor, weights: Sequence[Tensor], is_folded: bool = False) -> Any:
-    """The module whose steps compute a block of x (N, H, W, C) with these depthwise weights.
+    """The module whose steps compute blocks of x (N, H, W, C) with these depthwise weights.
 
     Args:
-        is_folded: Whether `folded_together` found that the kernels take these weights.
+        is_folded: Whether `fold_together` found that the kernels take these weights.
     """
     if is_folded and not (failures or is_captured() or is_transformed() or is_intercepted(x)):
         # Asks less than `choose`.
@@ -125,119 +131,138 @@ def fold_blocks(
     return steps.fold(blocks, dtype)
 
 
-@contextmanager
-def folded_together(blocks: Sequence[Any], x: Tensor) -> Iterator[None]:
-    """Folds the weights of all blocks for one pass with a few launches, if kernels compute them.
+def fold_together(blocks: Sequence[BlockParameters], x: Tensor) -> list[FoldedWeights] | None:
+    """The weights of all blocks of a network, with a few launches; None if no kernels compute them.
 
     Args:
-        blocks: Modules with `plain_parameters()` and `prefolded`, which is set to this thread, the
-            parameters and the weights. (Other threads may run the network on other streams.)
+        blocks: Parameters that `compute_blocks` takes, of one dtype and device.
         x: The network's input, for the device and the dtype of convolutions.
     """
-    found = [(block, block.plain_parameters()) for block in blocks]
-    found = [(block, p) for block, p in found if p is not None and is_supported(p)]
-    if found:  # one launch is for one dtype and device
-        kind = found[0][1].scale_1.dtype, x.device
-        found = [(b, p) for b, p in found if (p.scale_1.dtype, p.scale_1.device) == kind]
-    if found and not is_intercepted(x):
-        parameters = [p for _, p in found]
-        dtype = autocast_dtype(parameters[0].scale_1)
-        weights = [weight for p in parameters for weight in (p.depthwise_weight, p.pos_weight)]
-        if all(device_choice(weight, dtype) == 'triton' for weight in weights):
-            with without_autocast(x):
-                folded = run(fold_blocks, load('block_triton'), x, parameters, dtype)
-            for (block, p), weights_of_block in zip(found, folded):
-                block.prefolded = threading.get_ident(), p, weights_of_block
-    try:
-        yield
-    finally:
-        for block in blocks:
-            block.prefolded = None
+    if is_intercepted(x):
+        return None
+    dtype = autocast_dtype(blocks[0].scale_1)
+    weights = [weight for p in blocks for weight in (p.depthwise_weight, p.pos_weight)]
+    if any(device_choice(weight, dtype) != 'triton' for weight in weights):
+        return None
+    with without_autocast(x):
+        return run(fold_blocks, load('block_triton'), x, blocks, dtype)
 
 
 # ----------------------------------------------------------------------------------------- forward
-def run_block(
+def run_blocks(
     x: Tensor,
-    factors: Tensor | None,
-    weights: FoldedWeights,
+    factors: Sequence[Factors],
+    weights: Sequence[FoldedWeights],
     eps: float,
     recompute: str | None,
     steps: Any,
-) -> tuple[Tensor, Saved | None]:
-    """A block, (N, H, W, C) -> (N, H, W, C), and what it saves for the backward pass.
+) -> tuple[Tensor, list[Saved]]:
+    """Blocks one after the other, and what they save for the backward pass.
 
     Args:
-        x: Input, in the dtype of the residual stream.
-        factors: (2, N), the branches' factors for each image, or None for 1.
-        weights: The weights of the block.
-        eps: Epsilon of its LayerNorms.
+        x: Input (N, H, W, C), in the dtype of the residual stream.
+        factors: The branches' factors, of each block.
+        weights: The weights of each block.
+        eps: Epsilon of their LayerNorms.
         recompute: One of `RECOMPUTE`, or None to save nothing at all.
         steps: `block_stock` or `block_triton`.
+
+    Returns:
+        The output (N, H, W, C), and one entry for each block or, without `recompute`, none.
     """
-    w, dtype = weights, weights.gate_value_weight.dtype
+    dtype = weights[0].gate_value_weight.dtype
     keep = recompute is not None
-    factor_1, factor_2 = branch_factors(x, factors, w)
-
-    # modulation
+    blocks: list[Saved] = []
     _, normed_1, rstd_1 = steps.add_normalize(x, None, None, eps, dtype, keep)
-    gate_value = steps.pointwise_conv(normed_1, w.gate_value_weight, w.gate_value_bias)
-    gate, value = gate_value.chunk(2, -1)  # (N, H, W, C) each
-    active_1 = steps.gelu(gate)
-    a, weighted = steps.depthwise_times(active_1, w.depthwise_weight, w.depthwise_bias, value, keep)
-    branch = steps.pointwise_conv(weighted, w.proj_weight, w.proj_bias)
-    if recompute != 'nothing':
-        active_1 = weighted = None
-    x, normed_2, rstd_2 = steps.add_normalize(x, branch, factor_1, eps, dtype, keep)
+    for number, (w, (factor_1, factor_2)) in enumerate(zip(weights, factors), start=1):
+        # modulation
+        gate_value = steps.pointwise_conv(normed_1, w.gate_value_weight, w.gate_value_bias)
+        gate, value = gate_value.chunk(2, -1)  # (N, H, W, C) each
+        active_1 = steps.gelu(gate)
+        a, weighted = steps.depthwise_times(
+            active_1, w.depthwise_weight, w.depthwise_bias, value, keep
+        )
+        branch = steps.pointwise_conv(weighted, w.proj_weight, w.proj_bias)
+        if recompute != 'nothing':
+            active_1 = weighted = None
+        factor = with_unit(factor_1, w.unit_1, x)
+        x, normed_2, rstd_2 = steps.add_normalize(x, branch, factor, eps, dtype, keep)
 
-    # feed-forward
-    hidden = steps.pointwise_conv(normed_2, w.fc1_weight, w.fc1_bias)  # (N, H, W, mlp_ratio * C)
-    active_2 = steps.gelu(hidden)
-    if recompute not in ('nothing', 'elementwise'):
-        hidden = None
-    mixed, total = steps.depthwise_plus_gelu(active_2, w.pos_weight, w.pos_bias, keep)
-    branch = steps.pointwise_conv(total, w.fc2_weight, w.fc2_bias)
-    if recompute != 'nothing':
-        active_2 = total = None
-    x, _, _ = steps.add_normalize(x, branch, factor_2, eps, None, keep=False, in_place=True)
-    if not keep:
-        return x, None
-    return x, Saved(
-        normed_1, rstd_1, gate_value, a, active_1, weighted, normed_2, rstd_2, hidden, active_2,
-        mixed, total,
-    )  # fmt: skip
+        # feed-forward
+        hidden = steps.pointwise_conv(normed_2, w.fc1_weight, w.fc1_bias)  # mlp_ratio * C channels
+        active_2 = steps.gelu(hidden)
+        if recompute not in ('nothing', 'elementwise'):
+            hidden = None
+        mixed, total = steps.depthwise_plus_gelu(active_2, w.pos_weight, w.pos_bias, keep)
+        branch = steps.pointwise_conv(total, w.fc2_weight, w.fc2_bias)
+        if recompute != 'nothing':
+            active_2 = total = None
+        if keep:
+            saved = Saved(
+                factor_1, factor_2, normed_1, rstd_1, gate_value, a, active_1, weighted, normed_2,
+                rstd_2, hidden, active_2, mixed, total,
+            )  # fmt: skip
+            blocks.append(saved)
+        factor = with_unit(factor_2, w.unit_2, x)
+        has_next = number < len(weights)
+        x, normed_1, rstd_1 = steps.add_normalize(
+            x, branch, factor, eps, dtype if has_next else None, keep and has_next, in_place=True
+        )
+    return x, blocks
 
 
-def branch_factors(
-    x: Tensor, factors: Tensor | None, w: FoldedWeights
-) -> tuple[Tensor | None, Tensor | None]:
-    """The factors of both branches, (N,) each, with the units of folded weights in float16."""
-    if w.unit_1 is None or w.unit_2 is None:
-        return (None, None) if factors is None else (factors[0], factors[1])
-    units = torch.stack([w.unit_1, w.unit_2])[:, None]
-    factors = units.expand(2, x.shape[0]) if factors is None else factors * units
-    return factors[0].contiguous(), factors[1].contiguous()
+def with_unit(factor: Tensor | None, unit: Tensor | None, x: Tensor) -> Tensor | None:
+    """The factor (N,) of a branch, with the unit of folded weights in float16."""
+    if unit is None:
+        return factor
+    return unit.expand(x.shape[0]).contiguous() if factor is None else factor * unit
 
 
 # ---------------------------------------------------------------------------------------- backward
-def run_block_backward(
+def run_blocks_backward(
     grad: Tensor,
-    saved: Saved,
-    factors: Tensor | None,
-    weights: FoldedWeights,
-    parameters: BlockParameters,
+    blocks: Sequence[Saved],
+    weights: Sequence[FoldedWeights],
+    parameters: Sequence[BlockParameters],
     steps: Any,
-) -> tuple[Tensor, BlockParameters]:
-    """Gradients of `run_block` for x and the parameters.
+) -> tuple[Tensor, list[BlockParameters]]:
+    """Gradients of `run_blocks` for x and the parameters.
 
     In float16 the gradients within a branch are divided by its unit, which keeps them from
     vanishing.
     """
-    s, w, p = saved, weights, parameters
-    dtype = s.gate_value.dtype
-    factor_1, factor_2 = (None, None) if factors is None else (factors[0], factors[1])
+    dtype = blocks[0].gate_value.dtype
+    of_parameters: list[BlockParameters] = []
+    _, grad_branch, sums = steps.add_normalize_backward(grad, None, blocks[-1].factor_2, dtype)
+    for index in reversed(range(len(blocks))):
+        s, w = blocks[index], weights[index]
+        of_fc1, of_pos, of_fc2, grad_y = feed_forward_backward(grad_branch, sums, s, w, steps)
+        rstd = s.rstd_2 if w.unit_2 is None else s.rstd_2 * w.unit_2
+        grad, grad_branch, sums = steps.add_normalize_backward(
+            grad, (grad_y, s.normed_2, rstd), s.factor_1, dtype
+        )
+        of_gate_value, of_depthwise, of_proj, grad_y = modulation_backward(
+            grad_branch, sums, s, w, steps
+        )
+        rstd = s.rstd_1 if w.unit_1 is None else s.rstd_1 * w.unit_1
+        before = (blocks[index - 1].factor_2, dtype) if index > 0 else (None, None)
+        grad, grad_branch, sums = steps.add_normalize_backward(
+            grad, (grad_y, s.normed_1, rstd), *before, in_place=True
+        )
+        of_weights = FoldedGradients(of_gate_value, of_depthwise, of_proj, of_fc1, of_pos, of_fc2)
+        of_parameters.append(steps.unfold(of_weights, parameters[index], w))
+    return grad, of_parameters[::-1]
 
-    # feed-forward
-    _, grad_branch, sums = steps.add_normalize_backward(grad, None, factor_2, dtype)
+
+def feed_forward_backward(
+    grad_branch: Tensor, sums: Any, s: Saved, w: FoldedWeights, steps: Any
+) -> tuple[Any, Any, Any, Tensor]:
+    """Gradients for the weights of fc1, pos and fc2, and for the result of the LayerNorm.
+
+    Args:
+        grad_branch: Gradient of the branch (N, H, W, C).
+        sums: Its sums over positions, as `add_normalize_backward` returned them.
+    """
     hidden = s.hidden
     if hidden is None:
         hidden = steps.pointwise_conv(s.normed_2, w.fc1_weight, w.fc1_bias)
@@ -252,13 +277,13 @@ def run_block_backward(
     grad_hidden = steps.depthwise_gelu_gradient(grad_mixed, w.pos_weight, hidden, grad_total, None)
     del grad_mixed, grad_total, hidden  # the second may be `grad_hidden` now
     of_fc1 = steps.pointwise_weight_gradients(grad_hidden, s.normed_2, None)
-    grad_y = steps.pointwise_input_gradient(grad_hidden, w.fc1_weight)
-    del grad_hidden
-    rstd_2 = s.rstd_2 if w.unit_2 is None else s.rstd_2 * w.unit_2
-    norm_2 = grad_y, s.normed_2, rstd_2
-    grad, grad_branch, sums = steps.add_normalize_backward(grad, norm_2, factor_1, dtype)
+    return of_fc1, of_pos, of_fc2, steps.pointwise_input_gradient(grad_hidden, w.fc1_weight)
 
-    # modulation
+
+def modulation_backward(
+    grad_branch: Tensor, sums: Any, s: Saved, w: FoldedWeights, steps: Any
+) -> tuple[Any, Any, Any, Tensor]:
+    """As `feed_forward_backward`, for gate and value, the depthwise convolution and proj."""
     gate, value = s.gate_value.chunk(2, -1)
     grad_gate_value = torch.empty_like(s.gate_value)
     grad_gate, grad_value = grad_gate_value.chunk(2, -1)
@@ -271,78 +296,73 @@ def run_block_backward(
     steps.depthwise_gelu_gradient(grad_a, w.depthwise_weight, gate, None, grad_gate)
     of_gate_value = steps.pointwise_weight_gradients(grad_gate_value, s.normed_1, None)
     grad_y = steps.pointwise_input_gradient(grad_gate_value, w.gate_value_weight)
-    rstd_1 = s.rstd_1 if w.unit_1 is None else s.rstd_1 * w.unit_1
-    norm_1 = grad_y, s.normed_1, rstd_1
-    grad, _, _ = steps.add_normalize_backward(grad, norm_1, None, None, in_place=True)
-
-    of_weights = FoldedGradients(of_gate_value, of_depthwise, of_proj, of_fc1, of_pos, of_fc2)
-    return grad, steps.unfold(of_weights, p, w)
+    return of_gate_value, of_depthwise, of_proj, grad_y
 
 
 # ---------------------------------------------------------------------------------------- function
-def compute_block(
+def compute_blocks(
     x: Tensor,
-    factors: Tensor | None,
-    parameters: BlockParameters,
-    folded: FoldedWeights | None,
+    factors: Sequence[Factors],
+    parameters: Sequence[BlockParameters],
+    folded: Sequence[FoldedWeights] | None,
     eps: float,
     recompute: str,
 ) -> Tensor:
-    """`run_block` in autocast's dtype, differentiable once.
+    """`run_blocks` in autocast's dtype, differentiable once.
 
     Args:
-        parameters: The parameters of the block.
-        folded: Its weights, if they are already folded.
-        x, factors, eps, recompute: See `run_block`.
+        parameters: The parameters of each block.
+        folded: The weights of each block, if they are already folded.
+        x, factors, eps, recompute: See `run_blocks`.
     """
     dtype = autocast_dtype(x)
-    weights = parameters.depthwise_weight, parameters.pos_weight
+    weights = [weight for p in parameters for weight in (p.depthwise_weight, p.pos_weight)]
     steps = steps_for(x, weights, folded is not None)
     with without_autocast(x):
         if torch.is_grad_enabled():
-            return BlockFunction.apply(
-                x, factors, folded, dtype, eps, recompute, steps, *parameters
+            return BlocksFunction.apply(
+                x, factors, folded, dtype, eps, recompute, steps, *chain(*parameters)
             )
         folded = folded_in(dtype, folded, x, parameters, steps)
-        return run(run_block, steps, x, factors, folded, eps, None)[0]
+        return run(run_blocks, steps, x, factors, folded, eps, None)[0]
 
 
 def folded_in(
     dtype: torch.dtype,
-    folded: FoldedWeights | None,
+    folded: Sequence[FoldedWeights] | None,
     x: Tensor,
-    parameters: BlockParameters,
+    parameters: Sequence[BlockParameters],
     steps: Any,
-) -> FoldedWeights:
-    """The weights of a block in a dtype, folded here unless they already are."""
-    if folded is None or folded.gate_value_weight.dtype != dtype:
-        (folded,) = run(fold_blocks, steps, x, [parameters], dtype)
-    return folded
+) -> Sequence[FoldedWeights]:
+    """The weights of blocks in a dtype, folded here unless they already are."""
+    if folded and folded[0].gate_value_weight.dtype == dtype:
+        return folded
+    return run(fold_blocks, steps, x, parameters, dtype)
 
 
-class BlockFunction(torch.autograd.Function):
-    """`run_block` with the gradients of `run_block_backward`."""
+class BlocksFunction(torch.autograd.Function):
+    """`run_blocks` with the gradients of `run_blocks_backward`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        factors: Tensor | None,
-        folded: FoldedWeights | None,
+        factors: Sequence[Factors],
+        folded: Sequence[FoldedWeights] | None,
         dtype: torch.dtype,
         eps: float,
         recompute: str,
         steps: Any,
         *parameters: Tensor,
     ) -> Tensor:
-        p = BlockParameters(*parameters)
-        weights = folded_in(dtype, folded, x, p, steps)
-        out, saved = run(run_block, steps, x, factors, weights, eps, recompute)
+        of_blocks = divide(parameters, BlockParameters)
+        weights = folded_in(dtype, folded, x, of_blocks, steps)
+        out, saved = run(run_blocks, steps, x, factors, weights, eps, recompute)
         # On a CPU the weights would take as much memory as the parameters, so they are folded
         # again.
-        is_saved = dtype != p.fc1_weight.dtype or steps is not block_stock
-        ctx.save_for_backward(factors, *saved, *(weights if is_saved else ()), *parameters)
-        ctx.steps = steps
+        is_saved = dtype != parameters[0].dtype or steps is not block_stock
+        ctx.save_for_backward(*chain(*saved), *chain(*(weights if is_saved else ())), *parameters)
+        ctx.steps, ctx.number = steps, len(saved)
         return out
 
     @staticmethod
@@ -354,13 +374,17 @@ class BlockFunction(torch.autograd.Function):
                 'one by one instead: register a hook, such as '
                 'torch.nn.modules.module.register_module_forward_hook(lambda *_: None)'
             )
-        factors, *tensors = ctx.saved_tensors
-        first, last = len(Saved._fields), len(tensors) - len(BlockParameters._fields)
-        saved, parameters = Saved(*tensors[:first]), BlockParameters(*tensors[last:])
-        folded = FoldedWeights(*tensors[first:last]) if last > first else None
+        tensors, number = ctx.saved_tensors, ctx.number
+        first, last = number * len(Saved._fields), -number * len(BlockParameters._fields)
+        saved, parameters = divide(tensors[:first], Saved), divide(tensors[last:], BlockParameters)
+        folded = divide(tensors[first:last], FoldedWeights)
         with without_autocast(grad):
-            weights = folded_in(saved.gate_value.dtype, folded, grad, parameters, ctx.steps)
-            grad_x, grads = run(
-                run_block_backward, ctx.steps, grad, saved, factors, weights, parameters
-            )
-        return grad_x, *(None,) * 6, *grads
+            weights = folded_in(saved[0].gate_value.dtype, folded, grad, parameters, ctx.steps)
+            grad_x, grads = run(run_blocks_backward, ctx.steps, grad, saved, weights, parameters)
+        return grad_x, *(None,) * 6, *chain(*grads)
+
+
+def divide(tensors: Sequence[Any], kind: Any) -> list[Any]:
+    """Named tuples of this kind from all their fields in a row."""
+    size = len(kind._fields)
+    return [kind._make(tensors[i : i + size]) for i in range(0, len(tensors), size)]

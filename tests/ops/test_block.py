@@ -162,9 +162,9 @@ def test_the_weight_gradient_by_matrix_products(monkeypatch):
 def test_where_the_function_is_worth_it(monkeypatch):
     """On a CPU in float32 only where less is saved; otherwise always."""
     calls = []
-    real = blocks_module.compute_block
+    real = blocks_module.compute_blocks
     monkeypatch.setattr(
-        blocks_module, 'compute_block', lambda *args: calls.append(1) or real(*args)
+        blocks_module, 'compute_blocks', lambda *args: calls.append(1) or real(*args)
     )
     x, blocks = normal(1, 3, 16, 16), sum(ARCH['depths'])
     for recompute, grad, half, expected in [

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +14,10 @@ triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 
 
 # ruff: noqa: E402
 from mmconv2former import Conv2Former
+from mmconv2former.models import blocks as blocks_module
+from mmconv2former.models.blocks import Block
+from mmconv2former.models.deploy import DeployedBlock
 from mmconv2former.ops import (
-    block,
     block_stock,
     block_triton,
     depthwise,
@@ -24,7 +26,7 @@ from mmconv2former.ops import (
     norm_triton,
     triton_support,
 )
-from mmconv2former.ops.block import RECOMPUTE, run_block
+from mmconv2former.ops.block import RECOMPUTE, run_blocks, run_blocks_backward
 from mmconv2former.ops.folding import BlockParameters
 from mmconv2former.ops.norm import layer_norm
 
@@ -60,45 +62,52 @@ def normal(*shape, dtype=torch.float64, scale=1.0):
     return scale * torch.randn(*shape, dtype=torch.float64).to(DEVICE, dtype)
 
 
-# ---------------------------------------------------------------------------------- a block's steps
+# ------------------------------------------------------------------------------ steps of blocks
 def make(n, h, w, c, hidden, k, dtype):
-    """Input, gradient, factors and parameters."""
+    """Input, gradient, and factors and parameters of two blocks."""
     torch.manual_seed(0)
     sizes = dict(gate=(c, c, 1, 1), value=(c, c, 1, 1), depthwise=(c, 1, k, k), proj=(c, c, 1, 1),
                  fc1=(hidden, c, 1, 1), pos=(hidden, 1, 3, 3), fc2=(c, hidden, 1, 1))  # fmt: skip
-    parameters = BlockParameters(
-        **{
-            name: normal(*sizes[layer], dtype=dtype, scale=math.prod(sizes[layer][1:]) ** -0.5)
-            if layer in sizes and name.endswith('weight')
-            else normal(sizes.get(layer, (c,))[0], dtype=dtype)
-            for name in BlockParameters._fields
-            for layer in [name.removesuffix('_weight').removesuffix('_bias')]
-        }
-    )
+    parameters = [
+        BlockParameters(
+            **{
+                name: normal(*sizes[layer], dtype=dtype, scale=math.prod(sizes[layer][1:]) ** -0.5)
+                if layer in sizes and name.endswith('weight')
+                else normal(sizes.get(layer, (c,))[0], dtype=dtype)
+                for name in BlockParameters._fields
+                for layer in [name.removesuffix('_weight').removesuffix('_bias')]
+            }
+        )
+        for _ in range(2)
+    ]
     x, grad = (normal(n, h, w, c, dtype=dtype) for _ in range(2))
-    return x, grad, torch.rand(2, n, device=DEVICE, dtype=dtype), parameters
+    return x, grad, torch.rand(2, 2, n, device=DEVICE, dtype=dtype), parameters
 
 
 def values_and_gradients(steps, x, grad, factors, parameters, recompute, dtype):
-    (weights,) = steps.fold([parameters], dtype)
-    out, saved = run_block(x, factors, weights, 1e-6, recompute, steps)
-    grad_x, grads = block.run_block_backward(grad, saved, factors, weights, parameters, steps)
-    return {'out': out, 'x': grad_x, **grads._asdict()}
+    weights = steps.fold(parameters, dtype)
+    factors = [(None, None)] * 2 if factors is None else factors
+    out, saved = run_blocks(x, factors, weights, 1e-6, recompute, steps)
+    grad_x, grads = run_blocks_backward(grad, saved, weights, parameters, steps)
+    return {'out': out, 'x': grad_x} | {
+        f'{number}.{name}': value
+        for number, of_block in enumerate(grads)
+        for name, value in of_block._asdict().items()
+    }
 
 
 def cast(x, grad, factors, parameters, dtype):
     x, grad, factors = (None if value is None else value.to(dtype) for value in (x, grad, factors))
-    return x, grad, factors, BlockParameters(*(value.to(dtype) for value in parameters))
+    parameters = [BlockParameters(*(value.to(dtype) for value in p)) for p in parameters]
+    return x, grad, factors, parameters
 
 
 @pytest.mark.parametrize(('shape', 'recompute', 'dtype'), CASES, ids=str)
 def test_values_and_gradients(shape, recompute, dtype):
     x, grad, factors, parameters = make(*shape, torch.float64)
-    factors = None if recompute == 'expansion' else factors
-    exact = values_and_gradients(
-        block_stock, x, grad, factors, parameters, recompute, torch.float64
-    )
-    operands = cast(x, grad, factors, parameters, dtype)
+    operands = x, grad, None if recompute == 'expansion' else factors, parameters
+    exact = values_and_gradients(block_stock, *operands, recompute, torch.float64)
+    operands = cast(*operands, dtype)
     for name, value in values_and_gradients(block_triton, *operands, recompute, dtype).items():
         assert value.dtype == dtype
         assert value.shape == exact[name].shape
@@ -280,10 +289,9 @@ def test_the_network_in_mixed_precision(dtype):
 def test_weights_are_folded_once_a_pass(recompute, calls, monkeypatch):
     """Together at the start, used by every layer, and dropped at the end, also after a failure."""
     model, x = small(channels=(8, 16), depths=(1, 1), recompute=recompute)
-    blocks = [part for stage in model.stages for part in stage]
     with torch.autocast(DEVICE, torch.bfloat16):
         outputs = model(x)
-    assert all(part.prefolded is None for part in blocks)
+    assert not blocks_module.current_pass.prepared
     assert calls.together == [4]
     calls.laid_out.clear()
     sum(output.sum() for output in outputs).backward()
@@ -292,7 +300,7 @@ def test_weights_are_folded_once_a_pass(recompute, calls, monkeypatch):
     monkeypatch.setattr(model, '_forward', lambda x: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(x)
-    assert all(part.prefolded is None for part in blocks)
+    assert not blocks_module.current_pass.prepared
 
 
 def test_weights_of_the_deployed_form_are_prepared_once(calls):
@@ -424,14 +432,105 @@ def test_outputs_can_be_changed_in_place():
 
 
 @torch.no_grad()
-def test_another_thread_does_not_use_the_folded_weights():
+def test_what_is_prepared_for_another_pass_is_not_used():
+    """That of another thread, or of a batch of another size."""
     part = small(depths=(1,))[0].stages[0][0]
-    y, parameters = torch.randn(1, 4, 4, 8, device=DEVICE), part.plain_parameters()
-    expected = part(y)
-    (weights,) = block_triton.fold([parameters], torch.float32)
-    broken = weights._replace(fc2_bias=weights.fc2_bias + 1)
-    part.prefolded = threading.get_ident() + 1, parameters, broken
-    assert torch.equal(part(y), expected)
-    part.prefolded = threading.get_ident(), parameters, broken
-    assert not torch.equal(part(y), expected)
-    assert copy.deepcopy(part).prefolded is None
+    y = torch.randn(1, 4, 4, 8, device=DEVICE)
+    twice = torch.cat([y, y])
+    once, both = part(y), part(twice)
+
+    with blocks_module.prepare([part], y):
+        found = blocks_module.current_pass.prepared[part]
+        found.weights.fc2_bias.add_(1)
+        assert torch.equal(part(twice), both)
+        assert torch.equal(blocks_module.run_in_turn([part], twice), both)
+        with ThreadPoolExecutor() as pool:
+            assert torch.equal(pool.submit(part, y).result(), once)
+        with blocks_module.prepare([], twice):
+            assert torch.equal(part(y), once)
+        assert not torch.equal(part(y), once)
+        assert not torch.equal(blocks_module.run_in_turn([part], y), once)
+    assert torch.equal(part(y), once)
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """Numbers of blocks that ran as one function."""
+    numbers = []
+    for kind in (Block, DeployedBlock):
+
+        def run_together(blocks, x, real=kind.run_together):
+            numbers.append(len(blocks))
+            return real(blocks, x)
+
+        monkeypatch.setattr(kind, 'run_together', staticmethod(run_together))
+    return numbers
+
+
+def test_several_blocks_as_one_function(together, monkeypatch):
+    """Bit by bit what they give one by one, in training and deployed."""
+    model, x = small(depths=(5,), drop_path_rate=0.4)
+    x = x[..., :8, :8]
+    deployed = copy.deepcopy(model).switch_to_deploy()
+    found = []
+    for most in (1, 4):
+        monkeypatch.setattr(blocks_module, 'MOST_TOGETHER', most)
+        torch.manual_seed(0)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            found.append([value.clone() for value in with_gradients(model, x)])
+            found[-1] += deployed(x)
+    assert together == [1] * 10 + [4, 1] * 2
+    for values in zip(*found):
+        assert torch.equal(*values)
+
+
+@pytest.mark.parametrize('is_deployed', [False, True])
+def test_blocks_that_something_watches_run_alone(is_deployed, together):
+    """Hooks and changed `forward`s of a block are called, and other blocks stay together."""
+    model, x = small(depths=(5,), out_norm=False)
+    model = model.switch_to_deploy() if is_deployed else model.eval()
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        expected = model(x)[0]
+        stage = model.stages[0]
+        forward = stage[3].forward
+        stage[1].register_forward_hook(lambda *_: together.append('hook'))
+        stage[3].forward = lambda y: together.append('forward') or forward(y)
+        assert torch.equal(model(x)[0], expected)
+    alone = [1] * is_deployed
+    assert together == [4, 1, 1, *alone, 'hook', 1, 'forward', *alone, 1]
+
+
+def test_drop_path_of_all_blocks_at_once():
+    """Whole images, with the rates of the blocks, scaled so that the mean is kept."""
+    model, _ = small(depths=(3,), drop_path_rate=0.5)
+    blocks = list(model.stages[0])
+    x = torch.empty(40_000, 3, 4, 4, device=DEVICE)
+    none, *pairs = blocks_module.draw_factors(blocks, x, torch.float32)
+    assert none == (None, None)
+    for rate, pair in zip((0.25, 0.5), pairs):
+        assert not torch.equal(*pair)
+        for factors in pair:
+            values, counts = factors.abs().unique(return_counts=True)
+            torch.testing.assert_close(values, torch.tensor([0, 1 / (1 - rate)], device=DEVICE))
+            torch.testing.assert_close(counts[0] / 40_000, torch.tensor(rate), atol=0.01, rtol=0)
+    (half, *_), _ = blocks_module.draw_factors(blocks[1:], x, torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    blocks[1].with_cp = True
+    blocks[2].drop_path.rate = 0.0
+    assert blocks_module.draw_factors(blocks[1:], x, torch.float32) == [None, (None, None)]
+    assert (
+        blocks_module.draw_factors(model.eval().stages[0], x, torch.float32) == [(None, None)] * 3
+    )
+
+
+def test_drop_path_of_recomputed_blocks(monkeypatch):
+    """The backward pass drops the same images."""
+    found = []
+    for with_cp in (True, False):
+        model, x = small(with_cp=with_cp, drop_path_rate=0.5)
+        torch.manual_seed(0)
+        x = x.repeat(4, 1, 1, 1)
+        found.append(with_gradients(model.double(), x.double()))
+        monkeypatch.setattr(blocks_module, 'draw_factors', lambda blocks, *_: [None] * len(blocks))
+    for value, expected in zip(*found):
+        assert relative_error(value, expected) < 1e-10
