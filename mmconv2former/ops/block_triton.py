@@ -38,7 +38,7 @@ feed_forward_launcher = launchers_of(feed_forward_backward_kernel)
 def gelu(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return F.gelu(x)
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     launcher = gelu_launcher(
         x.get_device(), (x.dtype,), C=x.shape[-1], STEP=x.stride(2), BLOCK=BLOCK
     )

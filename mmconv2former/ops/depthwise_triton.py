@@ -96,14 +96,15 @@ def depthwise_forward(
     """
     batch, height, width, channels = x.shape
     blocks = blocks_for(weight.shape[-1])
-    y = x.new_empty(x.shape) if y is None else y  # x of 1x1 pixels may have other strides
+    y_step = channels if y is None else y.stride(2)
+    y = torch.empty_like(x) if y is None else y
     device = x.get_device()
     launcher = forward_launcher(
         device, (x.dtype, None if bias is None else bias.dtype), blocks.num_warps, C=channels,
         K=weight.shape[-1], STEP=weight.stride(3), TAPS=blocks.taps, ROWS=blocks.rows,
         BLOCK=blocks.block, HAS_BIAS=bias is not None, FLIP=flip,
         PACKED=is_packed(device, x.dtype), EPILOGUE=epilogue, HAS_KEPT=kept is not None,
-        HAS_OTHER=other is not None, Y_STEP=y.stride(2),
+        HAS_OTHER=other is not None, Y_STEP=y_step,
         OTHER_STEP=0 if other is None else other.stride(2),
         BEFORE_STEP=0 if before is None else before.stride(2),
     )  # fmt: skip
