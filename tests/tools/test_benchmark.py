@@ -31,11 +31,14 @@ NANO = ['plain_n', 'conv2former_n:recompute=expansion', 'conv2former_n:deploy=Tr
 
 # ----------------------------------------------------------------------------------------- models
 def test_options_of_a_model():
-    model = build('conv2former_n:with_cp=True,kernel_size=5,recompute=nothing,compile=True')
+    model = build(
+        'conv2former_n:with_cp=True,kernel_size=5,recompute=nothing,drop_path_rate=0.5,compile=True'
+    )
     assert isinstance(model, Conv2Former)
     assert model.with_cp is True
     assert model.stages[0][0].attn.att[2].kernel_size == (5, 5)
     assert model.stages[0][0].recompute == 'nothing'
+    assert model.drop_path_rate == 0.5
     assert build('conv2former_n:deploy=True').is_deployed
     with pytest.raises(SystemExit, match='unknown model resnet; choose one of conv2former_n, '):
         build('resnet')

@@ -17,6 +17,7 @@ Any of them accepts one of these options for inference:
 from __future__ import annotations
 
 import copy
+from ast import literal_eval
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -65,8 +66,10 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
         key, _, value = option.partition('=')
         if not value:
             raise SystemExit(f'error: {spec}: {key} must have a value, as in {key}=True')
-        values = {'True': True, 'False': False}
-        options[key] = values.get(value, int(value) if value.isdigit() else value)
+        try:
+            options[key] = literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[key] = value  # a word
     return name, options
 
 
