@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch.utils._pytree import tree_flatten
@@ -54,8 +55,8 @@ class FiniteLossHook(Hook):
     """Stops training at the first non-finite loss.
 
     It reads the values that mmengine's `RuntimeInfoHook`, a default hook, has fetched for the log,
-    so it does not wait for the GPU. It runs after that hook and before weights are averaged
-    (`EMAHook`) or saved (`CheckpointHook`). Each process checks its own batch.
+    so it does not wait for the GPU; without that hook it fetches them. It runs before weights are
+    averaged (`EMAHook`) or saved (`CheckpointHook`). Each process checks its own batch.
     """
 
     priority = 'HIGH'
@@ -72,8 +73,12 @@ class FiniteLossHook(Hook):
         Raises:
             NonFiniteError: A loss term is NaN or infinite.
         """
+        log = runner.message_hub.log_scalars
         values = {
-            name: runner.message_hub.get_scalar(f'train/{name}').current() for name in outputs or ()
+            name: log[f'train/{name}'].current()
+            if f'train/{name}' in log
+            else torch.as_tensor(value).item()
+            for name, value in (outputs or {}).items()
         }
         wrong = [f'{name} is {value}' for name, value in values.items() if not math.isfinite(value)]
         if wrong:
