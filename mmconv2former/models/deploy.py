@@ -152,8 +152,8 @@ class DeployedBlock(nn.Module):
     def _is_by_function(self, x: Tensor) -> bool:
         is_differentiated = torch.is_grad_enabled() and x.requires_grad
         is_stock = is_differentiated or is_captured() or is_transformed()
-        is_plain = self.is_plain and not has_attachment(self.depthwise)
-        return is_plain and not is_stock and not is_fusible(x)
+        is_by_function = self.is_plain and not is_stock and not is_fusible(x)
+        return is_by_function and not has_attachment(self.depthwise)
 
     def key_to_join(self, x: Tensor) -> Any:
         return DeployedBlock if self._is_by_function(x) else None
