@@ -12,8 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
-from itertools import groupby
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +20,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.checkpoint import checkpoint
 
-from ..ops.block import Factors, compute_blocks, fold_together, is_supported, is_worth_it
+from ..ops.block import (
+    Factors,
+    compute_blocks,
+    fold_together,
+    is_by_kernels,
+    is_supported,
+    is_worth_it,
+)
 from ..ops.depthwise import DepthwiseConv
 from ..ops.dispatch import autocast_dtype, is_captured, is_transformed
 from ..ops.folding import BlockParameters, FoldedWeights
@@ -169,35 +175,19 @@ class DropPath(nn.Module):
 
 
 class Prepared(NamedTuple):
-    """What `mmconv2former.ops.block` needs to compute a block.
-
-    Fields:
-        weights: The folded weights; None to fold them from the parameters.
-        factors: The factors of drop path; None to draw them.
-    """
+    """What `mmconv2former.ops.block` needs to compute a block."""
 
     parameters: BlockParameters
-    weights: FoldedWeights | None = None
-    factors: Any = None
+    weights: FoldedWeights | None = None  # None to fold them from the parameters
 
 
-class Pass(threading.local):
-    """The pass of a network that runs in this thread.
+class CurrentPass(threading.local):
+    """What the network that runs in this thread has prepared for its blocks."""
 
-    Attributes:
-        images: Size of the batch.
-        prepared: What the network has prepared for its blocks.
-    """
-
-    images = 0
     prepared: Mapping[nn.Module, Prepared] = {}
 
-    def prepared_for(self, block: nn.Module, x: Tensor) -> Prepared | None:
-        """What was prepared for a call of a block, or None."""
-        return self.prepared.get(block) if self.images == x.shape[0] else None
 
-
-current_pass = Pass()
+current_pass = CurrentPass()
 
 
 class Block(nn.Module):
@@ -230,45 +220,54 @@ class Block(nn.Module):
         self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> Tensor:  # (N, H, W, C)
-        if self.is_checkpointed():
+        if self.with_cp and self.training and torch.is_grad_enabled():
             return checkpoint(self._compute, x, use_reentrant=False)
         return self._compute(x)
 
     def _compute(self, x: Tensor) -> Tensor:
         x = x.to(self.layer_scale_1.dtype)  # autocast halves the precision of branches, not of x
-        prepared = self._prepare(x)
-        if prepared is not None:
-            return compute_prepared([prepared], x, self.recompute)
+        if self._prepared(x) is not None:
+            return self.run_together([self], x)
         x = x + self.drop_path(self.layer_scale_1 * self.attn(x))
         x = x + self.drop_path(self.layer_scale_2 * self.mlp(x))
         return x
 
-    def _prepare(self, x: Tensor) -> Prepared | None:
+    def _prepared(self, x: Tensor) -> Prepared | None:
         """None if the layers must run one by one, or are faster that way."""
         if is_captured():
             return None
-        found = current_pass.prepared_for(self, x)
-        if found is None:
-            parameters = self.plain_parameters() if is_worth_it(x, self.recompute) else None
-            if parameters is None or not is_supported(parameters):
-                return None
-            found = Prepared(parameters)
-        return found if found.factors else found._replace(factors=self.drop_path.factors(2, x))
+        if self in current_pass.prepared:
+            return current_pass.prepared[self]
+        parameters = self.plain_parameters() if is_worth_it(x, self.recompute) else None
+        if parameters is None or not is_supported(parameters):
+            return None
+        return Prepared(parameters)
 
     def key_to_join(self, x: Tensor) -> Any:
-        prepared = current_pass.prepared_for(self, x)
-        is_ready = prepared is not None and prepared.factors is not None
-        return (Block, self.recompute) if is_ready and type(self) is Block else None
+        """See `run_in_turn`. It is the same if a part of a network is called again.
+
+        Activation checkpointing does that, without what the network had prepared.
+        """
+        prepared = self._prepared(x)
+        is_recomputed = self.with_cp and self.training
+        if prepared is None or is_recomputed or type(self) is not Block:
+            return None
+        parameters, weights = prepared
+        if not is_by_kernels(x, parameters, weights):
+            return None
+        is_trained = any(p.requires_grad for p in parameters)
+        return Block, parameters.scale_1.dtype, self.recompute, is_trained
 
     @staticmethod
     def run_together(blocks: Sequence[Block], x: Tensor) -> Tensor:
-        prepared = [current_pass.prepared[block] for block in blocks]
+        """Consecutive blocks as one function, (N, H, W, C) -> (N, H, W, C)."""
         x = x.to(blocks[0].layer_scale_1.dtype)
-        return compute_prepared(prepared, x, blocks[0].recompute)
-
-    def is_checkpointed(self) -> bool:
-        """Whether the backward pass computes this block again."""
-        return self.with_cp and self.training and torch.is_grad_enabled()
+        prepared: Any = [block._prepared(x) for block in blocks]
+        parameters, weights = zip(*prepared)
+        folded = None if any(w is None for w in weights) else weights
+        factors = draw_factors(blocks, x)
+        recompute = blocks[0].recompute
+        return compute_blocks(x, factors, parameters, folded, LAYER_NORM_EPS, recompute)
 
     def plain_parameters(self) -> BlockParameters | None:
         """The parameters if all layers are plain, so that nothing else matters, otherwise None."""
@@ -307,13 +306,6 @@ class Block(nn.Module):
         return BlockParameters._make(parameters)
 
 
-def compute_prepared(blocks: Sequence[Prepared], x: Tensor, recompute: str) -> Tensor:
-    """Consecutive blocks, (N, H, W, C) -> (N, H, W, C)."""
-    parameters, weights, factors = zip(*blocks)
-    folded = None if weights[0] is None else weights
-    return compute_blocks(x, factors, parameters, folded, LAYER_NORM_EPS, recompute)
-
-
 # The layers of a block, all plain.
 PLAIN_LAYERS = {
     'attn': Modulation, 'mlp': FeedForward, 'drop_path': DropPath, 'attn.norm': nn.LayerNorm,
@@ -331,7 +323,7 @@ GLOBAL_HOOKS = tuple(
 
 
 def has_attachment(layer: nn.Module) -> bool:
-    """Whether calling a layer does more than its class says: hooks, or an assigned `forward`."""
+    """Whether calling a layer does more than its class says: hooks, or another `forward`."""
     own = layer.__dict__
     return bool(
         own['_forward_hooks']
@@ -339,6 +331,7 @@ def has_attachment(layer: nn.Module) -> bool:
         or own['_backward_hooks']
         or own['_backward_pre_hooks']
         or 'forward' in own
+        or own.get('_compiled_call_impl')
     )
 
 
@@ -356,34 +349,42 @@ class Stage(nn.Sequential):
 def run_in_turn(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
     """Runs blocks one after the other; several as one function where nothing can tell.
 
-    That saves launches, and time of the host for each.
+    That saves launches, and time of the host for each. Blocks of equal keys may run together.
     """
     if is_captured():
         for block in blocks:
             x = block(x)
         return x
-    for key, group in groupby(blocks, partial(key_to_join, x=x)):
-        members: list[Any] = list(group)
-        if key is None:
-            for block in members:
-                x = block(x)
-            continue
-        for i in range(0, len(members), MOST_TOGETHER):
-            x = type(members[0]).run_together(members[i : i + MOST_TOGETHER], x)
+    waiting: list[Any] = list(blocks)
+    while waiting:  # what ran before may have changed x, or attached something to a block
+        members = joined(waiting[:MOST_TOGETHER], x)
+        if members:
+            del waiting[: len(members)]
+            x = type(members[0]).run_together(members, x)
+        else:
+            x = waiting.pop(0)(x)
     return x
 
 
+def joined(blocks: Sequence[nn.Module], x: Tensor) -> list[Any]:
+    """The first of these blocks that run as one function; none if the first must run alone."""
+    key = key_to_join(blocks[0], x)
+    if key is None:
+        return []
+    return [blocks[0], *takewhile(lambda block: key_to_join(block, x) == key, blocks[1:])]
+
+
 def key_to_join(block: nn.Module, x: Tensor) -> Any:
-    """Blocks with equal keys may run together; one whose key is None runs alone."""
-    key = getattr(block, 'key_to_join', None)
-    return None if key is None or has_attachment(block) else key(x)
+    """The key of a block, None if it must run alone."""
+    of_type = getattr(type(block), 'key_to_join', None)  # wrappers pass on attributes
+    if of_type is None or any(GLOBAL_HOOKS) or has_attachment(block):
+        return None
+    return of_type(block, x)
 
 
 @contextmanager
 def prepare(blocks: Sequence[Block], x: Tensor) -> Iterator[None]:
-    """Prepares blocks for one pass of a network with a few launches, if kernels compute them.
-
-    Folds the weights and draws the factors of drop path.
+    """Folds the weights of blocks for one pass with a few launches, if kernels compute them.
 
     Args:
         x: The network's input.
@@ -397,47 +398,38 @@ def prepare(blocks: Sequence[Block], x: Tensor) -> Iterator[None]:
         kind = plain[0][1].scale_1.dtype, x.device
         plain = [(b, p) for b, p in plain if (p.scale_1.dtype, p.scale_1.device) == kind]
     weights = fold_together([p for _, p in plain], x) if plain else None
-    before = current_pass.images, current_pass.prepared
-    prepared: dict[nn.Module, Prepared] = {}
-    if weights is not None:
-        factors = draw_factors([block for block, _ in plain], x, kind[0])
-        prepared = {b: Prepared(p, w, f) for (b, p), w, f in zip(plain, weights, factors)}
-    current_pass.images, current_pass.prepared = x.shape[0], prepared
+    before = current_pass.prepared
+    current_pass.prepared = {b: Prepared(p, w) for (b, p), w in zip(plain, weights or ())}
     try:
         yield
     finally:
-        current_pass.images, current_pass.prepared = before
+        current_pass.prepared = before
 
 
-def draw_factors(blocks: Sequence[Block], x: Tensor, dtype: torch.dtype) -> list[Factors | None]:
-    """Factors of drop path of both branches of each block, as `DropPath.factors` gives them.
-
-    They are None if a block must draw them, because its backward pass draws the same ones again.
-    """
-    are_recomputed = [block.is_checkpointed() for block in blocks]
-    keeps = [
-        1 - block.drop_path.rate if block.drop_path.training and not is_recomputed else 1
-        for block, is_recomputed in zip(blocks, are_recomputed)
-    ]
-    factors: list[Factors] = [(None, None)] * len(blocks)
-    if any(keep < 1 for keep in keeps):
-        rows = draw_rows([keep for keep in keeps for _ in range(2)], x, dtype)
-        pairs = zip(keeps, zip(rows[::2], rows[1::2]))
-        factors = [pair if keep < 1 else (None, None) for keep, pair in pairs]
-    return [None if is_recomputed else f for is_recomputed, f in zip(are_recomputed, factors)]
+def draw_factors(blocks: Sequence[Block], x: Tensor) -> list[Factors]:
+    """Factors of drop path of both branches of each block."""
+    layers: list[Any] = [block.drop_path for block in blocks]
+    active = [layer for layer in layers if layer.training and layer.rate > 0]
+    if len(active) < 2:
+        return [layer.factors(2, x) for layer in layers]
+    rows = iter(draw_rows([1 - layer.rate for layer in active for _ in range(2)], x))
+    return [(next(rows), next(rows)) if layer in active else (None, None) for layer in layers]
 
 
 @torch.no_grad()
-def draw_rows(keeps: list[float], x: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """For each rate, factors (N,) that are 1 / rate with this probability and 0 otherwise."""
-    wide = torch.promote_types(dtype, torch.float32)
-    factors = torch.rand(len(keeps), x.shape[0], dtype=wide, device=x.device)
+def draw_rows(keeps: list[float], x: Tensor) -> tuple[Tensor, ...]:
+    """For each rate, factors (N,) that are 1 / rate with this probability and 0 otherwise.
+
+    Four launches in all, instead of two for each layer.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    factors = torch.rand(len(keeps), x.shape[0], dtype=dtype, device=x.device)
     rows = factors.unbind()
     # Numbers below the rate become -1, the others 0.
     torch._foreach_sub_(rows, keeps)
     factors.floor_()
     torch._foreach_div_(rows, [-keep for keep in keeps])
-    return factors.to(dtype).unbind()
+    return factors.to(x.dtype).unbind()
 
 
 class Downsample(nn.Sequential):

@@ -156,10 +156,13 @@ class DeployedBlock(nn.Module):
         return is_by_function and not has_attachment(self.depthwise)
 
     def key_to_join(self, x: Tensor) -> Any:
-        return DeployedBlock if self._is_by_function(x) else None
+        """See `run_in_turn`."""
+        is_joined = type(self) is DeployedBlock and self._is_by_function(x)
+        return (DeployedBlock, self.gate.weight.dtype) if is_joined else None
 
     @staticmethod
     def run_together(blocks: Sequence[DeployedBlock], x: Tensor) -> Tensor:
+        """Consecutive blocks as one function, (N, H, W, C) -> (N, H, W, C)."""
         x = x.to(blocks[0].gate.weight.dtype)  # dtype of the residuals, as in a `Block`
         weights = [weight for b in blocks for weight in (b.depthwise.weight, b.pos.weight)]
         steps = steps_for(x, weights)

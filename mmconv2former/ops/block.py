@@ -113,6 +113,12 @@ def steps_for(x: Tensor, weights: Sequence[Tensor], is_folded: bool = False) -> 
     return load('block_triton')
 
 
+def is_by_kernels(x: Tensor, p: BlockParameters, folded: FoldedWeights | None) -> bool:
+    """Whether `compute_blocks` computes a block of x (N, H, W, C) with kernels."""
+    weights = p.depthwise_weight, p.pos_weight
+    return steps_for(x, weights, folded is not None) is not block_stock
+
+
 def run(function: Callable[..., Any], steps: Any, x: Tensor, *args: Any) -> Any:
     """Calls function(x, *args, steps), with stock steps if a kernel fails to compile."""
     if steps is block_stock:
@@ -318,10 +324,11 @@ def compute_blocks(
     dtype = autocast_dtype(x)
     weights = [weight for p in parameters for weight in (p.depthwise_weight, p.pos_weight)]
     steps = steps_for(x, weights, folded is not None)
+    inputs = x, *chain(*parameters)
     with without_autocast(x):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and any(value.requires_grad for value in inputs):
             return BlocksFunction.apply(
-                x, factors, folded, dtype, eps, recompute, steps, *chain(*parameters)
+                x, factors, folded, dtype, eps, recompute, steps, *inputs[1:]
             )
         folded = folded_in(dtype, folded, x, parameters, steps)
         return run(run_blocks, steps, x, factors, folded, eps, None)[0]

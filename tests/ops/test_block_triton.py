@@ -8,7 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common.counting import count_bytes_kept
 from helpers.comparisons import compare_with_plain, exact_float32, randomized, relative_error
+from mmengine.runner import turn_on_activation_checkpointing
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint
 
 triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
 
@@ -432,27 +436,23 @@ def test_outputs_can_be_changed_in_place():
 
 
 @torch.no_grad()
-def test_what_is_prepared_for_another_pass_is_not_used():
-    """That of another thread, or of a batch of another size."""
+def test_what_is_prepared_is_for_one_pass():
+    """Another thread, or a network that runs in between, does not use it."""
     part = small(depths=(1,))[0].stages[0][0]
     y = torch.randn(1, 4, 4, 8, device=DEVICE)
-    twice = torch.cat([y, y])
-    once, both = part(y), part(twice)
-
+    expected = part(y)
     with blocks_module.prepare([part], y):
-        found = blocks_module.current_pass.prepared[part]
-        found.weights.fc2_bias.add_(1)
-        assert torch.equal(part(twice), both)
-        assert torch.equal(blocks_module.run_in_turn([part], twice), both)
+        blocks_module.current_pass.prepared[part].weights.fc2_bias.add_(1)
         with ThreadPoolExecutor() as pool:
-            assert torch.equal(pool.submit(part, y).result(), once)
-        with blocks_module.prepare([], twice):
-            assert torch.equal(part(y), once)
-        assert not torch.equal(part(y), once)
-        assert not torch.equal(blocks_module.run_in_turn([part], y), once)
-    assert torch.equal(part(y), once)
+            assert torch.equal(pool.submit(part, y).result(), expected)
+        with blocks_module.prepare([], y):
+            assert torch.equal(part(y), expected)
+        assert not torch.equal(part(y), expected)
+        assert not torch.equal(blocks_module.run_in_turn([part], y), expected)
+    assert torch.equal(part(y), expected)
 
 
+# --------------------------------------------------------------------------- blocks as one function
 @pytest.fixture
 def together(monkeypatch):
     """Numbers of blocks that ran as one function."""
@@ -467,15 +467,18 @@ def together(monkeypatch):
     return numbers
 
 
+def five_blocks(**options):
+    model, x = small(depths=(5,), out_norm=False, **options)
+    return model, x[..., :8, :8]
+
+
 def test_several_blocks_as_one_function(together, monkeypatch):
     """Bit by bit what they give one by one, in training and deployed."""
-    model, x = small(depths=(5,), drop_path_rate=0.4)
-    x = x[..., :8, :8]
+    model, x = five_blocks()
     deployed = copy.deepcopy(model).switch_to_deploy()
     found = []
     for most in (1, 4):
         monkeypatch.setattr(blocks_module, 'MOST_TOGETHER', most)
-        torch.manual_seed(0)
         with torch.autocast(DEVICE, torch.bfloat16):
             found.append([value.clone() for value in with_gradients(model, x)])
             found[-1] += deployed(x)
@@ -486,51 +489,119 @@ def test_several_blocks_as_one_function(together, monkeypatch):
 
 @pytest.mark.parametrize('is_deployed', [False, True])
 def test_blocks_that_something_watches_run_alone(is_deployed, together):
-    """Hooks and changed `forward`s of a block are called, and other blocks stay together."""
-    model, x = small(depths=(5,), out_norm=False)
+    """What is attached to a block is called; the other blocks stay together."""
+    model, x = five_blocks()
     model = model.switch_to_deploy() if is_deployed else model.eval()
+    stage = model.stages[0]
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         expected = model(x)[0]
-        stage = model.stages[0]
         forward = stage[3].forward
         stage[1].register_forward_hook(lambda *_: together.append('hook'))
         stage[3].forward = lambda y: together.append('forward') or forward(y)
         assert torch.equal(model(x)[0], expected)
-    alone = [1] * is_deployed
-    assert together == [4, 1, 1, *alone, 'hook', 1, 'forward', *alone, 1]
+    assert together == [4, 1, 1, 1, 'hook', 1, 'forward', 1, 1]
 
 
-def test_drop_path_of_all_blocks_at_once():
+@pytest.mark.parametrize('is_deployed', [False, True])
+@torch.no_grad()
+def test_compiled_blocks_and_hooks_on_all_modules(is_deployed, together):
+    model, x = five_blocks()
+    model = model.switch_to_deploy() if is_deployed else model.eval()
+    first = model.stages[0][0]
+    first._compiled_call_impl = first._call_impl  # as `first.compile()` sets it
+    with torch.autocast(DEVICE, torch.bfloat16):
+        model(x)
+        assert together == [1, 4]
+        with register_module_forward_hook(lambda *_: None):
+            model(x)
+    assert together == [1, 4] + [1] * 5 * is_deployed  # the layers of a `Block` run one by one
+
+
+@pytest.mark.parametrize('is_deployed', [False, True])
+def test_what_hooks_change_counts_for_the_blocks_behind(is_deployed, together):
+    """A hook on the first block doubles the batch and trains an adapter."""
+    model, x = five_blocks(drop_path_rate=0.0 if is_deployed else 0.5)
+    model = model.switch_to_deploy() if is_deployed else model
+    scale = torch.ones(8, device=DEVICE, requires_grad=True)
+    model.stages[0][0].register_forward_hook(lambda _, args, y: torch.cat([y * scale, y]))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = model(x)[0]
+    out.sum().backward()
+    assert len(out) == 2 * len(x)
+    assert scale.grad.abs().min() > 0
+    assert together == ([1] if is_deployed else [1, 4])
+
+
+def test_frozen_blocks_save_nothing(together):
+    model, x = five_blocks()
+    for part in model.stages[0][:2]:
+        part.requires_grad_(False)
+    for part in model.downsample_layers:
+        part.requires_grad_(False)
+    kept = count_bytes_kept(model, x)
+    assert together == [2, 3]
+    assert kept < 0.8 * count_bytes_kept(five_blocks()[0], x)
+
+
+def checkpointed(part, use_reentrant):
+    forward = part.forward
+    part.forward = lambda y: checkpoint(forward, y, use_reentrant=use_reentrant)
+
+
+class CheckpointedBlock(Block):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+CHECKPOINTS = {
+    'none': lambda model: None,
+    'with_cp': lambda model: [setattr(part, 'with_cp', True) for part in model.stages[0]],
+    'stage': lambda model: checkpointed(model.stages[0], False),
+    'stage, reentrant': lambda model: checkpointed(model.stages[0], True),
+    'network, reentrant': lambda model: checkpointed(model, True),
+    'network of with_cp, reentrant': lambda model: (
+        CHECKPOINTS['with_cp'](model), checkpointed(model, True)
+    ),
+    'blocks': lambda model: turn_on_activation_checkpointing(model, ['stages.0.1', 'stages.0.2']),
+    'subclass': lambda model: [
+        setattr(part, '__class__', CheckpointedBlock) for part in model.stages[0]
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', CHECKPOINTS)
+def test_activation_checkpointing_with_drop_path(kind):
+    """The backward pass drops the same images: the gradient is that by finite differences."""
+    model, x = small(depths=(3,), drop_path_rate=0.6, out_norm=False)
+    model.double().downsample_layers.eval()  # no statistics of the batch
+    CHECKPOINTS[kind](model)
+    x = x[..., :8, :8].double().repeat(2, 1, 1, 1)
+    direction = 1e-5 * torch.randn_like(x)
+
+    def loss(x):
+        torch.manual_seed(1)
+        return model(x)[0].square().sum()
+
+    x.requires_grad_()
+    loss(x).backward()
+    with torch.no_grad():
+        expected = (loss(x + direction) - loss(x - direction)) / 2
+    torch.testing.assert_close((x.grad * direction).sum(), expected, rtol=1e-4, atol=0)
+
+
+def test_drop_path_of_several_blocks():
     """Whole images, with the rates of the blocks, scaled so that the mean is kept."""
     model, _ = small(depths=(3,), drop_path_rate=0.5)
     blocks = list(model.stages[0])
-    x = torch.empty(40_000, 3, 4, 4, device=DEVICE)
-    none, *pairs = blocks_module.draw_factors(blocks, x, torch.float32)
+    x = torch.empty(40_000, 1, 1, 8, device=DEVICE)
+    none, *pairs = blocks_module.draw_factors(blocks, x)
     assert none == (None, None)
     for rate, pair in zip((0.25, 0.5), pairs):
         assert not torch.equal(*pair)
         for factors in pair:
             values, counts = factors.abs().unique(return_counts=True)
-            torch.testing.assert_close(values, torch.tensor([0, 1 / (1 - rate)], device=DEVICE))
-            torch.testing.assert_close(counts[0] / 40_000, torch.tensor(rate), atol=0.01, rtol=0)
-    (half, *_), _ = blocks_module.draw_factors(blocks[1:], x, torch.bfloat16)
-    assert half.dtype == torch.bfloat16
-    blocks[1].with_cp = True
-    blocks[2].drop_path.rate = 0.0
-    assert blocks_module.draw_factors(blocks[1:], x, torch.float32) == [None, (None, None)]
-    assert (
-        blocks_module.draw_factors(model.eval().stages[0], x, torch.float32) == [(None, None)] * 3
-    )
-
-
-def test_drop_path_of_recomputed_blocks(monkeypatch):
-    """The backward pass drops the same images."""
-    found = []
-    for with_cp in (True, False):
-        model, x = small(with_cp=with_cp, drop_path_rate=0.5)
-        torch.manual_seed(0)
-        x = x.repeat(4, 1, 1, 1)
-        found.append(with_gradients(model.double(), x.double()))
-        monkeypatch.setattr(blocks_module, 'draw_factors', lambda blocks, *_: [None] * len(blocks))
-    for value, expected in zip(*found):
-        assert relative_error(value, expected) < 1e-10
+            expected = torch.tensor([0, 1 / (1 - rate)], device=DEVICE)
+            torch.testing.assert_close(values, expected)
+            assert abs(counts[0] / 40_000 - rate) < 0.01
+    assert blocks_module.draw_factors(blocks, x.bfloat16())[1][0].dtype == torch.bfloat16
+    assert blocks_module.draw_factors(model.eval().stages[0], x) == [(None, None)] * 3
