@@ -244,9 +244,9 @@ class Block(nn.Module):
         return Prepared(parameters)
 
     def key_to_join(self, x: Tensor) -> Any:
-        """See `run_in_turn`. It is the same if a part of a network is called again.
+        """See `run_in_turn`. The same with and without what the network has prepared.
 
-        Activation checkpointing does that, without what the network had prepared.
+        Activation checkpointing calls parts of a network again, after its pass.
         """
         prepared = self._prepared(x)
         is_recomputed = self.with_cp and self.training
