@@ -49,6 +49,21 @@ def replace(partial: Path, path: Path) -> None:
         os.close(folder)
 
 
+def created(path: Path, text: str = '') -> bool:
+    """Writes a file if there is none; network disks do this for one process only."""
+    try:
+        file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(file, 'w') as opened:
+            opened.write(text)
+    except OSError:
+        path.unlink()
+        raise
+    return True
+
+
 def partial_name() -> str:
     """The name for a file that is being written, which no other process has."""
     return f'.checkpoint.{TOKEN[:12]}-{os.getpid()}.partial'
@@ -188,18 +203,8 @@ class FolderLock:
                 self.path.unlink()
 
     def _create(self) -> bool:
-        """Writes the file, if there is none; network disks do this for one process only."""
-        try:
-            file = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        try:
-            with os.fdopen(file, 'w') as opened:
-                opened.write(self.text)
-        except OSError:
-            self.path.unlink()
-            raise
-        return True
+        """Writes the file, if there is none."""
+        return created(self.path, self.text)
 
     def _read(self) -> tuple[str | None, float]:
         """Content and time of the last touch; opening the file makes a network disk look again."""
@@ -231,17 +236,21 @@ class FolderLock:
         return False
 
     def _remove(self, text: str) -> None:
-        """Removes the lock with this content, and no other that came in between."""
-        mine = self.path.with_name(f'{LOCK}.{uuid.uuid4().hex}')
+        """Removes the lock with this content, and no other that came in between.
+
+        One process at a time: others may have read the same lock, and one may have taken it since.
+        """
+        guard = self.path.with_name(f'{LOCK}.removing')
+        deadline = time.monotonic() + PATIENCE
+        while not created(guard):
+            if time.monotonic() > deadline:  # its process died
+                guard.unlink(missing_ok=True)
+            time.sleep(0.05)
         try:
-            os.rename(self.path, mine)
-        except FileNotFoundError:
-            return
-        is_same = mine.read_text(errors='replace') == text
-        if not is_same and not self.path.exists():
-            os.rename(mine, self.path)
-        else:
-            mine.unlink()
+            if self._read()[0] == text:
+                self.path.unlink(missing_ok=True)
+        finally:
+            guard.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self.ended.wait(BEAT):

@@ -216,6 +216,19 @@ def test_one_of_many_takes_a_dead_lock(tmp_path):
         assert sorted(text == 'got' for text in said) == [False, False, False, True], said
 
 
+def test_a_lock_is_removed_by_one_process_at_a_time(lock, tmp_path, monkeypatch):
+    """One that read a dead lock leaves its successor; one that died there is no obstacle."""
+    monkeypatch.setattr(os, 'rename', None)
+    FolderLock(tmp_path)._remove('of a dead run')
+    assert lock.is_held()
+    monkeypatch.setattr(work_dir, 'PATIENCE', 0.1)
+    guard = tmp_path / f'{LOCK}.removing'
+    guard.touch()
+    lock._remove(lock.text)
+    assert not lock.path.exists()
+    assert not guard.exists()
+
+
 def test_all_processes_are_told(process, tmp_path, monkeypatch):
     """Only the main process looks at the file."""
     (tmp_path / LOCK).write_text(lock_of(process.pid))
