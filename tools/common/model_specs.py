@@ -5,6 +5,7 @@ A specification is a name, with options after a colon:
     conv2former_{n,t,s,b,l}    any argument of Conv2Former, or deploy=True (inference only)
     plain_{n,t,s,b,l}          the published code's operators, in NCHW or with channels_last=True
     convnext_tiny  swin_tiny  hornet_tiny  ...     any of docs/baselines.md, with four outputs
+    timm/convnext_tiny  ...    any of timm's that has features
 
 Any of them accepts one of these options for inference:
 
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from common.config_check import in_one_line
 from common.counting import count_bytes_kept, count_macs, count_traffic
 from common.measuring import (
     DTYPES,
@@ -47,6 +49,7 @@ from mmconv2former.models.baselines import BASELINES
 
 OURS = tuple(f'conv2former_{size}' for size in 'ntsbl')
 PLAIN = tuple(f'plain_{size}' for size in 'ntsbl')
+TIMM = 'timm/'
 DENSE = tuple(name for name, variant in BASELINES.items() if variant.family.dense is not None)
 WAYS = ('cuda_graphs', 'compile', 'aoti', 'half')  # to run inference
 
@@ -59,7 +62,7 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, text = spec.partition(':')
     known = (*OURS, *PLAIN, *DENSE)
-    if name not in known:
+    if name not in known and not name.startswith(TIMM):
         raise SystemExit(f'error: unknown model {name}; choose one of {", ".join(known)}')
     options = {}
     for option in filter(None, text.split(',')):
@@ -85,6 +88,8 @@ def build(spec: str) -> nn.Module:
     """The network of a specification, without the options for inference."""
     name, options = parse(spec)
     options = {key: value for key, value in options.items() if key not in WAYS}
+    if name.startswith(TIMM):
+        return timm_features(name, options)
     size = name[-1]
     if name in PLAIN:
         return PublishedConv2Former(Conv2Former(size), **options)
@@ -93,6 +98,20 @@ def build(spec: str) -> nn.Module:
     deploy = options.pop('deploy', False)
     model = Conv2Former(size, layer_scale_init_value=1.0, **options)
     return model.switch_to_deploy() if deploy else model
+
+
+def timm_features(name: str, options: dict[str, Any]) -> nn.Module:
+    """One of timm's networks, with outputs of all its stages.
+
+    Raises:
+        SystemExit: timm is not installed, has no such network, or takes no such option.
+    """
+    try:
+        import timm
+
+        return timm.create_model(name.removeprefix(TIMM), features_only=True, **options)
+    except (ImportError, RuntimeError, TypeError, AttributeError) as error:
+        raise SystemExit(f'error: {name}: {in_one_line(error)}') from error
 
 
 # ----------------------------------------------------------------------------------------- running
