@@ -407,7 +407,8 @@ if HAS_OPERATORS:
     )
     def operator(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution as one operator for graphs."""
-        return depthwise_conv(x, weight, bias, choose_kernel(x, weight))
+        with without_autocast(x):  # which would change the dtype that the fake version promises
+            return depthwise_conv(x, weight, bias, choose_kernel(x, weight))
 
     @operator.register_fake
     def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -298,6 +298,17 @@ def test_export(registered):
     torch.testing.assert_close(program.module()(other), conv(other))
 
 
+def test_operator_keeps_its_dtype_under_autocast(registered, monkeypatch):
+    """A program compiled in float32 reads as much memory as the fake version promises."""
+    x, _, weight, bias = operands(torch.float32, DEVICE)
+    operator = torch.ops.mmconv2former.depthwise_conv2d
+    for name in depthwise.implementations(x, weight):
+        monkeypatch.setattr(depthwise, 'setting', name)
+        expected = operator(x, weight, bias)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            torch.testing.assert_close(operator(x, weight, bias), expected)
+
+
 def test_flops_are_counted(registered):
     """As torch counts the stock operator: twice the multiply-adds, three times in training."""
     x, grad, weight, bias = operands(device=DEVICE)
