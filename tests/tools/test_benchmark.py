@@ -16,7 +16,7 @@ from benchmark_depthwise import GPU_PASSES, measure_passes, one_pass, passes_tab
 from benchmark_report import Plan, write_report
 from common import model_specs
 from common.measuring import Budget, Ceilings, Cost, Setting
-from common.model_specs import build, check_ways, inference_case, trains, without_values
+from common.model_specs import build, check_ways, infer, inference_case, trains, without_values
 from helpers import ROOT
 from helpers.comparisons import randomized, relative_error
 from helpers.half_precision import needs_float16
@@ -24,6 +24,8 @@ from helpers.in_process import write_tiny_config
 from helpers.simulated_graphs import StandIn
 
 from mmconv2former import Conv2Former
+from mmconv2former.ops import depthwise
+from mmconv2former.ops.depthwise import DepthwiseConv
 
 SMALL = Setting((64, 64))
 NANO = ['plain_n', 'conv2former_n:recompute=expansion', 'conv2former_n:deploy=True']
@@ -89,13 +91,19 @@ def test_ways_that_do_not_apply(options, message):
 
 
 @pytest.mark.slow
-def test_compiled_models_compute_the_same(monkeypatch):
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GELU()).eval()
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_compiled_models_compute_the_same(dtype, monkeypatch):
+    """With the registered operator, as on a GPU."""
+    conv = DepthwiseConv(SMALL.size[1], 3)  # the last axis is that of its channels
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), conv, torch.nn.GELU()).eval()
     monkeypatch.setattr(model_specs, 'build', lambda spec: copy.deepcopy(model))
-    images = SMALL.images()
+    monkeypatch.setattr(depthwise, 'OPERATOR_DEVICES', ('cpu', 'cuda'))
+    setting = replace(SMALL, dtype=dtype)
+    images = setting.images()
+    expected = infer(model, images, setting)
     for way in ('compile', 'aoti'):
-        found = inference_case(f'conv2former_n:{way}=True', SMALL).step(images)
-        torch.testing.assert_close(found, model(images))
+        found = inference_case(f'conv2former_n:{way}=True', setting).step(images)
+        torch.testing.assert_close(found, expected)
 
 
 # ------------------------------------------------------------------------------------ the commands

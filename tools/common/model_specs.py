@@ -147,6 +147,7 @@ def inference_case(spec: str, setting: Setting) -> Case:
         model.compile()
     if 'aoti' in ways(spec):
         forward = compiled_ahead(model, setting.images().to(dtype), setting)
+        setting = replace(setting, dtype='float32')  # the program has autocast's casts
     return Case(model, lambda images: infer(forward, images.to(dtype), setting))
 
 
@@ -155,10 +156,22 @@ def infer(forward: Callable[[Tensor], object], images: Tensor, setting: Setting)
         return forward(images)
 
 
+class WithAutocast(nn.Module):
+    """A model that turns on autocast itself: torch.export records only that."""
+
+    def __init__(self, model: nn.Module, setting: Setting) -> None:
+        super().__init__()
+        self.model, self.setting = model, setting
+
+    def forward(self, images: Tensor) -> object:
+        with self.setting.autocast():
+            return self.model(images)
+
+
 def compiled_ahead(model: nn.Module, images: Tensor, setting: Setting) -> Callable[[Tensor], Any]:
-    """A model as AOTInductor compiles it for images of this size."""
-    with torch.no_grad(), setting.autocast():
-        program = torch.export.export(model, (images,))
+    """A model as AOTInductor compiles it for images of this size, with the setting's autocast."""
+    with torch.no_grad():
+        program = torch.export.export(WithAutocast(model, setting), (images,))
     inductor: Any = torch._inductor
     with TemporaryDirectory() as folder:
         path = inductor.aoti_compile_and_package(program, package_path=f'{folder}/model.pt2')
