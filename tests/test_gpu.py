@@ -300,7 +300,7 @@ def test_training_by_cuda_graphs(options, dtype):
         for (name, value), reference in zip(model.named_buffers(), plain.buffers()):
             assert_near(value, reference, tolerance, name)
     assert len(model.forward.graphs) == 1
-    with pytest.raises(ValueError, match='CUDA graphs need inputs of one size'):
+    with autocast(dtype), pytest.raises(ValueError, match='CUDA graphs need inputs of one size'):
         model(torch.randn(2, 3, 96, 64, device='cuda'))
     with torch.no_grad():  # as in a validation
         model.eval()(torch.randn(1, 3, 96, 64, device='cuda'))

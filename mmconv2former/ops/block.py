@@ -177,14 +177,15 @@ def run_blocks(
         The output (N, H, W, C), and one entry for each block or, without `recompute`, none.
     """
     dtype = weights[0].gate_value_weight.dtype
-    keep = recompute is not None
+    keep, channels = recompute is not None, x.shape[-1]
     blocks: list[Saved] = []
     _, normed_1, rstd_1 = steps.add_normalize(x, None, None, eps, dtype, keep)
     for number, (w, (factor_1, factor_2)) in enumerate(zip(weights, factors), start=1):
         # modulation
-        gate_value = steps.pointwise_conv(normed_1, w.gate_value_weight, w.gate_value_bias)
-        gate, value = gate_value.chunk(2, -1)  # (N, H, W, C) each
-        active_1 = steps.gelu(gate)
+        gate_value, active_1 = steps.pointwise_gelu(
+            normed_1, w.gate_value_weight, w.gate_value_bias, channels, True
+        )  # (N, H, W, 2 C) and (N, H, W, C)
+        value = gate_value[..., channels:]
         a, weighted = steps.depthwise_times(
             active_1, w.depthwise_weight, w.depthwise_bias, value, keep
         )
@@ -195,8 +196,10 @@ def run_blocks(
         x, normed_2, rstd_2 = steps.add_normalize(x, branch, factor, eps, dtype, keep)
 
         # feed-forward
-        hidden = steps.pointwise_conv(normed_2, w.fc1_weight, w.fc1_bias)  # mlp_ratio * C channels
-        active_2 = steps.gelu(hidden)
+        hidden_channels = w.fc1_weight.shape[0]
+        hidden, active_2 = steps.pointwise_gelu(
+            normed_2, w.fc1_weight, w.fc1_bias, hidden_channels, keep
+        )  # (N, H, W, hidden_channels)
         if recompute not in ('nothing', 'elementwise'):
             hidden = None
         mixed, total = steps.depthwise_plus_gelu(active_2, w.pos_weight, w.pos_bias, keep)

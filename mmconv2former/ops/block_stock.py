@@ -90,10 +90,19 @@ def add_normalize_backward(
     return grad, grad_branch.to(dtype), None
 
 
+# ------------------------------------------------------------------------- convolution with GELU
+def pointwise_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor, channels: int, keep: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The 1x1 convolution of x (None unless it is kept), and GELU of its first channels.
+
+    The second result is contiguous.
+    """
+    y = pointwise_conv(x, weight, bias)
+    return y if keep else None, F.gelu(y[..., :channels]).contiguous()
+
+
 # ------------------------------------------------------------------------------------ modulation
-def gelu(x: Tensor) -> Tensor:
-    """GELU, contiguous."""
-    return F.gelu(x).contiguous()
 
 
 def depthwise_times(
@@ -121,7 +130,7 @@ def modulation_gradients(
         The gradient for a, `active` and `weighted`.
     """
     torch.mul(grad, a, out=grad_value)
-    active = gelu(gate) if active is None else active
+    active = F.gelu(gate).contiguous() if active is None else active
     return grad * value, active, a * value if weighted is None else weighted
 
 

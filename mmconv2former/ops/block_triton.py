@@ -8,12 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .activation_kernels import (
     feed_forward_backward_kernel,
-    gelu_kernel,
     modulation_backward_kernel,
 )
 from .depthwise_triton import depthwise_forward, weight_gradient_shares
@@ -25,27 +23,18 @@ from .norm_triton import (
     column_sums,
     positions_of,
 )
+from .pointwise_triton import pointwise_conv, pointwise_gelu, pointwise_input_gradient
 
-__all__ = ['add_normalize', 'add_normalize_backward', 'fold', 'unfold']  # steps, too
+# steps, too
+__all__ = ['add_normalize', 'add_normalize_backward', 'fold', 'pointwise_conv', 'pointwise_gelu',
+           'pointwise_input_gradient', 'unfold']  # fmt: skip
 
 BLOCK = 1024  # elements per program of element-wise kernels
-gelu_launcher = launchers_of(gelu_kernel)
 modulation_launcher = launchers_of(modulation_backward_kernel)
 feed_forward_launcher = launchers_of(feed_forward_backward_kernel)
 
 
 # ------------------------------------------------------------------------------------ modulation
-def gelu(x: Tensor) -> Tensor:
-    if x.is_contiguous():
-        return F.gelu(x)
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    launcher = gelu_launcher(
-        x.get_device(), (x.dtype,), C=x.shape[-1], STEP=x.stride(2), BLOCK=BLOCK
-    )
-    launcher(-(-x.numel() // BLOCK), (x, y), (positions_of(x),))
-    return y
-
-
 def depthwise_times(
     x: Tensor, weight: Tensor, bias: Tensor, value: Tensor, keep: bool
 ) -> tuple[Tensor | None, Tensor]:
@@ -112,13 +101,6 @@ def depthwise_gelu_gradient(
 def depthwise_weight_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Any]:
     """As in `block_stock`, but in shares, which `unfold` adds."""
     return weight_gradient_shares(x, grad, weight.shape[-1], has_bias=True)
-
-
-pointwise_conv = F.linear
-
-
-def pointwise_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    return grad @ weight
 
 
 def pointwise_weight_gradients(

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from . import folding
 from .depthwise_triton import blocks_for, lay_out, lay_out_together
@@ -199,15 +200,13 @@ class Unfolding(NamedTuple):
 
     Fields:
         unfold, finish: The kernels, and the number of programs of each.
-        sizes: Elements of each parameter.
-        shapes: Index and shape of the parameters with more than one dimension.
+        size: Elements of all parameters.
         inner: Where the gradients are that lie within the first and the second branch.
     """
 
     unfold: tuple[Launcher, int]
     finish: tuple[Launcher, int]
-    sizes: tuple[int, ...]
-    shapes: tuple[tuple[int, torch.Size], ...]
+    size: int
     inner: list[slice]
 
 
@@ -247,8 +246,7 @@ def unfolding(
     return Unfolding(
         (Launcher(unfold_kernel, unfold_constants), unfold_programs),
         (Launcher(finish_kernel, finish_constants), finish_programs),
-        sizes,
-        tuple((index, shape) for index, shape in enumerate(shapes) if len(shape) > 1),
+        sum(sizes),
         [slice(sum(sizes[: part.start]), sum(sizes[: part.stop])) for part in (INNER_1, INNER_2)],
     )
 
@@ -264,7 +262,7 @@ def unfold(grads: FoldedGradients, p: BlockParameters, w: FoldedWeights) -> Bloc
     plan = unfolding(
         fc2.get_device(), (fc2.dtype, p.scale_1.dtype), *[parameter.shape for parameter in p]
     )
-    flat = p.scale_1.new_empty(sum(plan.sizes))
+    flat = p.scale_1.new_empty(plan.size)
     partial = fc1_bias.new_empty(UNFOLD_SHARES * 4 * p.scale_1.shape[0])
     launcher, programs = plan.unfold
     launcher(
@@ -285,7 +283,4 @@ def unfold(grads: FoldedGradients, p: BlockParameters, w: FoldedWeights) -> Bloc
     for place, unit in zip(plan.inner, (w.unit_1, w.unit_2)):
         if unit is not None:
             flat[place].mul_(unit)
-    parts = list(flat.split_with_sizes(plan.sizes))
-    for index, shape in plan.shapes:
-        parts[index] = parts[index].view(shape)
-    return BlockParameters._make(parts)
+    return BlockParameters._make(_unflatten_dense_tensors(flat, p))

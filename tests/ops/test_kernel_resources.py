@@ -67,7 +67,8 @@ modules = [importlib.import_module(f'mmconv2former.ops.{file.stem}') for file in
 kernels = {name for module in modules for name, value in vars(module).items()
            if isinstance(value, JITFunction) and name.endswith('_kernel')}
 with tool.recorded_launches(None) as launches:
-    tool.run_network(8, 3, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        tool.run_network(8, 3, dtype)
     tool.run_convolution(8, 3, torch.bfloat16)
 found = {launch.launcher.kernel.__name__ for launch in launches}
 assert len(kernels) > 10

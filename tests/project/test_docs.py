@@ -74,6 +74,7 @@ NOT_RUN = {
     'tools/train_public.py': 'hours on real data; test_train_public.py runs it in small',
     'tools/compatibility.py': 'hours, and the space of two environments',
     'tools/benchmark_depthwise.py': 'minutes on an idle machine; its parts are tested',
+    'tools/benchmark_pointwise.py': 'needs a GPU; its parts are tested',
     'cd': 'changes the working directory of the user',
     'git': 'downloads',
     'make': 'sets up an environment; the rules behind each target are read with `make -n`',

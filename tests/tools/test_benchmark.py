@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import benchmark
 import benchmark_depthwise
+import benchmark_pointwise
 import benchmark_report
 import pytest
 import torch
@@ -24,7 +25,7 @@ from helpers.in_process import write_tiny_config
 from helpers.simulated_graphs import StandIn
 
 from mmconv2former import Conv2Former
-from mmconv2former.ops import depthwise
+from mmconv2former.ops import depthwise, triton_support
 from mmconv2former.ops.depthwise import DepthwiseConv
 
 SMALL = Setting((64, 64))
@@ -271,6 +272,41 @@ def test_depthwise_command(run, monkeypatch):
     rows = run(benchmark_depthwise, '--kernel-sizes', 5, 7).splitlines()[-2:]
     for row, size in zip(rows, (5, 7), strict=True):
         assert re.match(rf'\| {size} \| 1, 4, 6, 6 \| backward \| \*\*\d+\.\d+ \(', row)
+
+
+@pytest.mark.skipif(
+    not triton_support.is_interpreted(), reason='no Triton from 3.3 on in its interpreter'
+)
+def test_pointwise(monkeypatch):
+    """The products of a block and their gradients, by torch and by the kernel with each tile."""
+    monkeypatch.setattr(benchmark_pointwise, 'CALLS', 1)
+    setting = Setting((32, 32), dtype='bfloat16')
+    products = list(benchmark_pointwise.products(setting))
+    assert len(products) == 32
+    network = Conv2Former('t')
+    for product, module in zip(
+        (products[i] for i in (1, 2, 3, 25, 26, 27)),
+        (f(stage[0]) for stage in (network.stages[0], network.stages[3])
+         for f in (lambda b: b.attn.proj, lambda b: b.mlp.fc1, lambda b: b.mlp.fc2)),
+        strict=True,
+    ):  # fmt: skip
+        assert (product.c_in, product.c_out) == (module.in_channels, module.out_channels)
+    used = []
+    pointwise_triton = triton_support.load('pointwise_triton')
+    multiply = pointwise_triton.multiply
+    monkeypatch.setattr(
+        pointwise_triton, 'multiply', lambda *args: used.append(args) or multiply(*args)
+    )
+    tiles = ((32, 32, 32, 1, 4), (16, 32, 32, 1, 4))
+    lines = benchmark_pointwise.measure(setting, products[:1] + products[5:6], tiles).splitlines()
+    assert lines[0] == (
+        '| product | N, H, W | channels | to | torch | kernel | 32x32x32x1x4 | 16x32x32x1x4 |'
+    )
+    assert lines[2].startswith('| gate and value | 1x8x8 | 72 | 144 |')
+    assert lines[3].startswith('| proj, gradient | 1x8x8 | 72 | 72 |')
+    assert all(line.count('(') == 4 for line in lines[2:])
+    assert {args[0].shape for args in used} == {(1, 8, 8, 72)}
+    assert {None if args[4] is None else args[4].shape for args in used} == {None, (1, 8, 8, 72)}
 
 
 def test_shapes_are_those_of_the_network():
