@@ -58,6 +58,10 @@ def test_gelu_of_some_channels(channels, dtype, tile):
     assert active.is_contiguous()
     expected = F.gelu(y[..., :channels].double())
     assert relative_error(active.double(), expected) < TOLERANCE[dtype]
+    if dtype == torch.float16:  # which the interpreter rounds
+        before = y[..., :channels]
+        differs = active != F.gelu(before.float()).to(dtype)
+        assert differs[before > 0.5].float().mean() < 0.01  # 0.09 from the result before rounding
     none, alone = block_triton.pointwise_gelu(x, weight, bias, channels, False)
     assert none is None
     assert torch.equal(alone, active)
