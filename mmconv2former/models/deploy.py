@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..ops import block_stock
 from ..ops.block import run, run_blocks, steps_for
-from ..ops.depthwise import DepthwiseConv, prepare_weight
+from ..ops.depthwise import DepthwiseConv, aligned, prepare_weight
 from ..ops.dispatch import autocast_dtype, is_captured, is_transformed, without_autocast
 from ..ops.folding import FoldedWeights, fold_rows
 from ..ops.mkldnn_fusion import FusedConv, is_fusible
@@ -182,7 +182,7 @@ class DeployedBlock(nn.Module):
         """The weights in a dtype, with depthwise weights in the layout of their kernels."""
         pair = [torch.cat(parts) for parts in zip(self.gate.pair(), self.value.pair())]
         pair, proj, fc1, fc2 = (
-            [tensor.to(dtype) for tensor in tensors]
+            [aligned(tensor.to(dtype)) for tensor in tensors]
             for tensors in (pair, self.proj.pair(), self.fc1.pair(), self.fc2.pair())
         )
         depthwise, pos = (

@@ -197,11 +197,10 @@ def run_blocks(
 
         # feed-forward
         hidden_channels = w.fc1_weight.shape[0]
+        keep_hidden = recompute in ('nothing', 'elementwise')
         hidden, active_2 = steps.pointwise_gelu(
-            normed_2, w.fc1_weight, w.fc1_bias, hidden_channels, keep
+            normed_2, w.fc1_weight, w.fc1_bias, hidden_channels, keep_hidden
         )  # (N, H, W, hidden_channels)
-        if recompute not in ('nothing', 'elementwise'):
-            hidden = None
         mixed, total = steps.depthwise_plus_gelu(active_2, w.pos_weight, w.pos_bias, keep)
         branch = steps.pointwise_conv(total, w.fc2_weight, w.fc2_bias)
         if recompute != 'nothing':

@@ -1,6 +1,6 @@
 """The steps of a block as Triton kernels: the same functions as in `block_stock`, documented there.
 
-A step reads and writes each tensor once.
+A step reads and writes each tensor once, except for products.
 """
 
 from __future__ import annotations

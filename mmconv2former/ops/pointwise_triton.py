@@ -1,8 +1,8 @@
 """Launches the kernel of `pointwise_kernels`: 1x1 convolutions of (N, H, W, C) in half precision.
 
-torch's products take two to five times as much of the host's time (docs/data/benchmarks.md), and
-GELU is another launch there. Large products, gradients of weights, which are sums over many
-positions, and other dtypes are left to torch.
+torch's products take about twice as much of the host's time, with GELU three to five times
+(docs/data/benchmarks.md). Large products, gradients of weights, which are sums over many positions,
+and other dtypes are left to torch.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def most_positions(dtype: torch.dtype, c_in: int, c_out: int, is_gradient: bool 
     """The kernel takes products of up to this number of positions.
 
     It reads 16 bytes at once. With few channels, memory limits its speed, and it is faster than
-    torch's products. With more, it is slower on the GPU by about a third, but a small product takes
-    less time there than torch's launch takes the host.
+    torch's products. With more, it is slower on the GPU by about a third, which pays for small
+    products, as long as launches take the host longer than the GPU works.
     """
     if dtype not in HALF or torch.version.hip is not None or c_in % 8 or c_out % 8:
         return 0

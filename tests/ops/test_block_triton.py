@@ -29,6 +29,7 @@ from mmconv2former.ops import (
     depthwise_triton,
     folding_triton,
     norm_triton,
+    pointwise_triton,
     triton_support,
 )
 from mmconv2former.ops.block import RECOMPUTE, run_blocks, run_blocks_backward
@@ -331,6 +332,35 @@ def test_the_deployed_form_after_a_call_by_stock_steps():
         expected = model(x)[0].float()
         deployed(x[:0])
         assert relative_error(deployed(x)[0].float(), expected) < 0.1
+
+
+@torch.no_grad()
+def test_assigned_weights_of_the_deployed_form(monkeypatch):
+    """Kernels get contiguous and aligned ones, whatever `load_state_dict` assigned."""
+    arch = dict(channels=(8, 16, 8, 24), depths=(1, 1, 1, 1), kernel_size=3)
+    model = randomized(Conv2Former(arch)).to(DEVICE).eval().switch_to_deploy().bfloat16()
+    x = normal(1, 3, 32, 32).bfloat16()
+    expected = model(x)
+
+    def moved(value):
+        """A copy whose memory is not aligned, and transposed if it is a matrix."""
+        value = value.t() if value.dim() == 2 else value
+        memory = torch.empty(value.numel() + 1, dtype=value.dtype, device=value.device)
+        value = memory[1:].view(value.shape).copy_(value)
+        return value.t() if value.dim() == 2 else value
+
+    model.load_state_dict({name: moved(v) for name, v in model.state_dict().items()}, assign=True)
+    multiply, used = pointwise_triton.multiply, []
+
+    def checked(*tensors):
+        used.extend(tensor for tensor in tensors if tensor is not None)
+        multiply(*tensors)
+
+    monkeypatch.setattr(pointwise_triton, 'multiply', checked)
+    for value, reference in zip(model(x), expected):
+        assert torch.equal(value, reference)
+    assert used
+    assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in used)
 
 
 @torch.no_grad()

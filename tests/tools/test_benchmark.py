@@ -49,6 +49,15 @@ def test_options_of_a_model():
         build('conv2former_n:with_cp')
 
 
+def test_networks_of_timm():
+    outputs = build('timm/resnet18:output_stride=16')(torch.zeros(1, 3, 64, 64))
+    assert [output.shape[2] for output in outputs] == [32, 16, 8, 4, 4]
+    with pytest.raises(SystemExit, match=r'timm/none: RuntimeError: Unknown model \(none\)'):
+        build('timm/none')
+    with pytest.raises(SystemExit, match='timm/resnet18: TypeError: '):
+        build('timm/resnet18:depth=3')
+
+
 def test_published_operators_compute_the_same():
     ours, plain = build('conv2former_n'), build('plain_n:channels_last=True')
     randomized(ours)

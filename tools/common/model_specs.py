@@ -63,7 +63,9 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     name, _, text = spec.partition(':')
     known = (*OURS, *PLAIN, *DENSE)
     if name not in known and not name.startswith(TIMM):
-        raise SystemExit(f'error: unknown model {name}; choose one of {", ".join(known)}')
+        raise SystemExit(
+            f'error: unknown model {name}; choose one of {", ".join(known)}, or timm/NAME'
+        )
     options = {}
     for option in filter(None, text.split(',')):
         key, _, value = option.partition('=')
@@ -110,7 +112,7 @@ def timm_features(name: str, options: dict[str, Any]) -> nn.Module:
         import timm
 
         return timm.create_model(name.removeprefix(TIMM), features_only=True, **options)
-    except (ImportError, RuntimeError, TypeError, AttributeError) as error:
+    except Exception as error:  # of any kind, also from the network's own checks
         raise SystemExit(f'error: {name}: {in_one_line(error)}') from error
 
 
