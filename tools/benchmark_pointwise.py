@@ -40,7 +40,7 @@ class Product(NamedTuple):
     positions: tuple[int, int, int]  # N, H, W
     c_in: int
     c_out: int
-    active: int = 0  # output channels of which GELU is computed, too
+    active: int = 0  # first channels of the result, of which there is GELU, too
     is_gradient: bool = False  # for the input, of a convolution from c_out to c_in channels
 
 
@@ -81,9 +81,9 @@ def measure(setting: Setting, all_products: Any, tiles: tuple[tuple[int, ...], .
             row = [time_of(call, setting)]
         with patch.object(ops, 'most_positions', lambda *args, **options: math.inf):
             row.append(time_of(call, setting))
-        for tile in tiles:
-            with patch.object(ops, 'tile_for', lambda *args, tile=tile: ops.Tile(*tile)):
-                row.append(time_of(call, setting))
+            for tile in tiles:
+                with patch.object(ops, 'tile_for', lambda *args, tile=tile: ops.Tile(*tile)):
+                    row.append(time_of(call, setting))
         size = 'x'.join(map(str, product.positions))
         rows.append([product.name, size, str(product.c_in), str(product.c_out), *row])
     header = ['product', 'N, H, W', 'channels', 'to', 'torch', 'kernel']

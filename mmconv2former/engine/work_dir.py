@@ -156,7 +156,7 @@ class FolderLock:
             WorkDirError: Another run has it, or the folder cannot be written to.
         """
         try:
-            while not self._create():
+            while not created(self.path, self.text):
                 text, touched = self._read()
                 if text is None:
                     continue  # removed since
@@ -201,10 +201,6 @@ class FolderLock:
         with contextlib.suppress(OSError):
             if self.is_held():
                 self.path.unlink()
-
-    def _create(self) -> bool:
-        """Writes the file, if there is none."""
-        return created(self.path, self.text)
 
     def _read(self) -> tuple[str | None, float]:
         """Content and time of the last touch; opening the file makes a network disk look again."""

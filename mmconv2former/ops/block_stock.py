@@ -103,8 +103,6 @@ def pointwise_gelu(
 
 
 # ------------------------------------------------------------------------------------ modulation
-
-
 def depthwise_times(
     x: Tensor, weight: Tensor, bias: Tensor, value: Tensor, keep: bool
 ) -> tuple[Tensor | None, Tensor]:

@@ -23,13 +23,12 @@ from .norm_triton import (
     column_sums,
     positions_of,
 )
-from .pointwise_triton import pointwise_conv, pointwise_gelu, pointwise_input_gradient
+from .pointwise_triton import BLOCK, pointwise_conv, pointwise_gelu, pointwise_input_gradient
 
 # steps, too
 __all__ = ['add_normalize', 'add_normalize_backward', 'fold', 'pointwise_conv', 'pointwise_gelu',
            'pointwise_input_gradient', 'unfold']  # fmt: skip
 
-BLOCK = 1024  # elements per program of element-wise kernels
 modulation_launcher = launchers_of(modulation_backward_kernel)
 feed_forward_launcher = launchers_of(feed_forward_backward_kernel)
 

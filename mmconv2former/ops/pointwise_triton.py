@@ -20,7 +20,7 @@ from .launch import launchers_of
 from .norm_triton import positions_of
 from .pointwise_kernels import pointwise_kernel
 
-BLOCK = 1024  # elements per program of `gelu_kernel`
+BLOCK = 1024  # elements per program of element-wise kernels
 HALF = (torch.bfloat16, torch.float16)
 SMALL = 2**32  # multiply-adds
 gelu_launcher = launchers_of(gelu_kernel)
