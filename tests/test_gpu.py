@@ -345,6 +345,7 @@ def test_a_new_size_compiles_nothing():
     if depthwise.device_choice(weight, torch.float32) != 'triton':
         pytest.skip('this GPU does not run Triton')
     kernels = triton_support.load('depthwise_triton')
+    triton_support.load('launch').forget_launches()
     kernels.forward_launcher.cache_clear()
     kernels.shares_launcher.cache_clear()
     for size in [(5, 7), (16, 16), (33, 1), (1, 64)]:

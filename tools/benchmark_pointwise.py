@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import common  # before torch
 import torch
 from benchmark_depthwise import stages
+from common.launches import replaced
 from common.measuring import DTYPES, Setting, device_seconds, machine, repeat, synchronize
 from common.tables import show, table
 from torch import Tensor
@@ -77,12 +77,12 @@ def measure(setting: Setting, all_products: Any, tiles: tuple[tuple[int, ...], .
     rows: list[list[str]] = []
     for product in all_products:
         call = call_of(product, setting)
-        with patch.object(ops, 'most_positions', lambda *args, **options: 0):
+        with replaced(ops, most_positions=lambda *args: 0):
             row = [time_of(call, setting)]
-        with patch.object(ops, 'most_positions', lambda *args, **options: math.inf):
+        with replaced(ops, most_positions=lambda *args: math.inf):
             row.append(time_of(call, setting))
             for tile in tiles:
-                with patch.object(ops, 'tile_for', lambda *args, tile=tile: ops.Tile(*tile)):
+                with replaced(ops, tile_for=lambda *args, tile=tile: ops.Tile(*tile)):
                     row.append(time_of(call, setting))
         size = 'x'.join(map(str, product.positions))
         rows.append([product.name, size, str(product.c_in), str(product.c_out), *row])

@@ -30,6 +30,7 @@ from unittest.mock import patch
 
 import torch
 from common import parser_of
+from common.launches import replaced
 from common.tables import show, table
 from torch import Tensor
 
@@ -150,9 +151,11 @@ def recorded_launches(rows: int | None) -> Iterator[list[Launch]]:
         patch.object(Launcher, '__call__', record),
         patch.object(depthwise, 'setting', 'triton'),
         patch.object(depthwise, 'choice_for', lambda *_: 'triton'),
-        patch.object(depthwise_triton, 'blocks_for', blocks_for),
-        # As on an NVIDIA GPU; cached launchers do not depend on it.
-        patch.object(depthwise_triton, 'is_packed', lambda _, dtype: dtype == torch.bfloat16),
+        replaced(
+            depthwise_triton,
+            blocks_for=blocks_for,
+            is_packed=lambda _, dtype: dtype == torch.bfloat16,  # as on an NVIDIA GPU
+        ),
     ):
         yield launches
 

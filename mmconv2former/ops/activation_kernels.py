@@ -63,25 +63,25 @@ def gelu_kernel(
 
 @triton.jit(do_not_specialize=['positions'])
 def modulation_backward_kernel(
-    grad, a, gate, value, grad_a, grad_value, weighted, active, positions,
-    C: tl.constexpr, STEP: tl.constexpr, HAS_ACTIVATIONS: tl.constexpr, BLOCK: tl.constexpr,
-    ACC: tl.constexpr,
+    grad, a, gate_value, grad_a, grad_gate_value, weighted, active, positions,
+    C: tl.constexpr, HAS_ACTIVATIONS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a * value, and the activations that the backward pass recomputes.
 
-    gate, value and grad_value have STEP elements from position to position, all others C:
+    gate and value are the halves of one tensor (positions, 2 C), all others are (positions, C):
     grad_a = grad * value, grad_value = grad * a, weighted = a * value, active = GELU(gate).
     """
-    dense, wide, mask = places(positions, C, STEP, BLOCK)
+    dense, gate, mask = places(positions, C, 2 * C, BLOCK)
+    value = gate + C
     dtype = a.dtype.element_ty
     g = tl.load(grad + dense, mask=mask, other=0).to(ACC)
     m = tl.load(a + dense, mask=mask, other=0).to(ACC)
-    v = tl.load(value + wide, mask=mask, other=0).to(ACC)
+    v = tl.load(gate_value + value, mask=mask, other=0).to(ACC)
     tl.store(grad_a + dense, (g * v).to(dtype), mask=mask)
-    tl.store(grad_value + wide, (g * m).to(dtype), mask=mask)
+    tl.store(grad_gate_value + value, (g * m).to(dtype), mask=mask)
     if HAS_ACTIVATIONS:
         tl.store(weighted + dense, (m * v).to(dtype), mask=mask)
-        before = tl.load(gate + wide, mask=mask, other=0).to(ACC)
+        before = tl.load(gate_value + gate, mask=mask, other=0).to(ACC)
         tl.store(active + dense, gelu(before).to(dtype), mask=mask)
 
 

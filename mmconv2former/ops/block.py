@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from . import block_stock, depthwise
-from .depthwise import choose, device_choice, is_in_reach
+from .depthwise import aligned, choose, device_choice, is_in_reach
 from .dispatch import (
     autocast_dtype,
     is_captured,
@@ -179,15 +179,15 @@ def run_blocks(
     dtype = weights[0].gate_value_weight.dtype
     keep, channels = recompute is not None, x.shape[-1]
     blocks: list[Saved] = []
+    x = aligned(x)
     _, normed_1, rstd_1 = steps.add_normalize(x, None, None, eps, dtype, keep)
     for number, (w, (factor_1, factor_2)) in enumerate(zip(weights, factors), start=1):
         # modulation
         gate_value, active_1 = steps.pointwise_gelu(
             normed_1, w.gate_value_weight, w.gate_value_bias, channels, True
         )  # (N, H, W, 2 C) and (N, H, W, C)
-        value = gate_value[..., channels:]
         a, weighted = steps.depthwise_times(
-            active_1, w.depthwise_weight, w.depthwise_bias, value, keep
+            active_1, w.depthwise_weight, w.depthwise_bias, gate_value, keep
         )
         branch = steps.pointwise_conv(weighted, w.proj_weight, w.proj_bias)
         if recompute != 'nothing':
@@ -241,6 +241,7 @@ def run_blocks_backward(
     """
     dtype = blocks[0].gate_value.dtype
     of_parameters: list[BlockParameters] = []
+    grad = aligned(grad)
     _, grad_branch, sums = steps.add_normalize_backward(grad, None, blocks[-1].factor_2, dtype)
     for index in reversed(range(len(blocks))):
         s, w = blocks[index], weights[index]
@@ -292,16 +293,13 @@ def modulation_backward(
     grad_branch: Tensor, sums: Any, s: Saved, w: FoldedWeights, steps: Any
 ) -> tuple[Any, Any, Any, Tensor]:
     """As `feed_forward_backward`, for gate and value, the depthwise convolution and proj."""
-    gate, value = s.gate_value.chunk(2, -1)
-    grad_gate_value = torch.empty_like(s.gate_value)
-    grad_gate, grad_value = grad_gate_value.chunk(2, -1)
     grad_weighted = steps.pointwise_input_gradient(grad_branch, w.proj_weight)
-    grad_a, active, weighted = steps.modulation_gradients(
-        grad_weighted, s.a, gate, value, grad_value, s.active_1, s.weighted
+    grad_a, grad_gate_value, active, weighted = steps.modulation_gradients(
+        grad_weighted, s.a, s.gate_value, s.active_1, s.weighted
     )
     of_proj = steps.pointwise_weight_gradients(grad_branch, weighted, sums)
     of_depthwise = steps.depthwise_weight_gradients(grad_a, active, w.depthwise_weight)
-    steps.depthwise_gelu_gradient(grad_a, w.depthwise_weight, gate, None, grad_gate)
+    steps.depthwise_gelu_gradient(grad_a, w.depthwise_weight, s.gate_value, None, grad_gate_value)
     of_gate_value = steps.pointwise_weight_gradients(grad_gate_value, s.normed_1, None)
     grad_y = steps.pointwise_input_gradient(grad_gate_value, w.gate_value_weight)
     return of_gate_value, of_depthwise, of_proj, grad_y

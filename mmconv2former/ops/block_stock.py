@@ -1,7 +1,7 @@
 """The steps of a block with torch's own operators, for any device.
 
-`block_triton` has the same functions as kernels. Tensors are contiguous (N, H, W, C), except gate
-and value, the halves of one (N, H, W, 2 C). `dtype` is the dtype of convolutions (autocast's, if it
+`block_triton` has the same functions as kernels. Tensors are contiguous (N, H, W, C), and gate and
+value are the halves of one (N, H, W, 2 C). `dtype` is the dtype of convolutions (autocast's, if it
 is on); the residual stream keeps its own. Sums over positions are at least in float32.
 """
 
@@ -104,32 +104,35 @@ def pointwise_gelu(
 
 # ------------------------------------------------------------------------------------ modulation
 def depthwise_times(
-    x: Tensor, weight: Tensor, bias: Tensor, value: Tensor, keep: bool
+    x: Tensor, weight: Tensor, bias: Tensor, gate_value: Tensor, keep: bool
 ) -> tuple[Tensor | None, Tensor]:
     """The depthwise convolution a of x (None unless it is kept), and a * value."""
     a = depthwise_conv(x, weight, bias, choose(x, weight))
+    value = gate_value[..., x.shape[-1] :]
     return (a, a * value) if keep else (None, a.mul_(value))
 
 
 def modulation_gradients(
-    grad: Tensor, a: Tensor, gate: Tensor, value: Tensor, grad_value: Tensor,
-    active: Tensor | None, weighted: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor, a: Tensor, gate_value: Tensor, active: Tensor | None, weighted: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of a * value.
 
     Args:
         grad: Gradient of the product, which may be overwritten.
-        a, value: Its operands.
-        gate: The input of GELU, whose result the depthwise convolution turned into a.
-        grad_value: Output tensor for the gradient of the value.
+        a: The depthwise convolution of GELU(gate).
+        gate_value: Gate and value (N, H, W, 2 C).
         active, weighted: GELU(gate) and a * value; None to recompute them.
 
     Returns:
-        The gradient for a, `active` and `weighted`.
+        The gradients for a, and for gate and value (N, H, W, 2 C), `active` and `weighted`. The
+        gradient for the gate has yet to be written.
     """
-    torch.mul(grad, a, out=grad_value)
+    gate, value = gate_value.chunk(2, -1)
+    grad_gate_value = torch.empty_like(gate_value)
+    torch.mul(grad, a, out=grad_gate_value.chunk(2, -1)[1])
     active = F.gelu(gate).contiguous() if active is None else active
-    return grad * value, active, a * value if weighted is None else weighted
+    weighted = a * value if weighted is None else weighted
+    return grad * value, grad_gate_value, active, weighted
 
 
 # ---------------------------------------------------------------------------------- feed-forward
@@ -163,14 +166,15 @@ def depthwise_gelu_gradient(
     Args:
         grad: Gradient of the convolution.
         weight: Its weight.
-        before: The input of GELU.
+        before: The input of GELU, in the first of its channels.
         other: Another gradient of GELU(before), which may be overwritten, or None.
-        out: Output tensor; None for a new one.
+        out: Output tensor, of which the first channels are written; None for a new one.
     """
+    before = before[..., : grad.shape[-1]]
     needs = (True, False, False)
     inner = depthwise_conv_backward(grad, before, weight, needs, choose(grad, weight))[0]
     inner = inner if other is None else inner.add_(other)
-    out = inner if out is None else out
+    out = inner if out is None else out[..., : grad.shape[-1]]
     return torch.ops.aten.gelu_backward.grad_input(inner, before, grad_input=out)
 
 

@@ -60,8 +60,8 @@ def depthwise_forward_kernel(
     - 'plus_gelu': x + GELU(z)
     - 'gelu_backward': (z + other) * GELU'(before), without `other` if there is none
 
-    y, other and before may be parts of wider tensors, with Y_STEP, OTHER_STEP and BEFORE_STEP
-    elements from one position to the next; kept is contiguous.
+    y, other and before may have more channels: Y_STEP, OTHER_STEP and BEFORE_STEP. Of `other`, the
+    last C channels are read, of the two others the first C are written or read.
     """
     P: tl.constexpr = K // 2
     WC = W * C
@@ -119,7 +119,7 @@ def depthwise_forward_kernel(
         if HAS_KEPT:
             tl.store(kept + start + f, z.to(kept.dtype.element_ty), mask=mask)
         if HAS_OTHER:
-            place = pixel * OTHER_STEP + (w * OTHER_STEP + c)
+            place = pixel * OTHER_STEP + (w * OTHER_STEP + c + (OTHER_STEP - C))
             factor = tl.load(other + place, mask=mask, other=0).to(ACC)
         if EPILOGUE == 'times':
             z = z * factor

@@ -18,7 +18,7 @@ from .depthwise_kernels import (
     depthwise_sum_kernel,
     depthwise_weight_gradient_kernel,
 )
-from .launch import is_packed, launchers_of
+from .launch import Launch, is_packed, launchers_of, remembered
 
 # Rows of a kernel that a program keeps in registers: their weights, or the sums of their gradients.
 # With 13 it spills.
@@ -69,6 +69,43 @@ def split_evenly(total: int, most: int) -> int:
 
 
 # ------------------------------------------------------------------------------------------- calls
+@remembered
+def forward_launch(
+    device: int,
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    shape: torch.Size,
+    kernel_size: int,
+    step: int,
+    flip: bool,
+    epilogue: str,
+    has_kept: bool,
+    y_step: int,
+    other_step: int | None,
+    before_step: int | None,
+) -> Launch:
+    """How `depthwise_forward` launches its kernel.
+
+    Args:
+        device: Index of the GPU, -1 for the interpreter.
+        dtype, shape: Of x.
+        bias_dtype: None without a bias.
+        step: Elements of the weight from one place in the kernel to the next.
+        y_step, other_step, before_step: Channels of these tensors.
+    """
+    _, height, width, channels = shape
+    blocks = blocks_for(kernel_size)
+    launcher = forward_launcher(
+        device, (dtype, bias_dtype), blocks.num_warps, C=channels, K=kernel_size, STEP=step,
+        TAPS=blocks.taps, ROWS=blocks.rows, BLOCK=blocks.block, HAS_BIAS=bias_dtype is not None,
+        FLIP=flip, PACKED=is_packed(device, dtype), EPILOGUE=epilogue, HAS_KEPT=has_kept,
+        HAS_OTHER=other_step is not None, Y_STEP=y_step, OTHER_STEP=other_step or 0,
+        BEFORE_STEP=before_step or 0,
+    )  # fmt: skip
+    programs = shape[0] * -(-height // blocks.rows) * -(-width * channels // blocks.block)
+    return launcher, programs, (height, width)
+
+
 def depthwise_forward(
     x: Tensor,
     weight: Tensor,
@@ -91,25 +128,18 @@ def depthwise_forward(
             'plus_gelu' x + GELU(z), 'gelu_backward' (z + other) * GELU'(before).
         y: Output tensor; None for a new one.
         kept: Contiguous output tensor for z, or None.
-        other, before: (N, H, W, C), as the epilogue needs them. These and y may be parts of
-            contiguous tensors with more channels, and y may be one of the two.
+        other, before: (N, H, W, C), as the epilogue needs them. These and y may have more channels:
+            of `other` the last C are read, of the two others the first C are written or read. y
+            may be one of the two.
     """
-    batch, height, width, channels = x.shape
-    blocks = blocks_for(weight.shape[-1])
-    y_step = channels if y is None else y.stride(2)
+    shape = x.shape
     y = torch.empty_like(x) if y is None else y
-    device = x.get_device()
-    launcher = forward_launcher(
-        device, (x.dtype, None if bias is None else bias.dtype), blocks.num_warps, C=channels,
-        K=weight.shape[-1], STEP=weight.stride(3), TAPS=blocks.taps, ROWS=blocks.rows,
-        BLOCK=blocks.block, HAS_BIAS=bias is not None, FLIP=flip,
-        PACKED=is_packed(device, x.dtype), EPILOGUE=epilogue, HAS_KEPT=kept is not None,
-        HAS_OTHER=other is not None, Y_STEP=y_step,
-        OTHER_STEP=0 if other is None else other.stride(2),
-        BEFORE_STEP=0 if before is None else before.stride(2),
+    launcher, programs, sizes = forward_launch(
+        x.get_device(), x.dtype, None if bias is None else bias.dtype, shape, weight.shape[3],
+        weight.stride(3), flip, epilogue, kept is not None, y.shape[3],
+        None if other is None else other.shape[3], None if before is None else before.shape[3],
     )  # fmt: skip
-    programs = batch * -(-height // blocks.rows) * -(-width * channels // blocks.block)
-    launcher(programs, (x, weight, bias, y, kept, other, before), (height, width))
+    launcher(programs, (x, weight, bias, y, kept, other, before), sizes)
     return y
 
 
@@ -139,6 +169,44 @@ def depthwise_weight_gradient(
     return weight_grad, bias_grad
 
 
+@remembered
+def shares_launch(
+    device: int, dtype: torch.dtype, shape: torch.Size, kernel_size: int, has_bias: bool
+) -> tuple[Launch, torch.dtype, int, int, int]:
+    """How `weight_gradient_shares` launches its kernel, which is compiled to learn what fits.
+
+    Args:
+        device: Index of the GPU, -1 for the interpreter.
+        dtype, shape: Of x.
+        kernel_size, has_bias: See `weight_gradient_shares`.
+
+    Returns:
+        The launch, the dtype of sums, and the number of shares, elements and blocks of a period.
+    """
+    batch, height, width, channels = shape
+    blocks = blocks_for(kernel_size)
+    sums_dtype = torch.promote_types(dtype, torch.float32)
+    launcher = shares_launcher(
+        device, (dtype,), blocks.num_warps, C=channels, K=kernel_size, HAS_BIAS=has_bias,
+        TAPS=blocks.taps, COLUMNS=blocks.columns, BLOCK=blocks.gradient_block,
+        PACKED=is_packed(device, dtype),
+    )  # fmt: skip
+    if launcher.run is None and device >= 0:
+        tensors = [torch.empty(0, dtype=d, device=device) for d in (dtype, dtype, sums_dtype)]
+        launcher.compile(tuple(tensors), (0,) * 5)
+    row_blocks = -(-width * channels // blocks.gradient_block)
+    # After this many blocks the channels repeat.
+    period_blocks = min(channels // math.gcd(channels, blocks.gradient_block), row_blocks)
+    rows = batch * -(-row_blocks // period_blocks) * height
+    programs = period_blocks * -(-kernel_size // blocks.columns) * -(-kernel_size // blocks.taps)
+    shares = launcher.at_once // programs
+    rows_per_share = -(-rows // max(1, min(shares, rows // (2 * blocks.taps))))
+    shares = -(-rows // rows_per_share)
+    sizes = (height, width, period_blocks, rows, rows_per_share)
+    launch = (launcher, programs * shares, sizes)
+    return launch, sums_dtype, shares, period_blocks * blocks.gradient_block, period_blocks
+
+
 def weight_gradient_shares(
     x: Tensor, grad: Tensor, kernel_size: int, has_bias: bool
 ) -> tuple[Tensor, int]:
@@ -153,31 +221,12 @@ def weight_gradient_shares(
     Returns:
         (shares, K * K + has_bias, period), and the blocks of a period.
     """
-    batch, height, width, channels = x.shape
-    device = x.get_device()
-    blocks = blocks_for(kernel_size)
-    launcher = shares_launcher(
-        device, (x.dtype,), blocks.num_warps, C=channels, K=kernel_size, HAS_BIAS=has_bias,
-        TAPS=blocks.taps, COLUMNS=blocks.columns, BLOCK=blocks.gradient_block,
-        PACKED=is_packed(device, x.dtype),
-    )  # fmt: skip
-    row_blocks = -(-width * channels // blocks.gradient_block)
-    # After this many blocks the channels repeat.
-    period_blocks = min(channels // math.gcd(channels, blocks.gradient_block), row_blocks)
-    rows = batch * -(-row_blocks // period_blocks) * height
-    programs = period_blocks * -(-kernel_size // blocks.columns) * -(-kernel_size // blocks.taps)
-    sums_dtype = torch.promote_types(x.dtype, torch.float32)
-    if launcher.run is None and device >= 0:
-        launcher.compile((x, grad, x.new_empty(0, dtype=sums_dtype)), (0,) * 5)
-    shares = launcher.at_once // programs
-    rows_per_share = -(-rows // max(1, min(shares, rows // (2 * blocks.taps))))
-    shares = -(-rows // rows_per_share)
-    period = period_blocks * blocks.gradient_block
-    partial = x.new_empty((shares, kernel_size**2 + has_bias, period), dtype=sums_dtype)
-    launcher(
-        programs * shares, (x, grad, partial),
-        (height, width, period_blocks, rows, rows_per_share),
-    )  # fmt: skip
+    launch, sums_dtype, shares, period, period_blocks = shares_launch(
+        x.get_device(), x.dtype, x.shape, kernel_size, has_bias
+    )
+    launcher, programs, sizes = launch
+    partial = x.new_empty(shares, kernel_size**2 + has_bias, period, dtype=sums_dtype)
+    launcher(programs, (x, grad, partial), sizes)
     return partial, period_blocks
 
 

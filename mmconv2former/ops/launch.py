@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -15,6 +15,9 @@ from torch import Tensor
 from .triton_support import CompilationError
 
 compiling = threading.Lock()
+Function = TypeVar('Function', bound=Callable[..., Any])
+Launch = tuple['Launcher', int, tuple[int, ...]]  # a launcher, and programs and sizes for it
+remembering: list[Any] = []  # functions with `remembered`
 AcceleratorError = getattr(torch, 'AcceleratorError', torch.cuda.OutOfMemoryError)  # torch >= 2.8
 
 
@@ -112,6 +115,23 @@ def launchers_of(kernel: Any) -> Callable[..., Launcher]:
         return Launcher(kernel, dict(constants, ACC=sums_dtype(dtypes[0])), num_warps)
 
     return launcher
+
+
+def remembered(function: Function) -> Function:
+    """Keeps results of a function that prepares launches, for the latest of its arguments.
+
+    Launches of a step depend on dtypes and sizes only. Preparing one takes the host longer than
+    the launch itself, and a training step has hundreds.
+    """
+    kept: Any = functools.lru_cache(maxsize=4096)(function)
+    remembering.append(kept)
+    return kept
+
+
+def forget_launches() -> None:
+    """Forgets what `remembered` keeps, after a change to what it depends on besides arguments."""
+    for function in remembering:
+        function.cache_clear()
 
 
 def without_python(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import block_stock
-from .depthwise import runs_triton
+from .depthwise import aligned, runs_triton
 from .dispatch import is_captured, is_transformed, without_autocast
 from .triton_support import load, run_triton
 
@@ -46,7 +46,7 @@ def layer_norm(
                 return LayerNormFunction.apply(x, weight, bias, eps, dtype, channels_first)
             if not torch.is_grad_enabled() and not channels_first:
                 functions = load('norm_triton').add_normalize, block_stock.add_normalize
-                return run_triton(*functions, x, None, None, eps, dtype, False)[1]
+                return run_triton(*functions, aligned(x), None, None, eps, dtype, False)[1]
     channels = int(x.shape[-1])  # a tensor while tracing
     return F.layer_norm(x, (channels,), weight, bias, eps)
 

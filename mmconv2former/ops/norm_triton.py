@@ -8,6 +8,7 @@ block, adds these shares in a fixed order, so every run gives the same results.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import triton
 from torch import Tensor
 
 from .depthwise import aligned
-from .launch import launchers_of, limits
+from .launch import Launch, launchers_of, limits, remembered
 from .memory_format import to_channels_first
 from .norm_kernels import (
     add_shares_kernel,
@@ -40,12 +41,6 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def positions_of(x: Tensor) -> int:
-    """The number of positions of (N, H, W, C)."""
-    return x.shape[0] * x.shape[1] * x.shape[2]
-
-
-@functools.cache
 def programs_at_once(device: int) -> int:
     """About the number of programs that keep a GPU busy."""
     return 4 * limits(device)[0] if device >= 0 else 3
@@ -59,6 +54,34 @@ def tile(channels: int, elements: int) -> dict[str, int]:
 
 
 # ------------------------------------------------------------------------------------- residuals
+@remembered
+def residual_launch(
+    device: int,
+    dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+    norm_dtype: torch.dtype | None,
+    shape: torch.Size,
+    eps: float,
+    has_factor: bool,
+    has_rstd: bool,
+) -> Launch:
+    """How `add_normalize` launches its kernel.
+
+    Args:
+        device: Index of the GPU, -1 for the interpreter.
+        dtype, branch_dtype, norm_dtype: Of x, the branch and the normalized sum.
+        shape: Of x.
+    """
+    launcher = residual_launcher(
+        device, (dtype, branch_dtype, norm_dtype), C=shape[3], EPS=eps, **tile(shape[3], 4096),
+        HAS_BRANCH=branch_dtype is not None, HAS_FACTOR=has_factor,
+        HAS_NORM=norm_dtype is not None, HAS_RSTD=has_rstd,
+    )  # fmt: skip
+    positions = math.prod(shape[:3])
+    programs = -(-positions // launcher.constants['ROWS'])
+    return launcher, programs, (positions, shape[1] * shape[2])
+
+
 def add_normalize(
     x: Tensor,
     branch: Tensor | None,
@@ -69,26 +92,48 @@ def add_normalize(
     in_place: bool = False,
 ) -> tuple[Tensor, Any, Any]:
     """Residual sum and norm in one pass; see `block_stock`."""
-    x = aligned(x)
-    branch = None if branch is None else aligned(branch)
-    positions, per_image = positions_of(x), x.shape[1] * x.shape[2]
-    total = None
+    batch, height, width, _ = shape = x.shape
+    total = branch_dtype = None
     if branch is not None:
-        total = x if in_place else torch.empty_like(x)
+        total, branch_dtype = x if in_place else torch.empty_like(x), branch.dtype
     y = rstd = None
     if dtype is not None:
         y = torch.empty_like(x, dtype=dtype)
         if keep:
-            rstd = x.new_empty((*x.shape[:3], 1), dtype=wide(x.dtype))
-    channels = x.shape[-1]
-    launcher = residual_launcher(
-        x.get_device(), (x.dtype, None if branch is None else branch.dtype, dtype), C=channels,
-        EPS=eps, **tile(channels, 4096), HAS_BRANCH=branch is not None,
-        HAS_FACTOR=factor is not None, HAS_NORM=dtype is not None, HAS_RSTD=keep,
-    )  # fmt: skip
-    programs = -(-positions // launcher.constants['ROWS'])
-    launcher(programs, (x, branch, factor, total, y, rstd), (positions, per_image))
+            rstd = x.new_empty(batch, height, width, 1, dtype=wide(x.dtype))
+    launcher, programs, sizes = residual_launch(
+        x.get_device(), x.dtype, branch_dtype, dtype, shape, eps, factor is not None, keep
+    )
+    launcher(programs, (x, branch, factor, total, y, rstd), sizes)
     return x if total is None else total, y, rstd
+
+
+@remembered
+def residual_backward_launch(
+    device: int,
+    dtype: torch.dtype,
+    branch_dtype: torch.dtype | None,
+    norm_dtype: torch.dtype | None,
+    shape: torch.Size,
+    has_branch: bool,
+    has_factor: bool,
+) -> Launch:
+    """How `add_normalize_backward` launches its kernel, which sums in as many shares as programs.
+
+    Args:
+        branch_dtype: Of the branch's gradient; None without its sums.
+        has_branch: Whether this gradient is another tensor than that of x.
+        device, dtype, norm_dtype, shape: See `residual_launch`.
+    """
+    launcher = residual_backward_launcher(
+        device, (dtype, branch_dtype, norm_dtype), C=shape[3], **tile(shape[3], 2048),
+        HAS_NORM=norm_dtype is not None, HAS_BRANCH=has_branch,
+        HAS_SUMS=branch_dtype is not None, HAS_FACTOR=has_factor,
+    )  # fmt: skip
+    positions = math.prod(shape[:3])
+    tiles = -(-positions // launcher.constants['ROWS'])
+    shares = min(tiles, programs_at_once(device))
+    return launcher, shares, (positions, shape[1] * shape[2], tiles)
 
 
 def add_normalize_backward(
@@ -99,27 +144,18 @@ def add_normalize_backward(
     in_place: bool = False,
 ) -> tuple[Tensor, Any, Any]:
     """Gradients of `add_normalize` in one pass; see `block_stock`."""
-    grad = aligned(grad)
     grad_y, y, rstd = (None, None, None) if norm is None else norm
     grad_x = grad if norm is None or in_place else torch.empty_like(grad)
-    has_sums = dtype is not None
     # If the gradient of the branch is the gradient itself, only its sums are missing.
-    has_branch = has_sums and (dtype != grad.dtype or factor is not None)
+    has_branch = dtype is not None and (dtype != grad.dtype or factor is not None)
     grad_branch = torch.empty_like(grad, dtype=dtype) if has_branch else None
-    channels = grad.shape[-1]
-    launcher = residual_backward_launcher(
-        grad.get_device(), (grad.dtype, dtype, None if y is None else y.dtype), C=channels,
-        **tile(channels, 2048), HAS_NORM=norm is not None, HAS_BRANCH=has_branch,
-        HAS_SUMS=has_sums, HAS_FACTOR=factor is not None,
+    shape = grad.shape
+    launcher, shares, sizes = residual_backward_launch(
+        grad.get_device(), grad.dtype, dtype, None if y is None else y.dtype, shape, has_branch,
+        factor is not None,
     )  # fmt: skip
-    positions = positions_of(grad)
-    tiles = -(-positions // launcher.constants['ROWS'])
-    shares = min(tiles, programs_at_once(grad.get_device()))
-    sums = grad.new_empty((shares, channels), dtype=wide(grad.dtype)) if has_sums else None
-    launcher(
-        shares, (grad, grad_y, y, rstd, factor, grad_x, grad_branch, sums),
-        (positions, grad.shape[1] * grad.shape[2], tiles),
-    )  # fmt: skip
+    sums = None if dtype is None else grad.new_empty(shares, shape[3], dtype=wide(grad.dtype))
+    launcher(shares, (grad, grad_y, y, rstd, factor, grad_x, grad_branch, sums), sizes)
     return grad_x, grad_x if grad_branch is None else grad_branch, sums
 
 
@@ -164,23 +200,30 @@ def layer_norm_gradients(
     )  # fmt: skip
     tiles = batch * -(-height * width // launcher.constants['ROWS'])
     shares = min(tiles, programs_at_once(x.get_device()))
-    sums = x.new_empty((shares, 2 * channels), dtype=wide(x.dtype))
+    sums = x.new_empty(shares, 2 * channels, dtype=wide(x.dtype))
     launcher(shares, (grad, x, weight, grad_x, sums), (height * width, tiles))
     of_weight, of_bias = finish_sums(sums).view(2, channels).unbind()
     return grad_x, of_weight.to(weight.dtype), of_bias.to(weight.dtype)
 
 
 # ------------------------------------------------------------------------------------------- sums
-def column_sums(x: Tensor) -> Tensor:
-    """Shares (shares, C) of the sums of x (N, H, W, C) over positions."""
-    device, channels = x.get_device(), x.shape[-1]
-    launcher = column_launcher(device, (x.dtype,), C=channels, ROWS=64, BLOCK=64)
-    blocks = -(-channels // launcher.constants['BLOCK'])
-    positions = positions_of(x)
+@remembered
+def column_launch(device: int, dtype: torch.dtype, shape: torch.Size) -> Launch:
+    """How `column_sums` launches its kernel; the last size is the number of shares."""
+    launcher = column_launcher(device, (dtype,), C=shape[3], ROWS=64, BLOCK=64)
+    blocks = -(-shape[3] // launcher.constants['BLOCK'])
+    positions = math.prod(shape[:3])
     tiles = -(-positions // launcher.constants['ROWS'])
     shares = min(tiles, -(-programs_at_once(device) // blocks))
-    sums = x.new_empty((shares, channels), dtype=wide(x.dtype))
-    launcher(shares * blocks, (x, sums), (positions, tiles, shares))
+    return launcher, shares * blocks, (positions, tiles, shares)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """Shares (shares, C) of the sums of x (N, H, W, C) over positions."""
+    dtype, shape = x.dtype, x.shape
+    launcher, programs, sizes = column_launch(x.get_device(), dtype, shape)
+    sums = x.new_empty(sizes[2], shape[3], dtype=wide(dtype))
+    launcher(programs, (x, sums), sizes)
     return sums
 
 

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activation_kernels import gelu_kernel
-from .launch import launchers_of
-from .norm_triton import positions_of
+from .launch import Launch, launchers_of, remembered
 from .pointwise_kernels import pointwise_kernel
 
 BLOCK = 1024  # elements per program of element-wise kernels
@@ -73,6 +72,45 @@ def most_positions(dtype: torch.dtype, c_in: int, c_out: int, is_gradient: bool 
     return SMALL // (c_in * c_out)
 
 
+@remembered
+def is_left_to_torch(
+    dtype: torch.dtype, shape: torch.Size, weight_shape: torch.Size, is_gradient: bool
+) -> bool:
+    """Whether torch multiplies x of this shape by a weight (C_out, C_in)."""
+    c_out, c_in = weight_shape
+    channels = (c_out, c_in) if is_gradient else (c_in, c_out)
+    return math.prod(shape[:3]) > most_positions(dtype, *channels, is_gradient)
+
+
+@remembered
+def pointwise_launch(
+    device: int,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    weight_shape: torch.Size,
+    active: int,
+    has_bias: bool,
+    has_y: bool,
+) -> Launch:
+    """How `multiply` launches its kernel.
+
+    Args:
+        device: Index of the GPU, -1 for the interpreter.
+        dtype, shape: Of x.
+        active: Number of channels of `active`.
+    """
+    c_in = shape[3]
+    c_out = weight_shape[0] if has_bias else weight_shape[1]
+    rows, columns, block, stages, warps = tile_for(c_in, active > 0)
+    launcher = pointwise_launcher(
+        device, (dtype,), warps, C_IN=c_in, C_OUT=c_out, ACTIVE=active, TRANSPOSED=not has_bias,
+        HAS_BIAS=has_bias, HAS_Y=has_y, ROWS=rows, COLUMNS=columns, BLOCK=block, STAGES=stages,
+        WIDEN=device < 0,
+    )  # fmt: skip
+    positions = math.prod(shape[:3])
+    return launcher, -(-positions // rows) * -(-c_out // columns), (positions,)
+
+
 def multiply(
     x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor | None, active: Tensor | None
 ) -> None:
@@ -85,26 +123,19 @@ def multiply(
         y: Output for the result (N, H, W, C_out).
         active: Output for GELU of its first channels (N, H, W, channels).
     """
-    c_in = x.shape[-1]
-    c_out = weight.shape[1] if bias is None else weight.shape[0]
-    of_active = 0 if active is None else active.shape[-1]
-    rows, columns, block, stages, warps = tile_for(c_in, active is not None)
-    launcher = pointwise_launcher(
-        x.get_device(), (x.dtype,), warps, C_IN=c_in, C_OUT=c_out, ACTIVE=of_active,
-        TRANSPOSED=bias is None, HAS_BIAS=bias is not None, HAS_Y=y is not None, ROWS=rows,
-        COLUMNS=columns, BLOCK=block, STAGES=stages, WIDEN=not x.is_cuda,
+    launcher, programs, sizes = pointwise_launch(
+        x.get_device(), x.dtype, x.shape, weight.shape, 0 if active is None else active.shape[3],
+        bias is not None, y is not None,
     )  # fmt: skip
-    positions = positions_of(x)
-    programs = -(-positions // rows) * -(-c_out // columns)
-    launcher(programs, (x, weight, bias, y, active), (positions,))
+    launcher(programs, (x, weight, bias, y, active), sizes)
 
 
 def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`mmconv2former.ops.pointwise.pointwise_conv`."""
-    c_out, c_in = weight.shape
-    if positions_of(x) > most_positions(x.dtype, c_in, c_out):
+    batch, height, width, _ = shape = x.shape
+    if is_left_to_torch(x.dtype, shape, weight.shape, False):
         return F.linear(x, weight, bias)
-    y = x.new_empty((*x.shape[:3], c_out))
+    y = x.new_empty(batch, height, width, weight.shape[0])
     multiply(x, weight, bias, y, None)
     return y
 
@@ -113,21 +144,22 @@ def pointwise_gelu(
     x: Tensor, weight: Tensor, bias: Tensor, channels: int, keep: bool
 ) -> tuple[Tensor | None, Tensor]:
     """`mmconv2former.ops.block_stock.pointwise_gelu`."""
-    c_out, c_in = weight.shape
-    if positions_of(x) > most_positions(x.dtype, c_in, c_out):
+    batch, height, width, _ = shape = x.shape
+    if is_left_to_torch(x.dtype, shape, weight.shape, False):
         whole = F.linear(x, weight, bias)
         return whole if keep else None, gelu(whole[..., :channels])
-    y = x.new_empty((*x.shape[:3], c_out)) if keep else None
-    active = x.new_empty((*x.shape[:3], channels))
+    y = x.new_empty(batch, height, width, weight.shape[0]) if keep else None
+    active = x.new_empty(batch, height, width, channels)
     multiply(x, weight, bias, y, active)
     return y, active
 
 
 def pointwise_input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """`mmconv2former.ops.pointwise.pointwise_input_gradient`."""
-    if positions_of(grad) > most_positions(grad.dtype, *weight.shape, is_gradient=True):
+    batch, height, width, _ = shape = grad.shape
+    if is_left_to_torch(grad.dtype, shape, weight.shape, True):
         return grad @ weight
-    out = grad.new_empty((*grad.shape[:3], weight.shape[1]))
+    out = grad.new_empty(batch, height, width, weight.shape[1])
     multiply(grad, weight, None, out, None)
     return out
 
@@ -140,5 +172,5 @@ def gelu(x: Tensor) -> Tensor:
     launcher = gelu_launcher(
         x.get_device(), (x.dtype,), C=x.shape[-1], STEP=x.stride(2), BLOCK=BLOCK
     )
-    launcher(-(-x.numel() // BLOCK), (x, y), (positions_of(x),))
+    launcher(-(-x.numel() // BLOCK), (x, y), (math.prod(x.shape[:3]),))
     return y

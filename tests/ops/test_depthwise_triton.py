@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common.launches import replaced
 from helpers.comparisons import relative_error
 from helpers.depthwise import own, stock
 from torch import nn
@@ -91,37 +92,38 @@ def test_sums_are_of_float32(dtype):
 
 
 @pytest.mark.parametrize('kernel_size', [3, 5])
-def test_divisions_of_the_work(kernel_size, monkeypatch):
+def test_divisions_of_the_work(kernel_size):
     """Any division gives the same: rows and columns in groups, blocks of any size."""
     x, grad, weight, bias = make(2, 5, 5, 12, kernel_size, torch.float64)
     results = exact(x, grad, weight, bias)
     ready = lay_out(weight, x.dtype)
     for taps, rows, columns, block in [(kernel_size, 1, 1, 64), (2, 5, 3, 32)]:
         blocks = Blocks(taps, rows, block, columns, block)
-        monkeypatch.setattr(depthwise_triton, 'blocks_for', lambda kernel_size, b=blocks: b)
-        values = [
-            depthwise_forward(x, ready, bias),
-            depthwise_forward(grad, ready, None, flip=True),
-            *depthwise_weight_gradient(x, grad, kernel_size, x.dtype, True),
-        ]
+        with replaced(depthwise_triton, blocks_for=lambda kernel_size, b=blocks: b):
+            values = [
+                depthwise_forward(x, ready, bias),
+                depthwise_forward(grad, ready, None, flip=True),
+                *depthwise_weight_gradient(x, grad, kernel_size, x.dtype, True),
+            ]
         assert all(relative_error(*pair) < 1e-13 for pair in zip(values, results))
 
 
 @pytest.mark.parametrize('shares', [1, 3, 50])
-def test_rows_divided_among_programs(shares, monkeypatch):
+def test_rows_divided_among_programs(shares):
     """Shares that begin and end in the middle of an image, and several periods of f."""
     x, grad, weight, bias = make(3, 11, 40, 8, 3, torch.float64)
-    monkeypatch.setattr(depthwise_triton, 'blocks_for', lambda _: Blocks(3, 8, 64, 3, 128))
+    small = dict(blocks_for=lambda _: Blocks(3, 8, 64, 3, 128))
     if ON_GPU:
-        depthwise_weight_gradient(x, grad, 3, x.dtype, True)  # compiles it
+        with replaced(depthwise_triton, **small):
+            depthwise_weight_gradient(x, grad, 3, x.dtype, True)  # compiles it
 
     def launcher(*args, **constants):
         found = shares_launcher(*args, **constants)
         found.at_once = shares
         return found
 
-    monkeypatch.setattr(depthwise_triton, 'shares_launcher', launcher)
-    results = depthwise_weight_gradient(x, grad, 3, x.dtype, True)
+    with replaced(depthwise_triton, **small, shares_launcher=launcher):
+        results = depthwise_weight_gradient(x, grad, 3, x.dtype, True)
     for value, reference in zip(results, exact(x, grad, weight, bias)[2:]):
         assert relative_error(value, reference) < 1e-13
 

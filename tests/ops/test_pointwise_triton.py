@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from common.launches import replaced
 from helpers.comparisons import relative_error
 
 triton = pytest.importorskip('triton', minversion='3.3', reason='no Triton from 3.3 on')
@@ -26,9 +27,9 @@ def normal(*shape, dtype):
 
 
 @pytest.fixture(params=[None, Tile(32, 64, 32, 2, 4)], ids=['tile of the network', 'small tile'])
-def tile(request, monkeypatch):
-    if request.param is not None:
-        monkeypatch.setattr(pointwise_triton, 'tile_for', lambda *args: request.param)
+def tile(request):
+    with replaced(pointwise_triton, tile_for=lambda *args: request.param or tile_for(*args)):
+        yield
 
 
 @pytest.mark.parametrize('dtype', TOLERANCE)
@@ -96,10 +97,10 @@ def test_large_products_are_left_to_torch(monkeypatch):
     bias, calls = normal(24, dtype=torch.float16), []
     monkeypatch.setattr(pointwise_triton, 'multiply', lambda *args: calls.append(args))
     for most in (6, 5):
-        monkeypatch.setattr(pointwise_triton, 'most_positions', lambda *args, m=most, **options: m)
-        block_triton.pointwise_conv(x, weight, bias)
-        block_triton.pointwise_gelu(x, weight, bias, 8, True)
-        block_triton.pointwise_input_gradient(normal(1, 2, 3, 24, dtype=torch.float16), weight)
+        with replaced(pointwise_triton, most_positions=lambda *args, most=most: most):
+            block_triton.pointwise_conv(x, weight, bias)
+            block_triton.pointwise_gelu(x, weight, bias, 8, True)
+            block_triton.pointwise_input_gradient(normal(1, 2, 3, 24, dtype=torch.float16), weight)
         assert len(calls) == 3
 
 
