@@ -123,7 +123,7 @@ def remembered(function: Function) -> Function:
     Launches of a step depend on dtypes and sizes only. Preparing one takes the host longer than
     the launch itself, and a training step has hundreds.
     """
-    kept: Any = functools.lru_cache(maxsize=4096)(function)
+    kept: Any = functools.lru_cache(maxsize=2**14)(function)
     remembering.append(kept)
     return kept
 

@@ -60,6 +60,7 @@ RUN_BY = {
     'tools/benchmark_recipe.py': (
         'tools/test_benchmark_recipe.py::test_whole_recipes_and_their_data'
     ),
+    'tools/benchmark_host.py': 'tools/test_benchmark.py::test_host_time',
     'tools/kernel_resources.py': 'ops/test_kernel_resources.py::test_no_kernel_spills',
     'tools/demo.py': 'tools/test_train_and_test.py::test_demo_in_small',
     'tools/export.py': 'tools/test_export.py::test_onnx',

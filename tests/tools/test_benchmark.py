@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -316,6 +317,19 @@ def test_pointwise(monkeypatch):
     assert all(line.count('(') == 4 for line in lines[2:])
     assert {args[0].shape for args in used} == {(1, 8, 8, 72)}
     assert {None if args[4] is None else args[4].shape for args in used} == {None, (1, 8, 8, 72)}
+
+
+@pytest.mark.skipif(
+    triton_support.installation_problem() is not None, reason='no Triton from 3.3 on'
+)
+def test_host_time():
+    """In a process of its own, because launchers are kept."""
+    command = [sys.executable, 'tools/benchmark_host.py', '--rounds', '2']
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    rows = re.findall(r'\| (.+) \| (\d+) \| (\S+) \| (\S+) \|', output)
+    assert [name for name, *_ in rows] == ['training step', 'inference', 'deployed']
+    assert [int(kernels) for _, kernels, *_ in rows] == [538, 182, 181]  # change on purpose only
+    assert all(0 < float(fastest) <= float(median) for _, _, median, fastest in rows)
 
 
 def test_shapes_are_those_of_the_network():

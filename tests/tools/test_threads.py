@@ -24,9 +24,9 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name='__main__')
 """
 TOOLS = (
-    'benchmark', 'benchmark_depthwise', 'benchmark_pointwise', 'benchmark_recipe', 'check_setup',
-    'convert_weights', 'evidence', 'export', 'predict', 'prepare_data', 'test', 'train',
-    'visualize',
+    'benchmark', 'benchmark_depthwise', 'benchmark_host', 'benchmark_pointwise',
+    'benchmark_recipe', 'check_setup', 'convert_weights', 'evidence', 'export', 'predict',
+    'prepare_data', 'test', 'train', 'visualize',
 )  # fmt: skip
 
 
