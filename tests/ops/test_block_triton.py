@@ -142,6 +142,20 @@ def test_mixed_precision(shape, dtype):
         assert_as_near(value, stock[name], exact[name], name)
 
 
+def test_inputs_that_kernels_cannot_read():
+    """Of other memory: neither contiguous nor aligned, as both may come from outside of a block."""
+    x, grad, *others = make(*SHAPES[0], torch.float64)
+    expected = values_and_gradients(block_triton, x, grad, *others, 'elementwise', x.dtype)
+    shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    for other in (shifted, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        other_grad = grad.transpose(0, 3).contiguous().transpose(0, 3)
+        found = values_and_gradients(
+            block_triton, other, other_grad, *others, 'elementwise', x.dtype
+        )
+        for name, value in found.items():
+            assert torch.equal(value, expected[name]), name
+
+
 def test_every_element_is_written_and_every_run_is_the_same():
     """Memory that was there before does not matter."""
     operands = make(*SHAPES[1], torch.float32)
