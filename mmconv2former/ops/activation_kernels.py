@@ -68,7 +68,7 @@ def modulation_backward_kernel(
 ):  # fmt: skip
     """Gradients of a * value, and the activations that the backward pass recomputes.
 
-    gate and value are the halves of one tensor (positions, 2 C), all others are (positions, C):
+    gate_value and grad_gate_value are (positions, 2 C), gate first, all others (positions, C):
     grad_a = grad * value, grad_value = grad * a, weighted = a * value, active = GELU(gate).
     """
     dense, gate, mask = places(positions, C, 2 * C, BLOCK)

@@ -179,7 +179,7 @@ def run_blocks(
     dtype = weights[0].gate_value_weight.dtype
     keep, channels = recompute is not None, x.shape[-1]
     blocks: list[Saved] = []
-    x = aligned(x)
+    x = x if steps is block_stock else aligned(x)
     _, normed_1, rstd_1 = steps.add_normalize(x, None, None, eps, dtype, keep)
     for number, (w, (factor_1, factor_2)) in enumerate(zip(weights, factors), start=1):
         # modulation
@@ -241,7 +241,7 @@ def run_blocks_backward(
     """
     dtype = blocks[0].gate_value.dtype
     of_parameters: list[BlockParameters] = []
-    grad = aligned(grad)
+    grad = grad if steps is block_stock else aligned(grad)
     _, grad_branch, sums = steps.add_normalize_backward(grad, None, blocks[-1].factor_2, dtype)
     for index in reversed(range(len(blocks))):
         s, w = blocks[index], weights[index]

@@ -124,8 +124,8 @@ def modulation_gradients(
         active, weighted: GELU(gate) and a * value; None to recompute them.
 
     Returns:
-        The gradients for a, and for gate and value (N, H, W, 2 C), `active` and `weighted`. The
-        gradient for the gate has yet to be written.
+        The gradient for a; that for gate and value (N, H, W, 2 C), in which the gate's half has yet
+        to be written; `active`; `weighted`.
     """
     gate, value = gate_value.chunk(2, -1)
     grad_gate_value = torch.empty_like(gate_value)

@@ -130,7 +130,7 @@ def depthwise_forward(
         kept: Contiguous output tensor for z, or None.
         other, before: (N, H, W, C), as the epilogue needs them. These and y may have more channels:
             of `other` the last C are read, of the two others the first C are written or read. y
-            may be one of the two.
+            may be `before`, or `other` if that has C channels.
     """
     shape = x.shape
     y = torch.empty_like(x) if y is None else y

@@ -118,12 +118,11 @@ def launchers_of(kernel: Any) -> Callable[..., Launcher]:
 
 
 def remembered(function: Function) -> Function:
-    """Keeps results of a function that prepares launches, for the latest of its arguments.
+    """Keeps the latest results of a function that prepares launches, of which a step has hundreds.
 
-    Launches of a step depend on dtypes and sizes only. Preparing one takes the host longer than
-    the launch itself, and a training step has hundreds.
+    They may only depend on its arguments and on what never changes in a process.
     """
-    kept: Any = functools.lru_cache(maxsize=2**14)(function)
+    kept: Any = functools.lru_cache(maxsize=2**12)(function)
     remembering.append(kept)
     return kept
 

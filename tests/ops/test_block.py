@@ -9,6 +9,7 @@ from common.plain_conv2former import plain_conv2former
 from helpers.comparisons import compare_with_plain, leaves, loss_of, randomized, relative_error
 from helpers.half_precision import HALF_DTYPES, needs_float16
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mmconv2former import Conv2Former
 from mmconv2former.models import blocks as blocks_module
@@ -157,6 +158,19 @@ def test_the_weight_gradient_by_matrix_products(monkeypatch):
         calls.clear()
         gradients(build(), x, autocast)
         assert len(calls) == expected
+
+
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+def test_tensors_without_memory(dtype):
+    """The stock steps do not ask where a tensor is stored, so that `make_fx` can trace them."""
+    model, x = build(recompute='elementwise'), normal(1, 3, 32, 32)
+
+    def run(x):
+        with torch.autocast('cpu', dtype, enabled=dtype is not None):
+            return model(x)
+
+    traced = make_fx(run, tracing_mode='fake', _allow_non_fake_inputs=True)(x)
+    torch.testing.assert_close(traced(x), run(x))
 
 
 def test_where_the_function_is_worth_it(monkeypatch):

@@ -35,6 +35,7 @@ from mmconv2former.ops import (
 )
 from mmconv2former.ops.block import RECOMPUTE, run_blocks, run_blocks_backward
 from mmconv2former.ops.folding import BlockParameters
+from mmconv2former.ops.launch import Launcher
 from mmconv2former.ops.norm import layer_norm
 
 ON_GPU = torch.cuda.is_available()
@@ -142,8 +143,15 @@ def test_mixed_precision(shape, dtype):
         assert_as_near(value, stock[name], exact[name], name)
 
 
-def test_inputs_that_kernels_cannot_read():
-    """Of other memory: neither contiguous nor aligned, as both may come from outside of a block."""
+def test_inputs_that_kernels_cannot_read(monkeypatch):
+    """Neither contiguous nor aligned, as both may come from outside of a block."""
+
+    def checked(launcher, programs, tensors, sizes):
+        assert tensors[0].data_ptr() % 16 == 0  # which the interpreter does not need
+        launch(launcher, programs, tensors, sizes)
+
+    launch = Launcher.__call__
+    monkeypatch.setattr(Launcher, '__call__', checked)
     x, grad, *others = make(*SHAPES[0], torch.float64)
     expected = values_and_gradients(block_triton, x, grad, *others, 'elementwise', x.dtype)
     shifted = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
@@ -154,6 +162,9 @@ def test_inputs_that_kernels_cannot_read():
         )
         for name, value in found.items():
             assert torch.equal(value, expected[name]), name
+        with torch.no_grad():
+            y = layer_norm(other, None, None, 1e-6, x.dtype)
+        torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6))
 
 
 def test_every_element_is_written_and_every_run_is_the_same():
