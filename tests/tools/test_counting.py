@@ -3,7 +3,7 @@
 import pytest
 import torch
 from common import model_specs
-from common.counting import FREE, TrafficCounter, count_bytes_kept, count_macs
+from common.counting import FREE, TrafficCounter, count_bytes_kept, count_macs, part_of
 from common.measuring import Setting
 from common.model_specs import build, bytes_kept, macs, traffic
 from mmengine.utils import digit_version
@@ -97,6 +97,18 @@ def test_traffic_of_known_operators():
     digit_version(torch.__version__) < digit_version('2.4'),
     reason='torch < 2.4 cannot count operators that write into given memory',
 )
+def test_parts_of_tensors_that_kernels_read():
+    """Gate and value lie in one tensor, and some kernels use one of them."""
+    steps = dict(C=4, Y_STEP=8, OTHER_STEP=4, BEFORE_STEP=0)
+    parts = [part_of(name, steps) for name in ('x', 'y', 'other', 'before')]
+    assert parts == [1, 0.5, 1, 1]
+    for has_activations, part in [(True, 1), (False, 0.5)]:
+        constants = dict(C=4, HAS_ACTIVATIONS=has_activations)
+        assert part_of('gate_value', constants) == part
+        assert part_of('grad_gate_value', constants) == 0.5
+        assert part_of('a', constants) == 1
+
+
 def test_training_costs_less_than_in_the_published_code():
     """What is counted holds on any machine, so the promises of docs/performance.md stand here."""
     setting = Setting((512, 512), dtype='bfloat16')

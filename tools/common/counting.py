@@ -6,7 +6,7 @@ Fake and meta tensors, which have no values, make counting fast at any size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -91,13 +91,23 @@ class TrafficCounter(TorchDispatchMode):
         is_foreign = function.namespace not in ('aten', 'mmconv2former')
         if not (is_view or is_foreign or function._schema.name in FREE):
             leaves, _ = tree_flatten((args, kwargs, result))
-            self.add_launch(leaf for leaf in leaves if isinstance(leaf, Tensor))
+            self.add_launch((leaf, 1.0) for leaf in leaves if isinstance(leaf, Tensor))
         return result
 
-    def add_launch(self, tensors: Iterable[Tensor | None]) -> None:
-        """A launch that reads or writes each tensor once."""
+    def add_launch(self, tensors: Iterable[tuple[Tensor | None, float]]) -> None:
+        """A launch that reads or writes each tensor, or a part of it, once."""
         self.launches += 1
-        self.bytes += sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        self.bytes += round(
+            sum(part * t.numel() * t.element_size() for t, part in tensors if t is not None)
+        )
+
+
+def part_of(name: str, constants: Mapping[str, Any]) -> float:
+    """The part of its channels that a kernel reads or writes of the argument with this name."""
+    if name == 'grad_gate_value' or (name == 'gate_value' and not constants['HAS_ACTIVATIONS']):
+        return 0.5  # the value's half
+    all_channels = constants.get(f'{name.upper()}_STEP')
+    return constants['C'] / all_channels if all_channels else 1.0
 
 
 @contextmanager
@@ -108,8 +118,9 @@ def counted_kernels(counter: TrafficCounter) -> Iterator[None]:
         return
     from mmconv2former.ops.launch import Launcher  # needs Triton
 
-    def add(_launcher: Launcher, _programs: int, tensors: Iterable[Tensor | None], _: Any) -> None:
-        counter.add_launch(tensors)
+    def add(launcher: Launcher, _programs: int, tensors: Iterable[Tensor | None], _: Any) -> None:
+        names = launcher.kernel.arg_names
+        counter.add_launch((t, part_of(n, launcher.constants)) for n, t in zip(names, tensors))
 
     with (
         patch.object(depthwise, 'setting', 'triton'),
