@@ -168,7 +168,7 @@ def depthwise_gelu_gradient(
         weight: Its weight.
         before: The input of GELU, in the first of its channels.
         other: Another gradient of GELU(before), which may be overwritten, or None.
-        out: Output tensor, of which the first channels are written; None for a new one.
+        out: Output tensor, whose first channels are written; None for a new one.
     """
     before = before[..., : grad.shape[-1]]
     needs = (True, False, False)

@@ -118,9 +118,9 @@ def launchers_of(kernel: Any) -> Callable[..., Launcher]:
 
 
 def remembered(function: Function) -> Function:
-    """Keeps the latest results of a function that prepares launches, of which a step has hundreds.
+    """Caches a function that prepares launches; a step has hundreds, the same for each input size.
 
-    They may only depend on its arguments and on what never changes in a process.
+    Its results may only depend on its arguments and on what never changes in a process.
     """
     kept: Any = functools.lru_cache(maxsize=2**12)(function)
     remembering.append(kept)
@@ -128,7 +128,7 @@ def remembered(function: Function) -> Function:
 
 
 def forget_launches() -> None:
-    """Forgets what `remembered` keeps, after a change to what it depends on besides arguments."""
+    """Empties these caches, for tests and measurements that replace what launches depend on."""
     for function in remembering:
         function.cache_clear()
 

@@ -7,7 +7,6 @@ and other dtypes are left to torch.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -43,7 +42,6 @@ class Tile(NamedTuple):
     warps: int
 
 
-@functools.cache
 def tile_for(c_in: int, has_gelu: bool) -> Tile:
     """The tile for a product with c_in input channels, chosen on an H100.
 
@@ -57,7 +55,6 @@ def tile_for(c_in: int, has_gelu: bool) -> Tile:
     return Tile(128, 128, 64, 3, 8)
 
 
-@functools.cache
 def most_positions(dtype: torch.dtype, c_in: int, c_out: int, is_gradient: bool = False) -> float:
     """The kernel takes products of up to this number of positions.
 
