@@ -40,7 +40,7 @@ class Product(NamedTuple):
     positions: tuple[int, int, int]  # N, H, W
     c_in: int
     c_out: int
-    active: int = 0  # first channels of the result, of which there is GELU, too
+    active: int = 0  # number of output channels that GELU is applied to
     is_gradient: bool = False  # for the input, of a convolution from c_out to c_in channels
 
 
